@@ -1,0 +1,1 @@
+"""Adaptive bitrate streaming (ABR): simulator, policies, experience pools, fine-tuning, diagnosis."""

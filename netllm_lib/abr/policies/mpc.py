@@ -1,0 +1,161 @@
+"""RobustMPC (Yin et al., SIGCOMM 2015), sound by default and, by `MPCConfig.upstream()`, with the original's handicaps.
+
+Predict the throughput of the next chunks, try every sequence of levels over the horizon, play the first of the best.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numba import njit
+
+from netllm_lib.abr.policies.base import Episodes, Observation, Policy
+from netllm_lib.abr.qoe import BITRATES_KBPS, LEVELS, REBUFFER_PENALTY
+from netllm_lib.abr.traces import CHUNKS, Video
+
+
+@dataclass(frozen=True)
+class MPCConfig:
+    """Settings of RobustMPC. Defaults are sound; `upstream()` is what the original plays, bit for bit."""
+
+    # planning
+    horizon: int = 5  # chunks looked ahead; fewer at the end of the video
+    jump_limit: int | None = None  # largest step between consecutive levels of a plan; the original: 1
+    size_index: Literal["next", "one-late"] = "next"  # the original plans with the sizes of one chunk too far
+    buffer_cap_s: float | None = 60.0  # the client's buffer cap inside the plan; the original: none
+    ties: Literal["first", "last"] = "first"  # which of equally good plans, in lexicographic order; the original: last
+    # prediction
+    robust: bool = True  # divide the harmonic mean by 1 + the largest recent relative error
+    window: int = 5  # throughput samples in the harmonic mean
+    error_window: int = 5  # errors in the maximum
+    carry_history: bool = False  # keep estimates and errors from trace to trace, so that trace order matters, as the original does
+    float32_throughput: Literal["none", "first-trace", "all"] = "none"  # traces whose throughput samples are rounded to float32
+
+    @classmethod
+    def upstream(cls, pool: bool = False) -> MPCConfig:
+        """As the original evaluates, or (`pool=True`) as it generates pools: there all states are float32."""
+        return cls(
+            jump_limit=1,
+            size_index="one-late",
+            buffer_cap_s=None,
+            ties="last",
+            carry_history=True,
+            float32_throughput="all" if pool else "first-trace",
+        )
+
+
+@njit(cache=True)
+def plan(sizes_mb, bitrates_kbps, buffer_s, last_level, mb_per_s, jump_limit, buffer_cap_s, first_wins):
+    """First level of the best sequence over the horizon, by depth-first search in lexicographic order.
+
+    sizes_mb [horizon, 6]. Branches that cannot reach the best score any more, even at the top level without stalls, are cut.
+    Returns 0 for an empty horizon. The order of additions is the original's, so scores are bit-equal to it.
+    """
+    horizon, levels = sizes_mb.shape
+    if horizon == 0:
+        return 0
+    top_mbps = bitrates_kbps[-1] / 1000
+    slack = 1e-6  # far above rounding, so that cutting never decides a tie
+    best, best_first = -np.inf, 0
+    choice = np.full(horizon, -1)
+    buffer = np.empty(horizon + 1)
+    stall = np.zeros(horizon + 1)
+    kbps = np.zeros(horizon + 1)
+    change = np.zeros(horizon + 1)
+    buffer[0] = buffer_s
+    depth = 0
+    while depth >= 0:
+        before = last_level if depth == 0 else choice[depth - 1]
+        choice[depth] = max(choice[depth] + 1, before - jump_limit)
+        level = choice[depth]
+        if level >= levels or level > before + jump_limit:
+            choice[depth] = -1
+            depth -= 1
+            continue
+        download_s = sizes_mb[depth, level] / mb_per_s
+        if buffer[depth] < download_s:
+            stall[depth + 1] = stall[depth] + (download_s - buffer[depth])
+            left_s = 0.0
+        else:
+            stall[depth + 1] = stall[depth]
+            left_s = buffer[depth] - download_s
+        buffer[depth + 1] = min(left_s + 4.0, buffer_cap_s)
+        kbps[depth + 1] = kbps[depth] + bitrates_kbps[level]
+        change[depth + 1] = change[depth] + abs(bitrates_kbps[level] - bitrates_kbps[before])
+        score = kbps[depth + 1] / 1000 - REBUFFER_PENALTY * stall[depth + 1] - change[depth + 1] / 1000
+        if depth + 1 == horizon:
+            if score > best or (score == best and not first_wins):
+                best, best_first = score, choice[0]
+        elif score + (horizon - depth - 1) * top_mbps + slack >= best:
+            depth += 1
+    return best_first
+
+
+@njit(cache=True)
+def _plan_all(sizes_mb, bitrates_kbps, buffer_s, last_level, mb_per_s, jump_limit, buffer_cap_s, first_wins, out):
+    for i in range(len(buffer_s)):
+        out[i] = plan(
+            sizes_mb, bitrates_kbps, buffer_s[i], last_level[i], mb_per_s[i], jump_limit, buffer_cap_s, first_wins
+        )
+
+
+class RobustMPC(Policy):
+    """Robust model-predictive control for one video."""
+
+    name = "mpc"
+
+    def __init__(self, video: Video, config: MPCConfig | None = None):
+        self.config = config or MPCConfig()
+        self.carries_state = self.acts_after_last = self.config.carry_history
+        self._late = 1 if self.config.size_index == "one-late" else 0
+        if self._late and video.sizes_bytes.shape[1] < CHUNKS + 1:
+            raise ValueError(
+                f"video {video.name}: the original's MPC reads one chunk past the end and needs {CHUNKS + 1} lines in each "
+                f"size file, found {video.sizes_bytes.shape[1]}; play the sound form instead"
+            )
+        self._sizes_mb = video.sizes_bytes.T / 1000000.0  # [chunks, 6]
+        self._bitrates = BITRATES_KBPS.astype(np.float64)
+
+    def reset(self, episodes: Episodes) -> None:
+        rows = 1 if self.config.carry_history else len(episodes)
+        calls = CHUNKS * (len(episodes) if self.config.carry_history else 1)
+        self._errors = np.zeros((rows, calls))
+        self._estimate = np.zeros(rows)  # the last harmonic mean, not discounted
+        self._calls = 0
+
+    def act(self, observation: Observation) -> np.ndarray:
+        config = self.config
+        past = observation.state[:, 2, -min(config.window, observation.chunk) :]  # MB/s
+        first_trace = bool(observation.episode[0] == 0)
+        if config.float32_throughput == "all" or (config.float32_throughput == "first-trace" and first_trace):
+            past = past.astype(np.float32).astype(np.float64)
+
+        if self._calls:
+            self._errors[:, self._calls] = np.abs(self._estimate - past[:, -1]) / past[:, -1]
+        inverse = np.zeros(len(past))
+        for sample in past.T:  # left to right, as the original sums
+            inverse += 1 / sample
+        self._estimate = 1.0 / (inverse / past.shape[1])
+        self._calls += 1
+        prediction = self._estimate
+        if config.robust:
+            recent = self._errors[:, max(0, self._calls - config.error_window) : self._calls]
+            prediction = prediction / (1 + recent.max(axis=1))
+
+        horizon = min(config.horizon, CHUNKS - observation.chunk)
+        start = observation.chunk + self._late
+        levels = np.empty(len(past), dtype=np.int64)
+        _plan_all(
+            self._sizes_mb[start : start + horizon],
+            self._bitrates,
+            observation.buffer_s,
+            observation.last_level,
+            prediction,
+            LEVELS if config.jump_limit is None else config.jump_limit,
+            np.inf if config.buffer_cap_s is None else config.buffer_cap_s,
+            config.ties == "first",
+            levels,
+        )
+        return levels

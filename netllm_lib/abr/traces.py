@@ -1,0 +1,346 @@
+"""Bandwidth traces, video chunk sizes, and the registry that finds them on disk.
+
+Layout of a root folder (the original's `data/` folder works as it is):
+
+    <root>/traces/<split>/<name>/<file>               one line per sample: "time_s Mbps"
+    <root>/videos/<name>_sizes/video_size_<level>     one line per chunk: bytes
+    <root>/all_models/<name>/*.ckpt.*                 TensorFlow checkpoints of Genet and UDR
+
+A new trace set or video is a new folder; no code changes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from netllm_lib.abr.qoe import LEVELS
+from netllm_lib.runs import PROJECT, array_hash
+
+CHUNKS = 48  # chunks played per episode; size files may list more
+POINTER_FILE = "mahimahi_ptrs.pkl"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One bandwidth trace: `mbps[i]` applies over (time_s[i-1], time_s[i]]; `mbps[0]` is never used."""
+
+    name: str
+    time_s: np.ndarray  # [samples] float64, strictly increasing
+    mbps: np.ndarray  # [samples] float64, >= 0
+
+    def __repr__(self) -> str:
+        return f"Trace({self.name!r}, {len(self.mbps)} samples, {self.duration_s:.0f} s, mean {self.mean_mbps:.3f} Mbps)"
+
+    @property
+    def duration_s(self) -> float:
+        return float(self.time_s[-1] - self.time_s[0])
+
+    @property
+    def mean_mbps(self) -> float:
+        """Time-weighted mean bandwidth."""
+        return float(np.average(self.mbps[1:], weights=np.diff(self.time_s)))
+
+
+def read_trace(path: Path) -> Trace:
+    """Parse a trace file. Raises ValueError naming file, line and value for anything the simulator could not play."""
+    times: list[float] = []
+    rates: list[float] = []
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        where = f"{path}:{number}"
+        try:
+            time_s, mbps = (float(field) for field in fields)
+        except ValueError:
+            raise ValueError(f'{where}: expected "time_s Mbps", found {line[:60]!r}') from None
+        if not (math.isfinite(time_s) and math.isfinite(mbps)):
+            raise ValueError(f"{where}: time and bandwidth must be finite numbers, found {line[:60]!r}")
+        if mbps < 0:
+            raise ValueError(f"{where}: negative bandwidth {mbps} Mbps")
+        if times and time_s <= times[-1]:
+            raise ValueError(f"{where}: time {time_s} s does not increase (the line before has {times[-1]} s)")
+        times.append(time_s)
+        rates.append(mbps)
+    if len(times) < 2:
+        raise ValueError(f"{path}: empty trace ({len(times)} samples; at least two are needed)")
+    if not any(rates[1:]):
+        raise ValueError(f"{path}: bandwidth is zero throughout, no chunk would ever arrive")
+    return Trace(Path(path).name, np.array(times), np.array(rates))
+
+
+@dataclass(frozen=True, eq=False)
+class TraceSet:
+    """A named, ordered set of traces, with the start pointers that a pointer file fixes (or None)."""
+
+    name: str
+    traces: tuple[Trace, ...]
+    start_ptrs: np.ndarray | None = None  # [N] index 1..samples-1 at which each trace starts, from the pointer file
+
+    def __len__(self) -> int:
+        return len(self.traces)
+
+    def __repr__(self) -> str:
+        pointers = "fixed start pointers" if self.start_ptrs is not None else "no pointer file"
+        return f"TraceSet({self.name!r}, {len(self)} traces, {sum(len(t.mbps) for t in self.traces)} samples, {pointers})"
+
+    @property
+    def names(self) -> list[str]:
+        return [trace.name for trace in self.traces]
+
+    @cached_property
+    def packed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(offsets [N+1], time_s, mbps): all samples concatenated, for the compiled simulator."""
+        offsets = np.concatenate([[0], np.cumsum([len(trace.mbps) for trace in self.traces])]).astype(np.int64)
+        return (
+            offsets,
+            np.concatenate([trace.time_s for trace in self.traces]),
+            np.concatenate([trace.mbps for trace in self.traces]),
+        )
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Digest of all samples, names and start pointers."""
+        names = np.array(self.names)
+        pointers = np.zeros(0) if self.start_ptrs is None else self.start_ptrs
+        return array_hash(*self.packed, names, pointers)
+
+    def subset(self, index: Sequence[int] | np.ndarray, name: str | None = None) -> TraceSet:
+        """The traces at `index`, in that order."""
+        chosen = tuple(self.traces[i] for i in index)
+        pointers = None if self.start_ptrs is None else self.start_ptrs[np.asarray(index)]
+        return TraceSet(name or self.name, chosen, pointers)
+
+    def describe(self) -> pd.DataFrame:
+        """One row per trace: samples, duration_s, and time-weighted mean and extreme bandwidth in Mbps."""
+        rows = [(t.name, len(t.mbps), t.duration_s, t.mean_mbps, t.mbps[1:].min(), t.mbps[1:].max()) for t in self.traces]
+        return pd.DataFrame(rows, columns=["trace", "samples", "duration_s", "mean_mbps", "min_mbps", "max_mbps"])
+
+
+class _NoGlobals(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> None:
+        raise pickle.UnpicklingError(f"refers to {module}.{name}")
+
+
+def _read_pointers(path: Path, traces: tuple[Trace, ...]) -> np.ndarray:
+    """The original's pickled list of start pointers, read without allowing any class or function in it."""
+    try:
+        with open(path, "rb") as stream:
+            values = _NoGlobals(stream).load()
+    except Exception as error:
+        raise ValueError(f"{path}: not a plain pickled list of integers ({error})") from None
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError(f"{path}: expected a list of integers")
+    if len(values) != len(traces):
+        raise ValueError(f"{path}: {len(values)} start pointers for {len(traces)} traces")
+    for value, trace in zip(values, traces, strict=True):
+        if not 1 <= value < len(trace.mbps):
+            raise ValueError(f"{path}: start pointer {value} outside 1..{len(trace.mbps) - 1} of trace {trace.name}")
+    return np.array(values, dtype=np.int64)
+
+
+def read_trace_set(folder: Path) -> TraceSet:
+    """All traces of a folder, sorted by file name; dotfiles are skipped, a pointer file is read."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such trace folder")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    traces = tuple(read_trace(path) for path in files if path.name != POINTER_FILE)
+    if not traces:
+        raise FileNotFoundError(f"{folder}: no trace files in it")
+    pointers = folder / POINTER_FILE
+    return TraceSet(folder.name, traces, _read_pointers(pointers, traces) if pointers.exists() else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """Chunk sizes of a video in all six levels."""
+
+    name: str
+    sizes_bytes: np.ndarray  # [6, chunks >= 48] int64
+
+    def __repr__(self) -> str:
+        mbps = self.sizes_bytes[:, :CHUNKS].mean(axis=1) * 8 / 4e6
+        return f"Video({self.name!r}, {self.sizes_bytes.shape[1]} chunks, mean Mbps by level {np.round(mbps, 3).tolist()})"
+
+    @cached_property
+    def content_hash(self) -> str:
+        return array_hash(self.sizes_bytes)
+
+
+def read_video(folder: Path) -> Video:
+    """Chunk sizes from `video_size_0` … `video_size_5`. Raises ValueError or FileNotFoundError naming file and line."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such video folder")
+    levels = []
+    for level in range(LEVELS):
+        path = folder / f"video_size_{level}"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: size file of level {level} is missing ({LEVELS} levels are needed)")
+        sizes = []
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+            if not line.strip():
+                continue
+            if not re.fullmatch(r"\s*[0-9]+\s*", line) or int(line) == 0:
+                raise ValueError(f"{path}:{number}: expected a chunk size in bytes, found {line[:60]!r}")
+            sizes.append(int(line))
+        if len(sizes) < CHUNKS:
+            raise ValueError(f"{path}: {len(sizes)} chunks, at least {CHUNKS} are needed")
+        levels.append(sizes)
+    shortest = min(len(sizes) for sizes in levels)
+    return Video(folder.name.removesuffix("_sizes"), np.array([sizes[:shortest] for sizes in levels], dtype=np.int64))
+
+
+# --- registry -----------------------------------------------------------------------------------------------------------
+
+SAMPLE = PROJECT / "data" / "sample"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Trace sets, videos and actor checkpoints under one root folder."""
+
+    root: Path
+
+    def trace_folders(self) -> dict[str, Path]:
+        """Trace set name -> folder. A name that occurs in two splits is an error."""
+        folders: dict[str, Path] = {}
+        for path in sorted(self.root.glob("traces/*/*")):
+            if not path.is_dir() or path.name.startswith("."):
+                continue
+            if path.name in folders:
+                raise ValueError(f"trace set {path.name!r} lies in two places: {folders[path.name]} and {path}")
+            folders[path.name] = path
+        return folders
+
+    def video_folders(self) -> dict[str, Path]:
+        return {path.name.removesuffix("_sizes"): path for path in sorted(self.root.glob("videos/*_sizes")) if path.is_dir()}
+
+    def actor_folders(self) -> dict[str, Path]:
+        """Genet/UDR actor name -> folder with its TensorFlow checkpoints."""
+        return {path.name: path for path in sorted(self.root.glob("all_models/*")) if any(path.glob("*.ckpt.index"))}
+
+    def trace_set(self, name: str) -> TraceSet:
+        """The trace set `name`; `default_traces` names the ones to use when nothing is asked for."""
+        return read_trace_set(_lookup(self.trace_folders(), name, "trace set", self.root))
+
+    def video(self, name: str) -> Video:
+        return read_video(_lookup(self.video_folders(), name, "video", self.root))
+
+    def actor(self, name: str) -> Path:
+        """Folder with the TensorFlow checkpoints of an actor."""
+        return _lookup(self.actor_folders(), name, "actor", self.root)
+
+    def default_traces(self, split: str) -> str:
+        """Name of the first trace set of a split ("train" or "test")."""
+        for name, path in self.trace_folders().items():
+            if path.parent.name == split:
+                return name
+        raise FileNotFoundError(f"{self.root / 'traces' / split}: no trace set in it")
+
+    def default_video(self) -> str:
+        for name in self.video_folders():
+            return name
+        raise FileNotFoundError(f"{self.root / 'videos'}: no video in it")
+
+    def describe(self) -> pd.DataFrame:
+        """One row per trace set: split, traces, hours, and quantiles over traces of the mean bandwidth in Mbps."""
+        rows = []
+        for name, path in self.trace_folders().items():
+            table = read_trace_set(path).describe()
+            quantiles = table["mean_mbps"].quantile([0, 0.25, 0.5, 0.75, 1]).to_numpy()
+            rows.append((name, path.parent.name, len(table), table["duration_s"].sum() / 3600, *quantiles))
+        columns = ["trace set", "split", "traces", "hours", "min", "q25", "median", "q75", "max"]
+        return pd.DataFrame(rows, columns=columns)
+
+
+def _lookup(found: dict[str, Path], name: str, what: str, root: Path) -> Path:
+    if name not in found:
+        known = ", ".join(found) or "none"
+        raise FileNotFoundError(f"{what} {name!r} not found under {root} (there: {known})")
+    return found[name]
+
+
+def find_registry(data: str | Path | None = None) -> Registry:
+    """The data to use: `data`, else `$NETLLM_DATA`, else `data/netllm` of the checkout, else the bundled sample.
+
+    Raises FileNotFoundError if a folder that was named does not exist or holds no traces.
+    """
+    for source, folder in (("--data", data), ("$NETLLM_DATA", os.environ.get("NETLLM_DATA"))):
+        if folder:
+            root = Path(folder)
+            if not (root / "traces").is_dir():
+                raise FileNotFoundError(f"{source} {root}: no folder traces/ in it (expected traces/, videos/, all_models/)")
+            return Registry(root)
+    fetched = PROJECT / "data" / "netllm"
+    return Registry(fetched if (fetched / "traces").is_dir() else SAMPLE)
+
+
+# --- overlap between trace sets -----------------------------------------------------------------------------------------
+
+OVERLAP_RUN = 4  # consecutive distinct bandwidths that two traces must share to count as the same recording
+
+
+def _runs(trace: Trace) -> set[bytes]:
+    rates = trace.mbps[np.concatenate([[True], np.diff(trace.mbps) != 0])]
+    if len(rates) < OVERLAP_RUN:
+        return {rates.tobytes()}
+    windows = np.lib.stride_tricks.sliding_window_view(rates, OVERLAP_RUN)
+    return {window.tobytes() for window in windows}
+
+
+def overlapping(traces: TraceSet, others: TraceSet) -> np.ndarray:
+    """[len(traces)] bool: True where a trace shares content with any trace of `others`.
+
+    Two traces overlap when they share four consecutive distinct bandwidths: the same recording, whatever its file name
+    or start. A policy trained on one has seen the other.
+    """
+    seen = set().union(*(_runs(trace) for trace in others.traces))
+    return np.array([not _runs(trace).isdisjoint(seen) for trace in traces.traces])
+
+
+def split_validation(traces: TraceSet, share: float, seed: int) -> tuple[TraceSet, TraceSet]:
+    """(train, validation): about `share` of the traces, at least one, no content of which occurs in the rest.
+
+    Traces that share content move together, so that selection on the validation set is not selection on training data.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"validation share must lie between 0 and 1, not {share}")
+    groups = list(range(len(traces)))  # union-find over traces that share a run of bandwidths
+
+    def root(i: int) -> int:
+        while groups[i] != i:
+            groups[i] = groups[groups[i]]
+            i = groups[i]
+        return i
+
+    owner: dict[bytes, int] = {}
+    for i, trace in enumerate(traces.traces):
+        for run in _runs(trace):
+            groups[root(i)] = root(owner.setdefault(run, i))
+    members: dict[int, list[int]] = {}
+    for i in range(len(traces)):
+        members.setdefault(root(i), []).append(i)
+    if len(members) < 2:
+        raise ValueError(f"{traces.name}: all traces share content, no validation set can be cut from them")
+    wanted = max(1, round(share * len(traces)))
+    held: list[int] = []
+    for key in np.random.default_rng(seed).permutation(sorted(members, key=lambda k: members[k][0])):
+        group = members[int(key)]
+        if len(held) < wanted and len(held) + len(group) <= max(wanted * 1.5, 1) and len(held) + len(group) < len(traces):
+            held += group
+    if not held:
+        held = min(members.values(), key=len)
+    rest = sorted(set(range(len(traces))) - set(held))
+    return traces.subset(rest, f"{traces.name} (train part)"), traces.subset(sorted(held), f"{traces.name} (validation part)")

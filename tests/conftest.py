@@ -1,0 +1,45 @@
+"""Fixtures shared by all tests: the original's golden outputs and its real data, both optional."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+
+BESIDE = Path(__file__).resolve().parents[2] / "shared"
+"""Where the original's data and golden outputs lie unless $NETLLM_DATA and $NETLLM_GOLDEN say otherwise."""
+
+GOLDEN = Path(os.environ.get("NETLLM_GOLDEN") or BESIDE / "golden")
+REAL_DATA = Path(os.environ.get("NETLLM_DATA") or BESIDE / "netllm" / "abr")
+
+if REAL_DATA.is_dir():  # commands that tests start find the data where the tests do
+    os.environ["NETLLM_DATA"] = str(REAL_DATA)
+
+
+def _require(folder: Path, variable: str, what: str) -> Path:
+    if not folder.is_dir():
+        reason = f"{what} not found at {folder}: comparison with the original NOT run (set ${variable})"
+        warnings.warn(reason, stacklevel=2)
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the original's golden outputs; skips loudly when it is absent."""
+    return _require(GOLDEN, "NETLLM_GOLDEN", "golden outputs")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The original's `data/` folder; skips loudly when it is absent."""
+    return _require(REAL_DATA, "NETLLM_DATA", "the original's data")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [
+        f"{what}: {folder}" + ("" if folder.is_dir() else " (ABSENT: comparisons with the original will be skipped)")
+        for what, folder in (("golden outputs", GOLDEN), ("real data", REAL_DATA))
+    ]
