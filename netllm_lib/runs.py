@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ VERSIONED = ("numpy", "pandas", "numba", "torch", "transformers", "peft", "paper
 def reports_root() -> Path:
     """`$NETLLM_REPORTS`, or `reports/` of the checkout."""
     return Path(os.environ.get("NETLLM_REPORTS") or PROJECT / "reports")
+
+
+def cache_root() -> Path:
+    """`$NETLLM_CACHE`, or `data/cache/` of the checkout: what can be made again, but is dear to make."""
+    return Path(os.environ.get("NETLLM_CACHE") or PROJECT / "data" / "cache")
 
 
 # --- hashes -------------------------------------------------------------------------------------------------------------
@@ -155,21 +160,73 @@ class Run:
         write_json(self.folder / MANIFEST, manifest | {"status": "done", "finished": _now()})
 
 
-def open_run(kind: str, name: str, config: Any, inputs: Mapping[str, str] | None = None, root: Path | None = None) -> Run:
+def open_run(
+    kind: str, name: str, config: Any, inputs: Mapping[str, str] | None = None, root: Path | None = None
+) -> Run:
     """The run folder for this work, created if need be.
 
     `config` is anything JSON-like or a dataclass; `inputs` maps the name of each input to its content hash. Both decide the
     folder's name; versions, device and git revision are recorded in the manifest but do not.
     """
-    folder = (root or reports_root()) / "runs" / kind / f"{name}-{content_hash({'config': config, 'inputs': inputs or {}})}"
+    folder = (
+        (root or reports_root()) / "runs" / kind / f"{name}-{content_hash({'config': config, 'inputs': inputs or {}})}"
+    )
     run = Run(folder)
     if not (folder / MANIFEST).exists():
         write_json(folder / "config.json", config)
         write_json(
             folder / MANIFEST,
-            {"status": "started", "kind": kind, "name": name, "inputs": inputs or {}, "started": _now(), **environment()},
+            {
+                "status": "started",
+                "kind": kind,
+                "name": name,
+                "inputs": inputs or {},
+                "started": _now(),
+                **environment(),
+            },
         )
     return run
+
+
+def output_folder(run_dir: str, notebook: str) -> Path:
+    """Where a notebook writes: the run folder that the runner names, or `reports/runs/<notebook>/interactive` for a person."""
+    folder = Path(run_dir) if run_dir else reports_root() / "runs" / notebook / "interactive"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def headless() -> bool:
+    """True under the runner, which sets $NETLLM_HEADLESS: print lines rather than draw widgets."""
+    return bool(os.environ.get("NETLLM_HEADLESS"))
+
+
+def progress(label: str, every_s: float = 5.0) -> Callable[..., None]:
+    """A callback `(done, total, info={})` for the library's loops: a bar for a person, a line every few seconds headless."""
+    if not headless():
+        from tqdm.auto import tqdm
+
+        bar = tqdm(desc=label)
+
+        def redraw(done: int, total: int, info: Mapping[str, Any] | None = None) -> None:
+            bar.total = total
+            bar.set_postfix({k: f"{v:.3f}" for k, v in (info or {}).items() if k == "loss"}, refresh=False)
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
+
+        return redraw
+    started = last = time.monotonic()
+
+    def line(done: int, total: int, info: Mapping[str, Any] | None = None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= every_s or done == total:
+            last = now
+            left = (now - started) / done * (total - done)
+            loss = f"  loss {info['loss']:.3f}" if info and "loss" in info else ""
+            print(f"{label}: {done}/{total}{loss}  {now - started:.0f} s, about {left:.0f} s left", flush=True)
+
+    return line
 
 
 def environment() -> dict[str, Any]:
@@ -180,7 +237,12 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"python": platform.python_version(), "versions": versions, "machine": platform.machine(), "git": git_revision()}
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": platform.machine(),
+        "git": git_revision(),
+    }
 
 
 def git_revision() -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from netllm_lib.abr.policies.base import Episodes
@@ -44,6 +46,7 @@ def upstream_episodes(
     seed: int = 100003,
     draws_actions: bool = False,
     pool: bool = False,
+    clock: Literal["running", "episode"] = "running",
 ) -> Episodes:
     """The episodes of the original's evaluation, or with `pool=True` of its pool generation, with its random stream.
 
@@ -51,7 +54,7 @@ def upstream_episodes(
     pointer per trace in playing order (unless there is a pointer file). An evaluation reseeds after that; pool generation
     seeds before, so its seed has no effect. Then, trace by trace and chunk by chunk: the noise (unless fixed), then one
     action draw for policies of the Pensieve family (`draws_actions`). `trace_num` -1 means all; an evaluation of all traces
-    has a fixed order, pool generation only for -1.
+    has a fixed order, pool generation only for -1. `clock="episode"` starts the table's time_s anew with every trace.
     """
     count = len(traces)
     if trace_num == -1:
@@ -86,5 +89,5 @@ def upstream_episodes(
         action_draws=draws,
         seed=seed,
         fixed=fixed,
-        running_clock=True,
+        running_clock=clock == "running",
     )

@@ -1,26 +1,30 @@
 """The Pensieve-family actors Genet and UDR (Xia et al., SIGCOMM 2022), ported to NumPy from their TensorFlow 1 checkpoints.
 
-Reading a checkpoint needs TensorFlow once (`export_actor`, run in the TensorFlow environment); playing does not.
+Reading a checkpoint needs TensorFlow once (`tensorflow_actor.py`, run in the TensorFlow environment); playing does not.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from netllm_lib.abr.policies.base import Episodes, Observation, Policy
 from netllm_lib.abr.qoe import LEVELS
-from netllm_lib.runs import atomic_path
+from netllm_lib.runs import PROJECT, cache_root, file_hash
 
 DENSE = ("FullyConnected", "FullyConnected_1", "FullyConnected_2")  # state rows 0, 1, 5
 CONV = ("Conv1D", "Conv1D_1", "Conv1D_2")  # state rows 2, 3, 4
 HIDDEN, OUT = "FullyConnected_3", "FullyConnected_4"
 _MOVE_OF_ACTION = np.array([-1, 0, 1])  # action 0: down, 1: stay, 2: up
-_SHAPES = {name: (1, 128) for name in DENSE} | {name: (4, 1, 6, 128) for name in CONV} | {HIDDEN: (768, 128), OUT: (128, 3)}
+SHAPES = {name: (1, 128) for name in DENSE} | {name: (4, 1, 6, 128) for name in CONV} | {HIDDEN: (768, 128), OUT: (128, 3)}
 
 
 def latest_checkpoint(folder: Path) -> Path:
@@ -33,24 +37,39 @@ def latest_checkpoint(folder: Path) -> Path:
     return steps[max(steps)].with_suffix("")
 
 
-def export_actor(checkpoint: Path, path: Path) -> Path:
-    """Write the actor's weights of a TensorFlow checkpoint prefix as .safetensors. Needs TensorFlow.
+def tensorflow_python() -> str | None:
+    """A Python with TensorFlow: `$NETLLM_TF_PYTHON`, this one, or that of `.venv-tf`; None if there is none."""
+    if named := os.environ.get("NETLLM_TF_PYTHON"):
+        return named
+    if importlib.util.find_spec("tensorflow"):
+        return sys.executable
+    beside = PROJECT / ".venv-tf" / "bin" / "python"
+    return str(beside) if beside.exists() else None
 
-    Only the 16 `actor/…/W` and `/b` variables are kept. Raises ValueError if one is missing or has another shape.
+
+def exported_actor(folder: Path) -> Path:
+    """The exported weights of the newest checkpoint in `folder`, from the cache; exported now if need be (some seconds).
+
+    Raises RuntimeError if that needs TensorFlow and no environment has it.
     """
-    import tensorflow as tf
-
-    reader = tf.train.load_checkpoint(str(checkpoint))
-    shapes = reader.get_variable_to_shape_map()
-    weights = {}
-    for layer, shape in _SHAPES.items():
-        for part, expected in (("W", shape), ("b", shape[-1:])):
-            key = f"actor/{layer}/{part}"
-            if tuple(shapes.get(key, ())) != expected:
-                raise ValueError(f"{checkpoint}: variable {key} has shape {shapes.get(key)}, expected {list(expected)}")
-            weights[f"{layer}/{part}"] = np.ascontiguousarray(reader.get_tensor(key), dtype=np.float32)
-    with atomic_path(path) as aside:
-        save_file(weights, aside, metadata={"checkpoint": Path(checkpoint).name})
+    checkpoint = latest_checkpoint(folder)
+    digest = file_hash(checkpoint.with_name(f"{checkpoint.name}.data-00000-of-00001"), digits=10)
+    path = cache_root() / "actors" / f"{Path(folder).name}-{digest}.safetensors"
+    if path.exists():
+        return path
+    python = tensorflow_python()
+    if python is None:
+        raise RuntimeError(
+            f"actor {Path(folder).name}: its TensorFlow checkpoint was never exported and no TensorFlow was found; "
+            "run `make env-tf` once (or set $NETLLM_TF_PYTHON to a Python that has it)"
+        )
+    quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    module = "netllm_lib.abr.policies.tensorflow_actor"
+    command = [python, "-m", module, str(checkpoint.resolve()), str(path.resolve())]
+    done = subprocess.run(command, cwd=PROJECT, env=quiet, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"exporting {checkpoint} with {python} failed: {reason}")
     return path
 
 
@@ -58,7 +77,7 @@ class Actor:
     """The actor network: states [N, 6, 6] -> probabilities [N, 3] of the actions down, stay, up. float32 throughout."""
 
     def __init__(self, weights: dict[str, np.ndarray]):
-        for layer, shape in _SHAPES.items():
+        for layer, shape in SHAPES.items():
             found = weights.get(f"{layer}/W", np.zeros(0)).shape
             if found != shape:
                 raise ValueError(f"actor weights: {layer}/W has shape {found}, expected {shape}")
@@ -68,7 +87,7 @@ class Actor:
     def load(cls, path: Path) -> Actor:
         """Read the weights that `export_actor` wrote."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no exported actor; run notebook 02 or `netllm data actors`")
+            raise FileNotFoundError(f"{path}: no exported actor; notebook 02 exports them")
         return cls(load_file(path))
 
     def probabilities(self, states: np.ndarray) -> np.ndarray:
@@ -99,19 +118,23 @@ class Pensieve(Policy):
         if choose not in ("sample", "argmax"):
             raise ValueError(f'choose must be "sample" or "argmax", not {choose!r}')
         self.actor, self.name, self.choose = actor, name, choose
-        self._probabilities = np.zeros((0, 3), dtype=np.float32)
 
     def reset(self, episodes: Episodes) -> None:
-        self._draws = (episodes.action_draws / 1000).astype(np.float32)
+        self._draws = episodes.action_draws
 
     def act(self, observation: Observation) -> np.ndarray:
-        self._probabilities = self.actor.probabilities(observation.state)
+        probabilities = self.actor.probabilities(observation.state)
         if self.choose == "sample":
-            draw = self._draws[observation.episode, observation.chunk - 1]
-            action = (np.cumsum(self._probabilities, axis=1) > draw[:, None]).argmax(axis=1)  # none exceeds: action 0
+            action = sampled_action(probabilities, self._draws[observation.episode, observation.chunk - 1])
         else:
-            action = self._probabilities.argmax(axis=1)
+            action = probabilities.argmax(axis=1)
         return np.clip(observation.last_level + _MOVE_OF_ACTION[action], 0, LEVELS - 1)
+
+
+def sampled_action(probabilities: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """[N] the first action whose cumulated probability [N, 3] exceeds draw / 1000 in float32; 0 if none does."""
+    thresholds = (draws / 1000).astype(np.float32)
+    return (np.cumsum(probabilities, axis=1) > thresholds[:, None]).argmax(axis=1)
 
 
 def _relu(x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,143 @@
+"""Figures: pure functions of data, drawn into `axes` if given, returned in any case.
+
+Colours are those of seaborn's colour-blind palette; lines differ in style too, so that prints in black and white stay legible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+from netllm_lib.abr import qoe
+from netllm_lib.abr.pool import ExperiencePool
+from netllm_lib.abr.traces import Trace, TraceSet
+from netllm_lib.stats import Interval
+
+PALETTE = sns.color_palette("colorblind")
+STYLES = ("-", "--", ":", "-.")
+
+
+def plot_bandwidths(trace_sets: Sequence[TraceSet], axes: Axes | None = None) -> Axes:
+    """Distribution over traces of the mean bandwidth, one step curve per trace set."""
+    ax = _axes(axes, (7, 3.2))
+    for i, traces in enumerate(trace_sets):
+        means = traces.describe()["mean_mbps"]
+        label = f"{traces.name} ({len(traces)} traces)"
+        sns.ecdfplot(means, ax=ax, label=label, color=PALETTE[i], linestyle=STYLES[i % len(STYLES)])
+    ax.set(xlabel="mean bandwidth of a trace (Mbps)", ylabel="share of traces", title="Bandwidth")
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_pool(pool: ExperiencePool) -> np.ndarray:
+    """Three panels of an experience pool: levels, rewards of transitions, mean reward of episodes. Returns the axes [3]."""
+    _, axes = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
+    share = np.bincount(pool.actions, minlength=qoe.LEVELS) / len(pool)
+    axes[0].bar(range(qoe.LEVELS), 100 * share, color=PALETTE[0])
+    axes[0].set(xlabel="level", ylabel="share of transitions (%)", title="Levels chosen")
+    axes[1].hist(pool.rewards, bins=80, color=PALETTE[1])
+    axes[1].set(yscale="log", xlabel="reward of a chunk", ylabel="transitions", title="Rewards: the tail is stalls")
+    axes[2].hist(pool.episode_returns() / pool.episode_lengths, bins=40, color=PALETTE[2])
+    axes[2].set(xlabel="mean reward of an episode", ylabel="episodes", title="Episodes")
+    return axes
+
+
+def plot_training(history: pd.DataFrame, references: Mapping[str, float], axes: Axes | None = None) -> Axes:
+    """Training loss by optimizer step, with reference losses (for example chance, or the behaviour policy's entropy)."""
+    ax = _axes(axes, (8, 3.5))
+    steps = history.groupby("step")["loss"].mean()
+    ax.plot(steps.index, steps, color="0.75", linewidth=0.8, label="loss of a step")
+    ax.plot(steps.index, steps.rolling(15, min_periods=1).mean(), color=PALETTE[0], label="mean of 15 steps")
+    for i, (name, value) in enumerate(references.items()):
+        ax.axhline(value, color=PALETTE[i + 1], linestyle=STYLES[1 + i % 3], linewidth=1.2, label=f"{name}: {value:.2f}")
+    ax.set(xlabel="optimizer step", ylabel="cross-entropy (nats)", title="Training loss")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def plot_decomposition(tables: Mapping[str, pd.DataFrame], axes: Axes | None = None) -> Axes:
+    """Where the reward goes, by policy: bitrate gained, rebuffering and switching paid; the dot is the mean reward."""
+    ax = _axes(axes, (8, 0.55 * len(tables) + 1.4))
+    means = pd.DataFrame({name: qoe.per_trace(table).mean() for name, table in tables.items()}).T[::-1]
+    ax.barh(means.index, means["quality"], color=PALETTE[0], label="quality (bitrate)")
+    ax.barh(means.index, -means["rebuffering"], color=PALETTE[3], hatch="//", label="rebuffering")
+    ax.barh(means.index, -means["smoothness"], left=-means["rebuffering"], color=PALETTE[1], hatch="..", label="smoothness")
+    ax.plot(means["reward"], means.index, "ko", label="mean reward")
+    for name, value in means["reward"].items():
+        ax.annotate(f"{value:.3f}", (value, name), xytext=(6, 6), textcoords="offset points", fontsize=8)
+    ax.axvline(0, color="k", linewidth=0.8)
+    ax.set(xlabel="reward per chunk (Mbps)", title="Where the reward goes")
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def plot_differences(differences: Mapping[str, Interval], axes: Axes | None = None) -> Axes:
+    """Paired differences with their intervals; one whose interval holds zero is drawn hollow."""
+    ax = _axes(axes, (8, 0.5 * len(differences) + 1.3))
+    for row, (_, interval) in enumerate(reversed(differences.items())):
+        color = PALETTE[2] if interval.low > 0 else PALETTE[3] if interval.high < 0 else "0.4"
+        ax.plot([interval.low, interval.high], [row, row], color=color, linewidth=2)
+        ax.plot(interval.mean, row, "o", color=color, markerfacecolor=color if interval.excludes_zero else "white")
+    ax.set_yticks(range(len(differences)), list(reversed(differences)))
+    ax.axvline(0, color="k", linewidth=0.8)
+    ax.set(xlabel="difference of mean reward, 95 % interval over traces", ylim=(-0.7, len(differences) - 0.3))
+    ax.set_title("Paired differences (hollow: no difference shown)")
+    return ax
+
+
+def plot_trace_gaps(ours: pd.DataFrame, baseline: pd.DataFrame, names: tuple[str, str], axes: Axes | None = None) -> Axes:
+    """Difference of mean reward per trace, sorted: is the gap everywhere, or in a few traces?"""
+    ax = _axes(axes, (9, 3.2))
+    gap = np.sort((qoe.per_trace(ours)["reward"] - qoe.per_trace(baseline)["reward"]).to_numpy())
+    ax.bar(range(len(gap)), gap, width=1.0, color=[PALETTE[3] if value < 0 else PALETTE[2] for value in gap])
+    ax.axhline(0, color="k", linewidth=0.8)
+    ax.set(xlabel="traces, sorted by the difference", ylabel=f"{names[0]} − {names[1]}", title="Gap by trace")
+    return ax
+
+
+def plot_timeline(tables: Mapping[str, pd.DataFrame], trace: Trace, label: str | None = None) -> np.ndarray:
+    """One trace as its viewers lived it: bandwidth with the bitrates chosen, and the buffer with stalls marked.
+
+    `label` is the trace's name in the tables (its own by default). The bandwidth is drawn from the start pointer on; round trips
+    and noise do not advance a trace, so it may lead the clock by a few seconds. Returns the axes [2].
+    """
+    _, axes = plt.subplots(2, 1, figsize=(10, 5.2), sharex=True, constrained_layout=True, height_ratios=(3, 2))
+    rows = {name: table[table["trace"] == (label or trace.name)] for name, table in tables.items()}
+    first = next(iter(rows.values()))
+    if first.empty:
+        raise ValueError(f"trace {label or trace.name!r} is not in the tables")
+    end_s = max(float(r["time_s"].iloc[-1]) for r in rows.values())
+    time_s, mbps = _unrolled(trace, int(first["start_ptr"].iloc[0]), end_s)
+    axes[0].fill_between(time_s, mbps, step="pre", color="0.88", label="bandwidth")
+    for i, (name, r) in enumerate(rows.items()):
+        style = {"color": PALETTE[i], "linestyle": STYLES[i % len(STYLES)]}
+        axes[0].step(r["time_s"], r["bitrate_kbps"] / 1000, where="pre", label=name, **style)
+        axes[1].plot(r["time_s"], r["buffer_s"], label=name, **style)
+        stalls = r[(r["rebuffer_s"] > 0) & (r["chunk"] > 0)]
+        size = 25 + 60 * stalls["rebuffer_s"].clip(upper=5)
+        axes[1].scatter(stalls["time_s"], stalls["buffer_s"], s=size, marker="x", color=PALETTE[i])
+    axes[0].set(ylabel="Mbps", title=f"{label or trace.name}: bandwidth and chosen bitrate")
+    axes[0].set_ylim(0, 1.15 * max(4.3 if max(r["bitrate_kbps"].max() for r in rows.values()) > 2850 else 3.0, 1))
+    axes[0].legend(frameon=False, fontsize=8, ncols=4, loc="upper right")
+    axes[1].set(xlabel="time since the start (s)", ylabel="buffer (s)", title="Buffer (× marks a stall, larger for longer)")
+    return axes
+
+
+def _unrolled(trace: Trace, start_ptr: int, duration_s: float) -> tuple[np.ndarray, np.ndarray]:
+    """Sample ends in seconds since the start pointer and their bandwidth, repeated until `duration_s`."""
+    lengths, rates = np.diff(trace.time_s), trace.mbps[1:]
+    first = start_ptr - 1
+    lengths, rates = np.roll(lengths, -first), np.roll(rates, -first)
+    times = int(np.ceil(duration_s / lengths.sum())) + 1
+    ends = np.cumsum(np.tile(lengths, times))
+    keep = int(np.searchsorted(ends, duration_s)) + 1
+    return np.concatenate([[0.0], ends[:keep]]), np.concatenate([rates[:1], np.tile(rates, times)[:keep]])
+
+
+def _axes(axes: Axes | None, size: tuple[float, float]) -> Axes:
+    return axes if axes is not None else plt.subplots(figsize=size, constrained_layout=True)[1]

@@ -1,0 +1,212 @@
+"""The fine-tuned LLM as a policy.
+
+Sound by default: argmax, context cleared per trace, N traces in lock-step. `EvalConfig.upstream()` tests as the original does.
+Source: NetLLM, `plm_special/test.py`, `evaluate.py` and `OfflineRLPolicy.sample`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from netllm_lib.abr import qoe
+from netllm_lib.abr.model import TOKENS_PER_STEP, PolicyNetwork
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.base import Episodes, Observation, Policy
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.plm import TokenCache, fast_dtype
+
+if TYPE_CHECKING:
+    from netllm_lib.abr.checkpoint import CheckpointMeta
+
+OPEN_STEP = TOKENS_PER_STEP - 1  # tokens of the current step: all but its action
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How a fine-tuned LLM is tested."""
+
+    # --- which level
+    choose: Literal["argmax", "sample"] = "argmax"
+    draws: Literal["trace", "stream"] = "trace"
+    """Random numbers for sampling: a seeded stream for each trace, or as in the original one `random.choices` stream over
+    all traces in playing order, 48 draws a trace."""
+    dropout: bool = False  # the original tests with dropout on in the evaluations during training, with dropout off afterwards
+
+    # --- what it sees
+    context: Literal["clear", "leak"] = "clear"
+    """"leak": a trace begins with the end of the previous one in its context, as in the original; traces are then played one
+    after the other."""
+    context_window: Literal["cached", "rolling"] = "cached"
+    """"rolling" recomputes the last w steps for every decision, as in training and in the original. "cached" computes
+    each token once: about 16 times less work. Up to decision w + 1 both are the same function. Later ones are the same too when w
+    covers the whole episode; otherwise cached is an approximation, because a token's hidden state still reflects steps
+    that have left the window. Each new token attends to the last w steps in either case."""
+    w: int | None = None  # previous steps in the context; None: as trained
+    cut_to_hidden: bool = False  # the original keeps only the last `hidden` tokens, which matters below 8 w + 7
+    target_return_scale: float = 1.0  # factor on the training pool's largest return-to-go
+    extra_step: bool = False  # decide once more after the last chunk, as the original does, with an untrained timestep
+
+    # --- how it is computed
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Of the PLM's weights while testing; "float32" keeps the weights as loaded, "auto" is bfloat16 where that is faster."""
+    merge_lora: bool = True  # add LoRA into the weights for the test; rounds differently by about 1e-6
+
+    def __post_init__(self) -> None:
+        if self.context == "leak" and self.context_window == "cached":
+            raise ValueError('context="leak" goes on for ever and needs context_window="rolling"')
+
+    @classmethod
+    def upstream(cls, in_training: bool = False, **changes: object) -> EvalConfig:
+        """As the original tests (`--test`); `in_training`: as it evaluates while training (`--adapt`), with dropout on."""
+        original: dict[str, object] = {
+            "choose": "sample",
+            "draws": "stream",
+            "dropout": in_training,
+            "context": "leak",
+            "context_window": "rolling",
+            "cut_to_hidden": True,
+            "extra_step": True,
+            "merge_lora": False,
+        }
+        return cls(**(original | changes))  # type: ignore[arg-type]
+
+
+class LLMPolicy(Policy):
+    """A `PolicyNetwork` that chooses levels. `meta` says how it was trained: window, reward range, target return."""
+
+    def __init__(self, network: PolicyNetwork, meta: CheckpointMeta, config: EvalConfig | None = None, name: str = "llm"):
+        config = config or EvalConfig()
+        if config.context_window == "cached" and not network.plm.causal:
+            raise ValueError(f'{network.plm.family} is not causal and cannot be cached: use context_window="rolling"')
+        self.name = name
+        self.network = network
+        self.scale = meta.scale
+        self.config = config
+        self.w = config.w or meta.w
+        self.carries_state = config.context == "leak"
+        self.acts_after_last = config.extra_step
+        self._weights = None
+        self._uniform: np.ndarray | None = None
+        self._clear(0)
+
+    def reset(self, episodes: Episodes) -> None:
+        """Draws the sampling stream ahead and prepares the weights (they may have been trained since the last test)."""
+        config, plm = self.config, self.network.plm
+        if config.choose == "sample":
+            self._uniform = _uniform_draws(config.draws, episodes)
+        if config.dropout:
+            torch.manual_seed(episodes.seed)
+        dtype = {"float32": None, "bfloat16": torch.bfloat16, "auto": fast_dtype(plm.device)}[config.precision]
+        merge = config.merge_lora and not config.dropout  # LoRA has a dropout of its own
+        self._weights = plm.inference_weights(dtype, merge) if dtype is not None or merge else None
+        self._clear(0)
+
+    def act(self, observation: Observation) -> np.ndarray:
+        """Levels [N]. The first call of a trace (chunk 1) is timestep 0; the reward of chunk 0 is never subtracted."""
+        if observation.chunk == 1:
+            self._begin(len(observation.episode))
+        else:
+            self._target = self._target - self.scale.normalise(observation.last_reward)
+        self._remember(observation)
+        training = self.network.training
+        self.network.train(self.config.dropout)
+        try:
+            with torch.inference_mode(), self.network.plm.using(self._weights):
+                logits = self._logits()
+        finally:
+            self.network.train(training)
+        self.logits = logits.float().cpu().numpy()
+        self.probabilities = torch.softmax(torch.from_numpy(self.logits), dim=-1).numpy()
+        levels = self._choose(observation)
+        self._actions[-1] = torch.from_numpy(levels)
+        return levels
+
+    def extras(self) -> Mapping[str, np.ndarray]:
+        """Probabilities p0 … p5 and the return-to-go that the decision was conditioned on."""
+        columns = {f"p{level}": self.probabilities[:, level] for level in range(self.probabilities.shape[1])}
+        return {**columns, "return_to_go": self._target}
+
+    # --- context
+
+    def _clear(self, episodes: int) -> None:
+        self._states: list[torch.Tensor] = []  # [N, 6, 6] each, oldest first
+        self._actions: list[torch.Tensor] = []  # [N]
+        self._returns: list[torch.Tensor] = []  # [N]
+        self._timesteps: list[int] = []
+        self._cache: TokenCache | None = None
+
+    def _begin(self, episodes: int) -> None:
+        if self.config.context == "clear":
+            self._clear(episodes)
+        if self.config.context_window == "cached":
+            steps = self.network.config.max_timestep + 2
+            attend = TOKENS_PER_STEP * self.w + OPEN_STEP
+            self._cache = self.network.plm.new_cache(steps * TOKENS_PER_STEP, attend)
+        self._target = np.full(episodes, self.scale.target_return * self.config.target_return_scale)
+
+    def _remember(self, observation: Observation) -> None:
+        """Add the current step, its action still open, and forget what is older than the window."""
+        timestep = observation.chunk - 1
+        if timestep > self.network.config.max_timestep + 1:
+            raise ValueError(
+                f"decision {observation.chunk} of an episode; the policy was trained on episodes of "
+                f"{self.network.config.max_timestep + 1} decisions"
+            )
+        self._states.append(torch.from_numpy(np.asarray(observation.state, dtype=np.float32)))
+        self._actions.append(torch.zeros(len(observation.episode), dtype=torch.int64))
+        self._returns.append(torch.from_numpy(self._target.astype(np.float32)))
+        self._timesteps.append(timestep)
+        keep = 2 if self._cache is not None else self.w + 1
+        for memory in (self._states, self._actions, self._returns, self._timesteps):
+            del memory[:-keep]
+
+    def _logits(self) -> torch.Tensor:  # [N, 6]
+        network, steps = self.network, len(self._states)
+        tokens = network.embed(
+            torch.stack(self._states, dim=1).to(network.device),
+            torch.stack(self._actions, dim=1).to(network.device),
+            torch.stack(self._returns, dim=1).to(network.device),
+            torch.tensor([self._timesteps], device=network.device).expand(len(self._states[0]), steps),
+        )[:, :-1]  # the action of the current step is what is asked for
+        if self._cache is not None:
+            new = OPEN_STEP if steps == 1 else TOKENS_PER_STEP  # the previous action, then the current step
+            return network.decide(tokens[:, -new:], self._cache)
+        if self.config.cut_to_hidden:
+            tokens = tokens[:, -network.plm.hidden_size :]
+        return network.decide(tokens)
+
+    # --- choice
+
+    def _choose(self, observation: Observation) -> np.ndarray:
+        if self.config.choose == "argmax":
+            return self.logits.argmax(axis=1)
+        assert self._uniform is not None, "reset() draws the random numbers"
+        # random.choices: running sums in float32, total and product in float64, the first sum that is larger
+        sums = np.cumsum(self.probabilities, axis=1, dtype=np.float32)
+        threshold = self._uniform[observation.episode, observation.chunk - 1] * sums[:, -1].astype(np.float64)
+        return (sums[:, :-1].astype(np.float64) <= threshold[:, None]).sum(axis=1)
+
+
+def validator(simulator: Simulator, meta: CheckpointMeta, config: EvalConfig | None = None) -> Callable[[PolicyNetwork], float]:
+    """A `validate` for `train`: mean reward of the network, played over the simulator's episodes (validation traces)."""
+
+    def validate(network: PolicyNetwork) -> float:
+        policy = LLMPolicy(network, meta, config or EvalConfig(precision="auto"))
+        return qoe.summarise(play(policy, simulator)).reward
+
+    return validate
+
+
+def _uniform_draws(draws: str, episodes: Episodes, decisions: int = 48) -> np.ndarray:
+    """Float64 [trace, decision] in [0, 1)."""
+    if draws == "stream":
+        stream = random.Random(episodes.seed)
+        return np.array([[stream.random() for _ in range(decisions)] for _ in range(len(episodes))])
+    seeds = [(episodes.seed, int(trace)) for trace in episodes.trace_index]
+    return np.array([np.random.default_rng(seed).random(decisions) for seed in seeds])

@@ -1,0 +1,74 @@
+"""The part of the Genet and UDR actors that needs TensorFlow: reading their checkpoints, and being the port's reference.
+
+    python -m netllm_lib.abr.policies.tensorflow_actor CHECKPOINT OUT.safetensors
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.play import rollout
+from netllm_lib.abr.policies.pensieve import CONV, DENSE, HIDDEN, OUT, SHAPES, Actor, Pensieve
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.traces import Registry
+from netllm_lib.runs import atomic_path
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, np.ndarray]:
+    """The actor's 16 variables of a TensorFlow 1 checkpoint (a path without ".index"), as "<layer>/W" and "<layer>/b".
+
+    Raises ValueError if one is missing or has another shape. Critic and optimizer slots are ignored.
+    """
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(checkpoint))
+    found = reader.get_variable_to_shape_map()
+    weights = {}
+    for layer, shape in SHAPES.items():
+        for part, expected in (("W", shape), ("b", shape[-1:])):
+            key = f"actor/{layer}/{part}"
+            if tuple(found.get(key, ())) != expected:
+                raise ValueError(f"{checkpoint}: variable {key} has shape {found.get(key)}, expected {list(expected)}")
+            weights[f"{layer}/{part}"] = np.ascontiguousarray(reader.get_tensor(key), dtype=np.float32)
+    return weights
+
+
+def export_actor(checkpoint: Path, path: Path) -> Path:
+    """Write a checkpoint's actor as .safetensors."""
+    weights = read_checkpoint(checkpoint)
+    with atomic_path(path) as aside:
+        save_file(weights, aside, metadata={"checkpoint": Path(checkpoint).name})
+    return path
+
+
+def probabilities(checkpoint: Path, states: np.ndarray) -> np.ndarray:
+    """[N, 3] float32, computed by TensorFlow's own operations, convolutions and padding included."""
+    import tensorflow as tf
+
+    w, x = read_checkpoint(checkpoint), tf.constant(states, tf.float32)
+    dense = [tf.nn.relu(x[:, row, -1:] @ w[f"{name}/W"] + w[f"{name}/b"]) for name, row in zip(DENSE, (0, 1, 5), strict=True)]
+    convolved = []
+    for name, row in zip(CONV, (2, 3, 4), strict=True):  # length 1, six channels
+        y = tf.nn.conv2d(x[:, row, None, None, :], w[f"{name}/W"], strides=1, padding="SAME")
+        convolved.append(tf.reshape(tf.nn.relu(y + w[f"{name}/b"]), [len(states), -1]))
+    merged = tf.concat([dense[0], dense[1], *convolved, dense[2]], axis=1)
+    hidden = tf.nn.relu(merged @ w[f"{HIDDEN}/W"] + w[f"{HIDDEN}/b"])
+    return tf.nn.softmax(hidden @ w[f"{OUT}/W"] + w[f"{OUT}/b"]).numpy()
+
+
+def visited_states(actor: Actor, registry: Registry, episodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(states [n, 6, 6], action draws [n]) of the decisions that an actor takes on the registry's test traces."""
+    traces = registry.trace_set(registry.default_traces("test"))
+    chosen = sound_episodes(traces).rows(range(min(episodes, len(traces))))
+    played = rollout(Pensieve(actor), Simulator(traces, registry.video(registry.default_video()), chosen), keep_states=True)
+    assert played.states is not None
+    return played.states[:, :-1].reshape(-1, 6, 6), chosen.action_draws[:, :-1].reshape(-1)
+
+
+if __name__ == "__main__":
+    export_actor(Path(sys.argv[1]), Path(sys.argv[2]))

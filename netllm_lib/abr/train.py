@@ -1,0 +1,556 @@
+"""Fine-tuning: from a pool to a checkpoint.
+
+`preflight` says what a configuration will do before it starts; `train` does it, can be killed and goes on where it was;
+`held_out` measures the loss on another pool. `TrainConfig.upstream()` trains as the original does, step by step
+(NetLLM, `plm_special/trainer.py` and `run_plm.py`); each of its habits is a field of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from netllm_lib import runs
+from netllm_lib.abr import checkpoint
+from netllm_lib.abr.model import TOKENS_PER_STEP, PolicyNetwork
+from netllm_lib.abr.windows import Batch, ReturnScale, WindowConfig, Windows, make_windows
+from netllm_lib.plm import fast_dtype
+
+if TYPE_CHECKING:
+    from netllm_lib.abr.pool import ExperiencePool
+
+Progress = Callable[[int, int, dict[str, Any]], None]
+Validate = Callable[[PolicyNetwork], float]
+
+STATE = "state.pt"
+HISTORY = "history.parquet"
+RESULT = "result.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a policy is fine-tuned. The defaults are sound and learn within minutes on a CPU."""
+
+    # --- windows, see windows.WindowConfig
+    windows: Literal["episode", "stride", "upstream"] = "episode"
+    w: int = 20  # transitions in a window
+    stride: int | None = None  # transitions from one window to the next; the original's sample_step
+    gamma: float = 1.0  # discount of the return-to-go
+    scale: float = 1000.0  # divides the return-to-go
+
+    # --- steps
+    epochs: int = 4
+    batch: int = 8  # windows in a micro-batch
+    accumulation: int = 1  # micro-batches in an optimizer step
+    last_group: Literal["mean", "upstream"] = "mean"
+    """"mean": the loss of a step is the mean over its labels. "upstream": the sum over its micro-batches' means divided by
+    `accumulation`, also when an epoch's last step has fewer, which then counts less."""
+    shuffle: Literal["seed", "torch"] = "seed"
+    """"seed": an epoch's order depends on `seed` and the epoch only. "torch": `DataLoader(shuffle=True)` on PyTorch's global
+    generator, as in the original, where every evaluation reseeds it and so repeats an order."""
+    order: tuple[tuple[int, ...], ...] | None = None
+    """Explicit window numbers in place of a shuffle: one tuple for each epoch, or a single one for all epochs."""
+    seed: int = 1
+
+    # --- optimizer
+    lr: float = 1e-3  # LoRA, or the whole PLM for rank -1
+    lr_around: float = 1e-2  # the modules around the PLM
+    weight_decay: float = 1e-4
+    warmup: float = 0.1  # part of the optimizer steps really taken, over which the rate rises to its peak
+    warmup_steps: int | None = None  # the same as a fixed number of steps; with it the peak may never be reached
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
+    lr_end: float = 0.05  # of a cosine, as a part of the peak
+    clip: Literal["step", "micro", "none"] = "step"
+    """"step": the gradient is clipped once, before an optimizer step. "micro": the accumulated gradient is clipped after every
+    micro-batch, as in the original: the last windows of a step then count far more than the first."""
+    max_grad_norm: float = 0.25
+
+    # --- numbers
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the PLM's arithmetic; "auto" is bfloat16 (autocast) where the device is faster with it. Weights stay as loaded."""
+
+    # --- along the way
+    checkpoint_steps: int | None = None  # optimizer steps between two resume points; there is one at every epoch's end
+    validate_epochs: int = 1  # epochs between two calls of `validate`; it is always called after the last
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "accumulation", "w", "validate_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.order is not None and len(self.order) not in (1, self.epochs):
+            raise ValueError(f"order has {len(self.order)} epochs, epochs={self.epochs}: give one tuple or one for each epoch")
+
+    @classmethod
+    def upstream(cls, **changes: Any) -> TrainConfig:
+        """The original's training with its default hyperparameters (and its documented accumulation of 32)."""
+        original: dict[str, Any] = {
+            "windows": "upstream",
+            "epochs": 80,
+            "batch": 1,
+            "accumulation": 32,
+            "last_group": "upstream",
+            "shuffle": "torch",
+            "seed": 100003,
+            "lr": 1e-4,
+            "lr_around": 1e-4,
+            "warmup_steps": 2000,
+            "schedule": "constant",
+            "clip": "micro",
+            "precision": "float32",
+            "validate_epochs": 2,
+        }
+        return cls(**(original | changes))
+
+    def cut(self, pool: ExperiencePool, like: ReturnScale | None = None) -> Windows:
+        """The pool's training windows; a validation pool's with `like`, the training windows' scale."""
+        config = WindowConfig(self.windows, self.w, self.stride)
+        return make_windows(pool, config, self.gamma, self.scale, like)
+
+
+class HeldOut(NamedTuple):
+    """How well the network predicts the actions of a pool."""
+
+    cross_entropy: float  # nats per action; ln 6 = 1.79 is chance
+    accuracy: float  # part of the actions that are the most probable one
+    labels: int  # actions predicted
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What training leaves behind. The network itself holds the final weights."""
+
+    history: pd.DataFrame
+    """A row per micro-batch: step, epoch, loss, grad_norm (before clipping; NaN where nothing was clipped), clipped, lr,
+    lr_around, seconds (of training so far)."""
+    evaluations: pd.DataFrame  # a row per validation: step, epoch, score, seconds (what it took)
+    final: Path  # checkpoint of the last step
+    best: Path  # checkpoint with the best score; the final one if there was no validation
+    seconds: float  # of training, over all sittings, validation not counted
+
+
+# --- before -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """What a training run will do, known before it starts. `print` it."""
+
+    windows: int
+    labels: int  # actions to predict in an epoch
+    crossing: int  # windows that hold parts of two episodes
+    micro_batches: int  # in all epochs
+    steps: int  # optimizer steps in all epochs
+    short_steps: int  # optimizer steps with fewer micro-batches than `accumulation`
+    warmup_steps: int
+    lr: float  # asked for
+    lr_peak: float  # really reached
+    lr_around_peak: float
+    trainable: int  # parameters
+    frozen: int
+    memory_bytes: float  # estimate of the peak while training
+    device_bytes: float | None  # memory of the device, if known
+    seconds: float | None  # expected, without validation; None if not measured
+    warnings: tuple[str, ...]
+
+    def table(self) -> pd.DataFrame:
+        """Two columns, for a notebook."""
+        device = "" if self.device_bytes is None else f" of {self.device_bytes / 1e9:.1f} GB"
+        rows = {
+            "windows": f"{self.windows} ({self.labels} actions to predict, {self.crossing} windows cross episodes)",
+            "optimizer steps": f"{self.steps} ({self.micro_batches} micro-batches)",
+            "warm-up": f"{self.warmup_steps} steps = {self.warmup_steps / max(self.steps, 1):.0%} of them",
+            "learning rate": f"peak {self.lr_peak:.2g} of {self.lr:.2g} for the PLM, {self.lr_around_peak:.2g} around it",
+            "parameters": f"{self.trainable / 1e6:.2f} M trained, {self.frozen / 1e6:.2f} M frozen",
+            "memory": f"about {self.memory_bytes / 1e9:.1f} GB{device}",
+            "time": "not measured" if self.seconds is None else f"about {_duration(self.seconds)} without validation",
+        }
+        rows |= {f"warning {i}": text for i, text in enumerate(self.warnings, 1)}
+        return pd.DataFrame({"what": rows.keys(), "value": rows.values()})
+
+    def __str__(self) -> str:
+        return "\n".join(f"{what:16} {value}" for what, value in self.table().itertuples(index=False))
+
+
+def preflight(config: TrainConfig, pool: ExperiencePool, network: PolicyNetwork, measure: bool = True) -> Preflight:
+    """Plan a training run. With `measure` one micro-batch is timed, forward and backward; nothing is changed by it."""
+    windows = config.cut(pool)
+    plan = _Plan(config, len(windows))
+    rates = [plan.rate(step) for step in range(plan.steps)]
+    trainable = sum(p.numel() for p in network.trainable().values())
+    total = sum(p.numel() for p in network.parameters())
+    crossing = int(windows.crossing.sum())
+    memory = _memory_bytes(network, config)
+    device_bytes = _device_bytes(network.device)
+    peak = max(rates, default=0.0)
+    warnings = []
+    if peak < 0.9:
+        warnings.append(
+            f"the warm-up of {plan.warmup} steps is longer than the run of {plan.steps}: the rate never passes {peak:.0%} of its value"
+        )
+    if plan.steps < 100:
+        warnings.append(f"{plan.steps} optimizer steps: the loss usually rests on a plateau for the first 40 to 60")
+    if crossing:
+        warnings.append(f"{crossing / len(windows):.0%} of the windows span two episodes")
+    if plan.short_steps and config.last_group == "upstream":
+        warnings.append(f"{plan.short_steps} steps are incomplete and count for less than the others")
+    if device_bytes is not None and memory > 0.95 * device_bytes:
+        warnings.append("the memory estimate exceeds the device: fewer windows a batch, bfloat16, or gradient checkpointing")
+    return Preflight(
+        windows=len(windows),
+        labels=windows.labels,
+        crossing=crossing,
+        micro_batches=plan.micro_batches,
+        steps=plan.steps,
+        short_steps=plan.short_steps,
+        warmup_steps=plan.warmup,
+        lr=config.lr,
+        lr_peak=config.lr * peak,
+        lr_around_peak=config.lr_around * peak,
+        trainable=trainable,
+        frozen=total - trainable,
+        memory_bytes=memory,
+        device_bytes=device_bytes,
+        seconds=_seconds_per_micro_batch(network, windows, config) * plan.micro_batches if measure else None,
+        warnings=tuple(warnings),
+    )
+
+
+class _Plan:
+    """Steps and learning rates of a run, from the configuration and the number of windows alone."""
+
+    def __init__(self, config: TrainConfig, windows: int):
+        self.config = config
+        self.windows = windows
+        sizes = [windows] * config.epochs
+        if config.order is not None:
+            sizes = [len(self.order_of(epoch)) for epoch in range(config.epochs)]
+        micro = [-(-size // config.batch) for size in sizes]
+        self.steps_of = [-(-m // config.accumulation) for m in micro]
+        self.micro_batches = sum(micro)
+        self.steps = sum(self.steps_of)
+        self.short_steps = sum(m % config.accumulation > 0 for m in micro)
+        part = max(1, round(config.warmup * self.steps))
+        self.warmup = config.warmup_steps if config.warmup_steps is not None else part
+
+    def rate(self, step: int) -> float:
+        """Part of the configured learning rate that optimizer step `step` (from 0) uses."""
+        if step + 1 < self.warmup or self.config.schedule == "constant":
+            return min((step + 1) / max(self.warmup, 1), 1.0)
+        done = (step + 1 - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.config.lr_end + (1 - self.config.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+    def order_of(self, epoch: int) -> np.ndarray:
+        """Window numbers int64 in the order in which `epoch` takes them. With shuffle="torch" it draws from PyTorch's generator."""
+        config = self.config
+        if config.order is not None:
+            order = np.asarray(config.order[epoch if len(config.order) > 1 else 0], dtype=np.int64)
+            if len(order) == 0 or order.min() < 0 or order.max() >= self.windows:
+                raise ValueError(f"order: epoch {epoch} needs window numbers from 0 to {self.windows - 1}")
+            return order
+        if config.shuffle == "torch":
+            loader = torch.utils.data.DataLoader(range(self.windows), batch_size=None, shuffle=True)  # type: ignore[arg-type]
+            return np.array([int(number) for number in loader], dtype=np.int64)
+        return np.random.default_rng([config.seed, epoch]).permutation(self.windows)
+
+
+def _seconds_per_micro_batch(network: PolicyNetwork, windows: Windows, config: TrainConfig) -> float:
+    batch = windows.batch(np.arange(config.batch) % len(windows)).to(network.device)
+    kept = {name: p.grad for name, p in network.trainable().items()}
+    training, best = network.training, math.inf
+    network.train()
+    with torch.random.fork_rng(enabled=True):
+        for _ in range(3):  # the first one also warms up
+            start = time.perf_counter()
+            _loss(network, batch, _autocast(network, config)).backward()
+            if network.device.type == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+    network.train(training)
+    for name, parameter in network.trainable().items():
+        parameter.grad = kept[name]
+    return best
+
+
+def _memory_bytes(network: PolicyNetwork, config: TrainConfig) -> float:
+    """Weights, gradients, AdamW's two moments and activations. The last follow from what layers keep for their gradient:
+    about 16 hidden and 7.5 intermediate vectors a token and layer (measured: within a third on SmolLM2)."""
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    trained = sum(p.numel() * 12 for p in network.trainable().values())
+    hf = network.plm.base.config
+    intermediate = getattr(hf, "intermediate_size", None) or getattr(hf, "d_ff", None) or 4 * network.plm.hidden_size
+    half = _autocast(network, config) is not None or network.plm.config.dtype != "float32"
+    token_bytes = (16 * network.plm.hidden_size + 7.5 * intermediate) * (2.7 if half else 4)
+    tokens = config.batch * config.w * TOKENS_PER_STEP
+    kept_layers = 1 + 0.1 * network.plm.layers if network.plm.config.gradient_checkpointing else network.plm.layers
+    base = 4e8 if network.device.type == "cpu" else 6e8  # Python, PyTorch, libraries
+    return base + weights + trained + tokens * kept_layers * token_bytes
+
+
+def _device_bytes(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return None
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+
+def train(
+    network: PolicyNetwork,
+    pool: ExperiencePool,
+    config: TrainConfig | None = None,
+    *,
+    folder: Path,
+    validate: Validate | None = None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Fine-tune `network` on `pool`; everything it leaves behind is in `folder`.
+
+    `validate(network)` returns a score, higher is better; it is called every `validate_epochs` epochs and decides which
+    checkpoint is the best. `progress(done_steps, total_steps, info)` is called after every optimizer step. A run that was
+    killed goes on from its last resume point when called again with the same arguments, to the same result bit by bit
+    on a CPU; one that is finished is read back. Raises ValueError if `folder` holds another run, if the pool's episodes are
+    longer than the network's timestep table, or if the loss is no longer finite.
+    """
+    config = config or TrainConfig()
+    folder = Path(folder)
+    windows = config.cut(pool)
+    if windows.scale.max_timestep > network.config.max_timestep:
+        raise ValueError(
+            f"the pool has episodes of {windows.scale.max_timestep + 1} steps, the network was made for "
+            f"{network.config.max_timestep + 1}: set NetworkConfig(max_timestep={windows.scale.max_timestep})"
+        )
+    run = _Run(network, windows, config, folder)
+    if (folder / RESULT).is_file():
+        return run.read_back()
+    keep_rng: Any = contextlib.nullcontext() if config.shuffle == "torch" else torch.random.fork_rng()
+    with keep_rng:
+        if (folder / STATE).is_file():
+            run.resume()
+        elif config.shuffle == "seed":
+            torch.manual_seed(config.seed)
+        return run.go(validate, progress)
+
+
+class _Run:
+    """A training run in progress; `state.pt` is its image on disk."""
+
+    def __init__(self, network: PolicyNetwork, windows: Windows, config: TrainConfig, folder: Path):
+        self.network, self.windows, self.config, self.folder = network, windows, config, folder
+        self.plan = _Plan(config, len(windows))
+        self.meta = checkpoint.describe(network, windows.scale, config.w, runs.plain(config))
+        # `device` and the like may differ between two sittings; the numbers that decide the result may not
+        self.key = runs.content_hash([config, windows.scale, network.config, network.plm.identity, self.meta.layers])
+        self.parameters = network.trainable()
+        plm_side = [p for name, p in self.parameters.items() if name.startswith("plm.")]
+        around = [p for name, p in self.parameters.items() if not name.startswith("plm.")]
+        groups = [{"params": around, "peak": config.lr_around}, {"params": plm_side, "peak": config.lr}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay)
+        self.step = 0  # optimizer steps taken
+        self.epoch = 0
+        self.step_in_epoch = 0
+        self.order: np.ndarray | None = None  # of the epoch in progress
+        self.rows: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def go(self, validate: Validate | None, progress: Progress | None) -> TrainResult:
+        config, group = self.config, self.config.batch * self.config.accumulation
+        while self.epoch < config.epochs:
+            if self.order is None:
+                self.order = self.plan.order_of(self.epoch)
+            self.network.train()
+            while self.step_in_epoch < self.plan.steps_of[self.epoch]:
+                start = time.perf_counter()
+                first = self.step_in_epoch * group
+                self._optimizer_step(self.order[first : first + group], start)
+                self.seconds += time.perf_counter() - start
+                self.step += 1
+                self.step_in_epoch += 1
+                if progress is not None:
+                    progress(self.step, self.plan.steps, {**self.rows[-1], "windows": len(self.windows)})
+                if config.checkpoint_steps and self.step % config.checkpoint_steps == 0:
+                    self._save()
+            self.network.eval()
+            self.epoch, self.step_in_epoch, self.order = self.epoch + 1, 0, None
+            if validate is not None and (self.epoch % config.validate_epochs == 0 or self.epoch == config.epochs):
+                self._validate(validate)
+            self._save()
+        return self._finish(validate is not None)
+
+    def _optimizer_step(self, numbers: np.ndarray, start: float) -> None:
+        config, plan = self.config, self.plan
+        rate = plan.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        micro_batches = [numbers[i : i + config.batch] for i in range(0, len(numbers), config.batch)]
+        labels = int(self.windows.lengths[numbers].sum())
+        self.optimizer.zero_grad(set_to_none=True)
+        for i, micro in enumerate(micro_batches):
+            batch = self.windows.batch(micro).to(self.network.device)
+            loss = _loss(self.network, batch, _autocast(self.network, config))
+            share = int(self.windows.lengths[micro].sum()) / labels
+            (loss * share if config.last_group == "mean" else loss / config.accumulation).backward()
+            norm = math.nan
+            if config.clip == "micro" or (config.clip == "step" and i == len(micro_batches) - 1):
+                norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm))
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise ValueError(f"the loss is {value} at optimizer step {self.step}: lower the learning rate, or use float32")
+            self.rows.append(
+                {
+                    "step": self.step,
+                    "epoch": self.epoch,
+                    "loss": value,
+                    "grad_norm": norm,
+                    "clipped": norm > config.max_grad_norm,
+                    "lr": config.lr * rate,
+                    "lr_around": config.lr_around * rate,
+                    "seconds": self.seconds + time.perf_counter() - start,
+                }
+            )
+        self.optimizer.step()
+
+    def _validate(self, validate: Validate) -> None:
+        start = time.perf_counter()
+        score = float(validate(self.network))
+        took = time.perf_counter() - start
+        if all(score > earlier["score"] for earlier in self.evaluations):
+            meta = dataclasses.replace(self.meta, step=self.step, score=score)
+            checkpoint.save_checkpoint(self.folder / "best", self.network, meta)
+        self.evaluations.append({"step": self.step, "epoch": self.epoch, "score": score, "seconds": took})
+
+    def _finish(self, validated: bool) -> TrainResult:
+        meta = dataclasses.replace(self.meta, step=self.step)
+        checkpoint.save_checkpoint(self.folder / "final", self.network, meta)
+        history = pd.DataFrame(self.rows)
+        with runs.atomic_path(self.folder / HISTORY) as aside:
+            history.to_parquet(aside)
+        result = {"key": self.key, "seconds": self.seconds, "evaluations": self.evaluations, "validated": validated}
+        runs.write_json(self.folder / RESULT, result)
+        (self.folder / STATE).unlink(missing_ok=True)
+        return self._result(history, validated)
+
+    def _result(self, history: pd.DataFrame, validated: bool) -> TrainResult:
+        evaluations = pd.DataFrame(self.evaluations, columns=["step", "epoch", "score", "seconds"])
+        best = self.folder / ("best" if validated else "final")
+        return TrainResult(history, evaluations, self.folder / "final", best, self.seconds)
+
+    # --- to and from disk
+
+    def _save(self) -> None:
+        state = {
+            "key": self.key,
+            "step": self.step,
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "order": None if self.order is None else torch.from_numpy(self.order),
+            "weights": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all() if self.network.device.type == "cuda" else [],
+            "rows": self.rows,
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+        }
+        with runs.atomic_path(self.folder / STATE) as aside:
+            torch.save(state, aside)
+
+    def resume(self) -> None:
+        state = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+        self._check_key(state["key"])
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.epoch, self.step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
+        self.order = None if state["order"] is None else state["order"].numpy()
+        self.rows, self.evaluations, self.seconds = state["rows"], state["evaluations"], state["seconds"]
+        torch.set_rng_state(state["rng"])
+        if state["rng_cuda"] and self.network.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["rng_cuda"])
+
+    def read_back(self) -> TrainResult:
+        result = runs.read_json(self.folder / RESULT)
+        self._check_key(result["key"])
+        checkpoint.load_weights(self.folder / "final", self.network)
+        self.network.eval()
+        self.evaluations, self.seconds = result["evaluations"], result["seconds"]
+        return self._result(pd.read_parquet(self.folder / HISTORY), result["validated"])
+
+    def _check_key(self, key: str) -> None:
+        if key != self.key:
+            raise ValueError(
+                f"{self.folder} holds a run with another configuration, pool or PLM ({key}, this is {self.key}): use another folder"
+            )
+
+
+@torch.inference_mode()
+def held_out(network: PolicyNetwork, windows: Windows, batch: int = 32) -> HeldOut:
+    """Cross-entropy of the actions in `windows` (cut with `like` of the training windows), in float32, dropout off."""
+    training, nats, right = network.training, 0.0, 0
+    network.eval()
+    for first in range(0, len(windows), batch):
+        data = windows.batch(np.arange(first, min(first + batch, len(windows)))).to(network.device)
+        logits, actions = _labelled(network(*data), data)
+        nats += float(cross_entropy(logits, actions, reduction="sum"))
+        right += int((logits.argmax(-1) == actions).sum())
+    network.train(training)
+    return HeldOut(nats / windows.labels, right / windows.labels, windows.labels)
+
+
+def _loss(network: PolicyNetwork, batch: Batch, dtype: torch.dtype | None) -> torch.Tensor:
+    """Mean cross-entropy over the labels of a micro-batch."""
+    with torch.autocast(network.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        logits = network(*batch)
+    return cross_entropy(*_labelled(logits, batch))
+
+
+def _labelled(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [labels, 6] and actions [labels] of the steps that count."""
+    if batch.mask is None:
+        return logits.flatten(0, 1), batch.actions.flatten()
+    return logits[batch.mask], batch.actions[batch.mask]
+
+
+def _autocast(network: PolicyNetwork, config: TrainConfig) -> torch.dtype | None:
+    if config.precision == "auto":
+        return fast_dtype(network.device)
+    return torch.bfloat16 if config.precision == "bfloat16" else None
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def print_progress(every_s: float = 5.0) -> Progress:
+    """A `progress` callback that prints a line every few seconds, for runs without a terminal."""
+    started = last = time.monotonic()
+
+    def report(done: int, total: int, info: dict[str, Any]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= every_s or done == total:
+            last = now
+            left = (now - started) / done * (total - done)
+            print(f"step {done}/{total}  epoch {info['epoch']}  loss {info['loss']:.3f}  {_duration(left)} left", flush=True)
+
+    return report
+
+
+__all__ = ["HeldOut", "Preflight", "Progress", "TrainConfig", "TrainResult", "held_out", "preflight", "print_progress", "train"]
+

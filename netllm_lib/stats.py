@@ -1,0 +1,67 @@
+"""Honest statistics: traces are the unit of sampling, differences are paired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+class Interval(NamedTuple):
+    """A mean with its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    @property
+    def excludes_zero(self) -> bool:
+        """True if zero lies outside: only then may a difference be called one."""
+        return self.low > 0 or self.high < 0
+
+
+def bootstrap(
+    values: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap over traces.
+
+    `values` [traces] holds one figure per trace; pass the differences of two policies for a paired interval. `statistic`
+    maps [..., traces] to [...]; the mean by default. A single trace gives an interval without bounds (NaN).
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"one figure per trace is needed, got an array of shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{(~np.isfinite(values)).sum()} of {len(values)} figures are not finite")
+    measure = statistic or (lambda sample: sample.mean(axis=-1))
+    if len(values) == 1:
+        return Interval(float(measure(values)), float("nan"), float("nan"))
+    index = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(measure(values[index]), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(measure(values)), float(low), float(high))
+
+
+def worst_mean(share: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Statistic: mean of the worst `share` of traces (at least one), for the tail that the mean hides."""
+
+    def measure(sample: np.ndarray) -> np.ndarray:
+        count = max(1, round(share * sample.shape[-1]))
+        return np.sort(sample, axis=-1)[..., :count].mean(axis=-1)
+
+    return measure
+
+
+def interquartile_mean(sample: np.ndarray) -> np.ndarray:
+    """Statistic: mean of the middle half of traces, which a few broken traces do not move."""
+    cut = sample.shape[-1] // 4
+    return np.sort(sample, axis=-1)[..., cut : sample.shape[-1] - cut].mean(axis=-1)

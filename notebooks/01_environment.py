@@ -1,0 +1,47 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: NetLLM (PyTorch)
+#     language: python
+#     name: netllm-llm
+# ---
+
+# %% [markdown]
+# # 01 · Is this machine ready?
+#
+# Every line below is a check with what to do about it. A *fail* stops a headless run here, before hours of training are lost.
+
+# %% tags=["parameters"]
+data: str = ""  # folder with traces/ and videos/; empty: $NETLLM_DATA, data/netllm, or the bundled sample
+plm: str = "smollm2"  # the language model: smollm2, or a Hugging Face folder
+layers: int = 4  # how many of its first layers are kept; 0: all
+load: bool = True  # load its weights too, not only look at its files
+run_dir: str = ""  # where results go; filled in by `netllm run`
+
+# %%
+from netllm_lib import envcheck, runs
+from netllm_lib.abr.traces import find_registry
+
+out = runs.output_folder(run_dir, "01_environment")
+checks = envcheck.llm_checks(data or None, plm, layers or None, load=load)
+envcheck.as_table(checks)
+
+# %% [markdown]
+# ## The data that was found
+# Quantiles are over traces, of their mean bandwidth in Mbps.
+
+# %%
+registry = find_registry(data or None)
+print(registry.root)
+registry.describe().round(3)
+
+# %%
+bad = envcheck.failed(checks)
+metrics = {"checks": {c.name: c.status for c in checks}, "failed": [c.name for c in bad], "data": registry.root.name}
+runs.write_json(out / "metrics.json", metrics)
+print("\n".join(f"[{c.status}] {c.name}: {c.found}" for c in checks))
+envcheck.require(checks)

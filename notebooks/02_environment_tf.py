@@ -1,0 +1,68 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: NetLLM (TensorFlow)
+#     language: python
+#     name: netllm-tf
+# ---
+
+# %% [markdown]
+# # 02 · Are Genet and UDR the ones that the original plays?
+#
+# Their weights are TensorFlow 1 checkpoints. This notebook runs in the TensorFlow environment, exports each actor once to
+# `.safetensors`, and holds its NumPy port against TensorFlow on states that the actor itself visits. Everything else in the
+# companion runs without TensorFlow.
+
+# %% tags=["parameters"]
+data: str = ""  # folder with traces/, videos/ and all_models/
+episodes: int = 20  # traces played to collect states
+run_dir: str = ""  # where results go; filled in by `netllm run`
+
+# %%
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import numpy as np
+import pandas as pd
+
+from netllm_lib import envcheck, runs
+from netllm_lib.abr.policies import pensieve, tensorflow_actor
+from netllm_lib.abr.traces import find_registry
+
+# %%
+out = runs.output_folder(run_dir, "02_environment_tf")
+checks = envcheck.tf_checks(data or None)
+print(envcheck.as_text(checks))
+envcheck.require(checks)
+
+# %%
+registry = find_registry(data or None)
+folders = registry.actor_folders()
+if not folders:
+    print(f"No actor checkpoints under {registry.root}: Genet and UDR are left out, everything else goes on.")
+exported = {name: pensieve.exported_actor(folder) for name, folder in folders.items()}
+
+# %% [markdown]
+# ## Port against TensorFlow
+# Largest difference of the three action probabilities, and the share of decisions that would differ under one random stream.
+
+# %%
+rows = {}
+for name, folder in folders.items():
+    actor = pensieve.Actor.load(exported[name])
+    states, draws = tensorflow_actor.visited_states(actor, registry, episodes)
+    reference = tensorflow_actor.probabilities(pensieve.latest_checkpoint(folder), states)
+    ported = actor.probabilities(states)
+    differ = pensieve.sampled_action(ported, draws) != pensieve.sampled_action(reference, draws)
+    rows[name] = (len(states), float(np.abs(ported - reference).max()), float(differ.mean()))
+comparison = pd.DataFrame.from_dict(rows, orient="index", columns=["states", "max_difference", "decisions_differ"])
+comparison
+
+# %%
+runs.write_json(out / "metrics.json", {"actors": comparison.to_dict("index"), "data": registry.root.name})
+print(comparison.to_string() if len(comparison) else "no actors")
+assert (comparison["max_difference"] < 1e-5).all(), "a port deviates from TensorFlow"

@@ -1,0 +1,88 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: NetLLM (PyTorch)
+#     language: python
+#     name: netllm-llm
+# ---
+
+# %% [markdown]
+# # 03 · What can this experience pool teach?
+#
+# A behaviour policy plays training traces; what it did becomes the pool that the language model is trained on. A part of the
+# training traces, sharing no content with the rest, is set aside for validation: models are chosen on it, never on the test set.
+
+# %% tags=["parameters"]
+data: str = ""  # folder with traces/ and videos/
+traces: str = ""  # training trace set; empty: the first one of the split "train"
+video: str = ""  # empty: the first one
+policies: list[str] = ["mpc"]  # behaviour policies, mixed in equal parts: mpc, bba, genet, random, a policy's folder, …
+preset: str = "sound"  # "upstream": the behaviour policies as the original plays them
+episodes: int = 200  # per policy; traces are repeated from other starting points as needed
+noise: bool = False  # multiply download times by 0.9 … 1.1
+validation_share: float = 0.15  # of the training traces
+seed: int = 1  # of starts, noise and sampling
+run_dir: str = ""  # where results go; filled in by `netllm run`
+
+# %%
+import matplotlib.pyplot as plt
+
+from netllm_lib import runs
+from netllm_lib.abr import diagnose, plots, pool
+from netllm_lib.abr import traces as sets
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.policies.catalogue import make_policy
+
+# %%
+out = runs.output_folder(run_dir, "03_experience_pool")
+registry = sets.find_registry(data or None)
+trace_set = registry.trace_set(traces or registry.default_traces("train"))
+clip = registry.video(video or registry.default_video())
+train_part, validation_part = sets.split_validation(trace_set, validation_share, seed)
+print(train_part, validation_part, clip, sep="\n")
+plots.plot_bandwidths([train_part, validation_part])
+plt.show()
+
+# %% [markdown]
+# ## Play
+# Each policy plays the same episodes.
+
+# %%
+def played(part, count):
+    repeats = -(-count // len(part))
+    chosen = sound_episodes(part, seed=seed, repeats=repeats, noise=noise).rows(range(count))
+    makers = {name: make_policy(name, clip, registry, preset, pool=True) for name in policies}
+    return pool.concatenate([pool.generate_pool(p, part, clip, chosen) for p in makers.values()])
+
+
+training, validation = played(train_part, episodes), played(validation_part, len(validation_part))
+print(training.describe())
+
+# %%
+plots.plot_pool(training)
+plt.savefig(out / "pool.png", dpi=120)
+plt.show()
+
+# %% [markdown]
+# ## How predictable is the behaviour policy?
+# Cross-entropy that a model reaches without learning to look: chance, knowing only how often each level occurs, and knowing
+# what usually follows the previous level. A trained model must come out below the last one.
+
+# %%
+entropy, conditional = diagnose.behaviour_entropy(training)
+print(f"chance {diagnose.CHANCE:.3f}   H(a) {entropy:.3f}   H(a | previous level) {conditional:.3f}   nats")
+
+# %%
+training.save(out / "pool.npz")
+validation.save(out / "validation_pool.npz")
+split = {"traces": trace_set.name, "video": clip.name, "train": train_part.names, "validation": validation_part.names}
+runs.write_json(out / "split.json", split)
+metrics = {"transitions": len(training), "episodes": len(training.episode_starts), "hash": training.content_hash()}
+metrics |= {"mean_reward": float(training.rewards.mean()), "H(a)": entropy, "H(a|previous)": conditional}
+runs.write_json(out / "metrics.json", metrics)
+print(f"{training!r}\nsaved to {out / 'pool.npz'}")
+# expected: pool.npz, pool.json, validation_pool.npz, split.json, pool.png

@@ -1,0 +1,110 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: NetLLM (PyTorch)
+#     language: python
+#     name: netllm-llm
+# ---
+
+# %% [markdown]
+# # 04 · Does the language model learn the behaviour policy?
+#
+# The first layers of a pretrained language model (PLM) are fine-tuned with LoRA on the pool. Before anything starts, the preflight
+# says how many optimizer steps there will be, what learning rate they really reach, and what it will cost.
+
+# %% tags=["parameters"]
+data: str = ""  # folder with traces/ and videos/, for validation
+pool_dir: str = ""  # run folder of notebook 03
+plm: str = "smollm2"  # smollm2, or a Hugging Face folder, <type>/<size>, or a hub name
+layers: int = 4  # first layers that are kept (early stop); 0: all
+random_weights: bool = False  # the same shape with random weights: the control for pretraining
+rank: int = 128  # LoRA rank; 0: frozen, -1: the whole PLM
+w: int = 20  # steps in a training window
+epochs: int = 4
+batch: int = 8  # windows in a batch
+lr: float = 1e-3  # LoRA
+lr_around: float = 1e-2  # the modules around the PLM
+validate_epochs: int = 2  # epochs between two plays of the validation traces
+seed: int = 1
+device: str = "auto"  # cpu, cuda, auto
+run_dir: str = ""  # where results go; filled in by `netllm run`
+
+# %%
+import shutil
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from netllm_lib import runs
+from netllm_lib.abr import checkpoint, diagnose, model, plots, pool, train
+from netllm_lib.abr import traces as sets
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.policies import llm
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.plm import PLMConfig, load_plm
+
+# %%
+out = runs.output_folder(run_dir, "04_finetune")
+experience = pool.load_pool(Path(pool_dir) / "pool.npz")
+config = train.TrainConfig(w=w, epochs=epochs, batch=batch, lr=lr, lr_around=lr_around, seed=seed, validate_epochs=validate_epochs)
+plm_config = PLMConfig(plm, layers=layers or None, random_weights=random_weights, rank=rank, seed=seed, device=device)
+longest = int(experience.episode_lengths.max())
+network = model.PolicyNetwork(load_plm(plm_config), model.NetworkConfig(max_timestep=longest - 1, seed=seed))
+print(f"{network.plm.family}, {network.plm.layers} layers, hidden {network.plm.hidden_size}, on {network.device}")
+
+# %% [markdown]
+# ## Preflight
+
+# %%
+flight = train.preflight(config, experience, network)
+print(flight)
+
+# %% [markdown]
+# ## Train
+# The model is chosen by its reward on the validation traces, played with argmax and a context cleared per trace.
+
+# %%
+split = runs.read_json(Path(pool_dir) / "split.json")
+registry = sets.find_registry(data or None)
+everything = registry.trace_set(split["traces"])
+held = everything.subset([everything.names.index(name) for name in split["validation"]], "validation")
+simulator = Simulator(held, registry.video(split["video"]), sound_episodes(held, seed=seed))
+validate = llm.validator(simulator, checkpoint.describe(network, config.cut(experience).scale, w))
+
+# %%
+result = train.train(
+    network, experience, config, folder=out / "training", validate=validate, progress=runs.progress("training")
+)
+result.evaluations
+
+# %%
+entropy, conditional = diagnose.behaviour_entropy(experience)
+references = {"chance": diagnose.CHANCE, "H(a)": entropy, "H(a | previous level)": conditional}
+plots.plot_training(result.history, references)
+plt.savefig(out / "training.png", dpi=120)
+plt.show()
+
+# %% [markdown]
+# ## Held-out loss, and the checkpoint
+# The checkpoint holds everything that a test needs: adapter, modules, sizes, reward range, target return, the PLM's identity.
+
+# %%
+validation = pool.load_pool(Path(pool_dir) / "validation_pool.npz")
+windows = config.cut(experience)
+held_out = train.held_out(network, config.cut(validation, windows.scale))
+print(f"held-out cross-entropy {held_out.cross_entropy:.3f} nats, accuracy {held_out.accuracy:.1%} on {held_out.labels} labels")
+
+# %%
+with runs.atomic_path(out / "policy") as aside:
+    shutil.copytree(result.best, aside)
+final_loss = float(result.history.tail(20)["loss"].mean())
+metrics = {"steps": flight.steps, "warmup_steps": flight.warmup_steps, "lr": flight.lr, "lr_peak": flight.lr_peak}
+metrics |= {"windows": flight.windows, "crossing": flight.crossing, "final_loss": final_loss, "seconds": result.seconds}
+metrics |= {"held_out_loss": held_out.cross_entropy, "validation_reward": float(result.evaluations["score"].max())}
+metrics |= {"plm": plm, "layers": network.plm.layers, "random_weights": random_weights, "pool_hash": experience.content_hash()}
+runs.write_json(out / "metrics.json", metrics)
+# expected: policy/config.json, policy/modules.safetensors, training.png

@@ -1,0 +1,100 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: NetLLM (PyTorch)
+#     language: python
+#     name: netllm-llm
+# ---
+
+# %% [markdown]
+# # 05 · How good is the fine-tuned policy, beside the baselines?
+#
+# The test traces are played once, by the original's protocol: every trace in order from its fixed starting point, without noise, the
+# first chunk of each not counted. The same loop plays every policy. Baselines come in two forms: *(original)*, as NetLLM
+# plays and publishes them, and sound, without the mistakes that hold them back.
+
+# %% tags=["parameters"]
+data: str = ""  # folder with traces/ and videos/
+policy: str = ""  # run folder of notebook 04, or a checkpoint folder; empty: only the baselines
+traces: str = ""  # test trace set; empty: the first one of the split "test"
+train_traces: str = ""  # to find test traces that share content with training; empty: the first one of "train"
+video: str = ""  # empty: the first one
+choose: str = "argmax"  # or "sample"
+context_window: str = "cached"  # each token computed once; "rolling" recomputes the last w steps as the original does
+precision: str = "auto"  # of the PLM's weights while testing: float32, bfloat16, auto
+seed: int = 100003  # of everything that is sampled
+run_dir: str = ""  # where results go; filled in by `netllm run`
+
+# %%
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from netllm_lib import runs
+from netllm_lib.abr import plots, qoe, report
+from netllm_lib.abr import traces as sets
+from netllm_lib.abr.episodes import upstream_episodes
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
+from netllm_lib.abr.simulator import Simulator
+
+# %%
+out = runs.output_folder(run_dir, "05_test")
+registry = sets.find_registry(data or None)
+trace_set = registry.trace_set(traces or registry.default_traces("test"))
+clip = registry.video(video or registry.default_video())
+training_set = registry.trace_set(train_traces or registry.default_traces("train"))
+players = baselines(clip, registry)
+if policy:
+    players = {"llm": load_llm_policy(Path(policy), choose=choose, context_window=context_window, precision=precision)} | players
+print(trace_set, clip, f"policies: {', '.join(players)}", sep="\n")
+
+# %% [markdown]
+# ## Play
+
+# %%
+tables, seconds = {}, {}
+for name, player in players.items():
+    episodes = upstream_episodes(trace_set, trace_num=-1, seed=seed, draws_actions=player.draws_actions, clock="episode")
+    start = time.perf_counter()
+    tables[name] = play(player, Simulator(trace_set, clip, episodes), progress=runs.progress(name))
+    seconds[name] = time.perf_counter() - start
+if policy:
+    print(f"llm: context window {context_window}, {choose}, {seconds['llm']:.1f} s for {len(trace_set)} traces")
+
+# %%
+league = report.league(tables, seconds)
+league.round(4)
+
+# %%
+plots.plot_decomposition(tables)
+plt.savefig(out / "decomposition.png", dpi=120)
+plt.show()
+
+# %% [markdown]
+# ## On traces that the training never saw
+# A test trace that shares four consecutive distinct bandwidths with a training trace is the same recording.
+
+# %%
+clean = ~sets.overlapping(trace_set, training_set)
+print(f"{clean.sum()} of {len(clean)} test traces share no content with {training_set.name}")
+means = pd.DataFrame({name: qoe.per_trace(table)["reward"] for name, table in tables.items()})
+on_clean = means[clean].mean()
+on_clean.round(4)
+
+# %%
+for name, table in tables.items():
+    with runs.atomic_path(out / "tables" / f"{name}.parquet") as aside:
+        table.to_parquet(aside)
+setting = {"traces": trace_set.name, "video": clip.name, "clean": clean, "order": list(tables), "seed": seed}
+runs.write_json(out / "setting.json", setting | {"context_window": context_window, "choose": choose})
+metrics = {"policies": league.to_dict("index"), "clean_traces": int(clean.sum()), "clean_mean": on_clean.to_dict()}
+runs.write_json(out / "metrics.json", metrics)
+print(league[["reward", "low", "high", "seconds"]].round(4).to_string())
+# expected: setting.json, decomposition.png
