@@ -72,7 +72,7 @@ class PLMConfig:
     # --- what is trained
     rank: int = 128
     """LoRA rank; 0 freezes the PLM, -1 trains all of it."""
-    lora_alpha: float = 32
+    lora_alpha: int = 32
     lora_dropout: float = 0.05
     target_modules: tuple[str, ...] | None = None
     """Names of the linear layers that get LoRA; None: query and value projections of the family."""
@@ -82,10 +82,18 @@ class PLMConfig:
     # --- where and how
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the PLM's own weights; LoRA weights are float32 always."""
+    attention: Literal["fast", "eager"] = "fast"
+    """"eager" rounds as the original does (differences near 1e-6); "fast" takes PyTorch's fused kernels."""
     gradient_checkpointing: bool = False
     """Less memory for more time; worth it from about 15 layers on."""
     device: str = "cpu"
     """"cpu", "cuda", "cuda:1", …, or "auto": all GPUs, filled in order, or the CPU if there is none."""
+
+    @classmethod
+    def upstream(cls, source: str, **changes: Any) -> PLMConfig:
+        """As the original runs its PLMs: early stop only where it has one, its attention, all in float32."""
+        original: dict[str, Any] = {"early_stop": "upstream", "attention": "eager"}
+        return cls(source, **(original | changes))
 
 
 # --- the model ----------------------------------------------------------------------------------------------------------
@@ -97,7 +105,7 @@ class PLM(nn.Module):
 
     def __init__(self, model: nn.Module, config: PLMConfig, family: str, hidden_size: int, layers: int, identity: str):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.config = config
         self.family = family
         self.hidden_size = hidden_size
@@ -117,7 +125,7 @@ class PLM(nn.Module):
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the linear layers that have LoRA."""
-        return tuple(sorted(self.model.peft_config["default"].target_modules)) if self.has_lora else ()  # type: ignore[union-attr, index]
+        return tuple(sorted(self.model.peft_config["default"].target_modules)) if self.has_lora else ()
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +151,9 @@ class PLM(nn.Module):
             hidden = model(inputs_embeds=x, **cached).last_hidden_state
         else:
             if cache is not None:
-                raise ValueError(f"{self.family} is not causal: its hidden states cannot be cached; use the rolling window")
+                raise ValueError(
+                    f"{self.family} is not causal: its hidden states cannot be cached; use the rolling window"
+                )
             encoded = model.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
             hidden = model.decoder(
                 inputs_embeds=encoded,
@@ -175,11 +185,13 @@ class PLM(nn.Module):
 
         Used as `with plm.using(weights): …`; the weights that training sees are not touched, to the last bit.
         """
-        lora = [m for m in self.model.modules() if hasattr(m, "get_delta_weight")] if merge and self.has_lora else []
-        merged = {}
+        lora: list[Any] = []
+        merged: dict[nn.Parameter, torch.Tensor] = {}
+        if merge and self.has_lora:
+            lora = [module for module in self.model.modules() if hasattr(module, "get_delta_weight")]
         for layer in lora:
             weight = layer.base_layer.weight
-            delta = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
+            delta = torch.stack([layer.get_delta_weight(name).float() for name in layer.active_adapters]).sum(0)
             merged[weight] = (weight.float() + delta).to(dtype or weight.dtype)
         swaps = list(merged.items())
         if dtype is not None:
@@ -227,6 +239,8 @@ class TokenCache:
 
         class Preallocated(DynamicLayer):
             seen = 0
+            keys: Any
+            values: Any
 
             def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
                 batch, heads, _, _ = key_states.shape
@@ -282,7 +296,11 @@ def _grouped_sdpa(
     if query.device.type == "cpu" and half and query.requires_grad:
         # PyTorch's CPU kernel for the gradient of attention is 2.5 times slower in bfloat16 than in float32
         with torch.autocast("cpu", enabled=False):
-            mask = attention_mask.float() if attention_mask is not None and attention_mask.is_floating_point() else attention_mask
+            mask = (
+                attention_mask.float()
+                if attention_mask is not None and attention_mask.is_floating_point()
+                else attention_mask
+            )
             out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **kwargs)
         return out.to(value.dtype), None
     groups = query.shape[1] // key.shape[1]
@@ -326,7 +344,7 @@ def load_plm(config: PLMConfig) -> PLM:
     layers = _cut_layers(hf_config, config, family)
     if config.plm_dropout is not None:
         _set_dropout(hf_config, config.plm_dropout)
-    attention = _attention(hf_config)
+    attention = _attention(hf_config, config)
     dtype = getattr(torch, config.dtype)
 
     with _quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -346,7 +364,9 @@ def load_plm(config: PLMConfig) -> PLM:
             )
             if info["missing_keys"]:
                 missing = sorted(info["missing_keys"])
-                raise ValueError(f"{source}: {len(missing)} weights are missing, {missing[0]} first; download the model again")
+                raise ValueError(
+                    f"{source}: {len(missing)} weights are missing, {missing[0]} first; download the model again"
+                )
         hidden_size = model.get_input_embeddings().embedding_dim
         _drop_embeddings(model, keep_tokens=config.rank < 0)
         identity = runs.content_hash(architecture | {"weights": _fingerprint(model)}, 16)
@@ -390,7 +410,9 @@ def _read_config(config: PLMConfig) -> tuple[Any, Path | str | None]:
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(f"{found}: transformers cannot read this model's config.json: {error}") from error
     if not getattr(hf_config, "hidden_size", None):
-        raise ValueError(f"{found}: a {hf_config.model_type} is not a plain language model (its config has no hidden_size)")
+        raise ValueError(
+            f"{found}: a {hf_config.model_type} is not a plain language model (its config has no hidden_size)"
+        )
     return hf_config, found
 
 
@@ -415,13 +437,19 @@ def _set_dropout(hf_config: Any, rate: float) -> None:
             setattr(hf_config, name, rate)
 
 
-def _attention(hf_config: Any) -> str | None:
+def _attention(hf_config: Any, config: PLMConfig) -> str | None:
     """The attention to ask transformers for; None leaves the choice to it."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+    if config.attention == "eager":
+        return "eager"
     kv_heads = getattr(hf_config, "num_key_value_heads", None)
-    if kv_heads in (None, getattr(hf_config, "num_attention_heads", None)) or hf_config.model_type not in ("llama", "mistral", "qwen2"):
+    if kv_heads in (None, getattr(hf_config, "num_attention_heads", None)) or hf_config.model_type not in (
+        "llama",
+        "mistral",
+        "qwen2",
+    ):
         return None
     AttentionInterface.register(ATTENTION, _grouped_sdpa)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
@@ -431,13 +459,17 @@ def _attention(hf_config: Any) -> str | None:
 def _add_lora(model: nn.Module, config: PLMConfig, family: str) -> nn.Module:
     import peft
 
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
+    names = {
+        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if getattr(module, "weight", None) is not None
+    }
     targets = config.target_modules or LORA_TARGETS.get(family)
     if targets is None:
         known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         targets = ("q_proj", "v_proj") if {"q_proj", "v_proj"} <= names else tuple(known.get(family, ()))
     if not targets or not set(targets) <= names:
-        raise ValueError(f"LoRA targets {tuple(targets)} are not all in this {family} model; set target_modules, e.g. from {sorted(names)}")
+        raise ValueError(
+            f"LoRA targets {tuple(targets)} are not all in this {family} model; set target_modules, e.g. from {sorted(names)}"
+        )
     lora = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,
@@ -452,7 +484,7 @@ def _add_lora(model: nn.Module, config: PLMConfig, family: str) -> nn.Module:
         return peft.get_peft_model(model, lora)
 
 
-def _drop_embeddings(model: nn.Module, keep_tokens: bool) -> None:
+def _drop_embeddings(model: Any, keep_tokens: bool) -> None:
     """Free the token embeddings, which inputs_embeds bypass; silence gpt2's positions.
 
     A PLM that is trained as a whole keeps them, since the original's file of it has them, but they are not trained.
@@ -466,7 +498,7 @@ def _drop_embeddings(model: nn.Module, keep_tokens: bool) -> None:
                 else:
                     stub = nn.Embedding(1, tokens.embedding_dim, device=tokens.weight.device, dtype=tokens.weight.dtype)
                     setattr(parent, name, stub.requires_grad_(False))
-            elif name == "wpe":
+            elif name == "wpe" and isinstance(child, nn.Embedding):
                 silent = _SilentEmbedding(child.num_embeddings, child.embedding_dim, _weight=child.weight.data)
                 setattr(parent, name, silent.requires_grad_(False))
 
@@ -476,7 +508,7 @@ def _fingerprint(model: nn.Module) -> str:
     """Digest of the first numbers of every layer's weights. Compared in bfloat16, it does not depend on the dtype loaded."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.ndim == 2 and parameter.shape[0] > 1:
+        if parameter.ndim == 2 and parameter.requires_grad:  # not the embeddings, which are not used
             head = parameter.flatten()[:256].to("cpu", torch.bfloat16).view(torch.int16)
             digest.update(name.encode() + head.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -566,7 +598,9 @@ def find_plm(source: str) -> Path | str:
             f"no PLM {source!r}; looked in {', '.join(map(str, tried))}. Put the model's files into one of these folders"
         )
     if folder.is_absolute() or source.startswith((".", "~")) or len(parts) != 2:
-        raise FileNotFoundError(f"no PLM {source!r}: not a folder, not <type>/<size>, not a name on the Hugging Face hub")
+        raise FileNotFoundError(
+            f"no PLM {source!r}: not a folder, not <type>/<size>, not a name on the Hugging Face hub"
+        )
     return source
 
 
@@ -629,9 +663,15 @@ def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
                 paths = [folder / Path(str(shard)).name for shard in shards]
             except (ValueError, KeyError, AttributeError, TypeError):
                 return [], [f"{index}: not a valid index of shards; download it again"]
-            gone = [f"{p}: missing ({len(paths)} shards belong to this model); download it" for p in paths if not p.is_file()]
+            gone = [
+                f"{p}: missing ({len(paths)} shards belong to this model); download it"
+                for p in paths
+                if not p.is_file()
+            ]
             return [p for p in paths if p.is_file()], gone
-    return [], [f"{folder}: no weights (model.safetensors or pytorch_model.bin, or their shards with an index); download them"]
+    return [], [
+        f"{folder}: no weights (model.safetensors or pytorch_model.bin, or their shards with an index); download them"
+    ]
 
 
 def _not_the_file(path: Path) -> str | None:
@@ -664,7 +704,9 @@ def _broken_weights(path: Path) -> str | None:
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
             return "its header is cut or is not one of safetensors; download it again"
     expected = 8 + length + end
-    return None if size == expected else f"{size} bytes, its header promises {expected}: a cut download; download it again"
+    return (
+        None if size == expected else f"{size} bytes, its header promises {expected}: a cut download; download it again"
+    )
 
 
 # --- SmolLM2 from a package ---------------------------------------------------------------------------------------------
@@ -698,7 +740,9 @@ def smollm2_folder() -> Path:
 
     with _quiet_transformers():
         quantised = AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        settings = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+        settings = {
+            k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
+        }
         # a model that remembers its quantised file refuses to be saved: move the weights to one that does not
         with torch.device("meta"):
             model = AutoModel.from_config(type(quantised.config)(**settings), dtype=torch.float16)

@@ -51,6 +51,7 @@ plt.show()
 # ## Play
 # Each policy plays the same episodes.
 
+
 # %%
 def played(part, count):
     repeats = -(-count // len(part))

@@ -24,7 +24,7 @@ layers: int = 4  # first layers that are kept (early stop); 0: all
 random_weights: bool = False  # the same shape with random weights: the control for pretraining
 rank: int = 128  # LoRA rank; 0: frozen, -1: the whole PLM
 w: int = 20  # steps in a training window
-epochs: int = 4
+epochs: int = 8
 batch: int = 8  # windows in a batch
 lr: float = 1e-3  # LoRA
 lr_around: float = 1e-2  # the modules around the PLM
@@ -50,7 +50,9 @@ from netllm_lib.plm import PLMConfig, load_plm
 # %%
 out = runs.output_folder(run_dir, "04_finetune")
 experience = pool.load_pool(Path(pool_dir) / "pool.npz")
-config = train.TrainConfig(w=w, epochs=epochs, batch=batch, lr=lr, lr_around=lr_around, seed=seed, validate_epochs=validate_epochs)
+config = train.TrainConfig(
+    w=w, epochs=epochs, batch=batch, lr=lr, lr_around=lr_around, seed=seed, validate_epochs=validate_epochs
+)
 plm_config = PLMConfig(plm, layers=layers or None, random_weights=random_weights, rank=rank, seed=seed, device=device)
 longest = int(experience.episode_lengths.max())
 network = model.PolicyNetwork(load_plm(plm_config), model.NetworkConfig(max_timestep=longest - 1, seed=seed))
@@ -96,7 +98,9 @@ plt.show()
 validation = pool.load_pool(Path(pool_dir) / "validation_pool.npz")
 windows = config.cut(experience)
 held_out = train.held_out(network, config.cut(validation, windows.scale))
-print(f"held-out cross-entropy {held_out.cross_entropy:.3f} nats, accuracy {held_out.accuracy:.1%} on {held_out.labels} labels")
+print(
+    f"held-out cross-entropy {held_out.cross_entropy:.3f} nats, accuracy {held_out.accuracy:.1%} on {held_out.labels} labels"
+)
 
 # %%
 with runs.atomic_path(out / "policy") as aside:
@@ -105,6 +109,11 @@ final_loss = float(result.history.tail(20)["loss"].mean())
 metrics = {"steps": flight.steps, "warmup_steps": flight.warmup_steps, "lr": flight.lr, "lr_peak": flight.lr_peak}
 metrics |= {"windows": flight.windows, "crossing": flight.crossing, "final_loss": final_loss, "seconds": result.seconds}
 metrics |= {"held_out_loss": held_out.cross_entropy, "validation_reward": float(result.evaluations["score"].max())}
-metrics |= {"plm": plm, "layers": network.plm.layers, "random_weights": random_weights, "pool_hash": experience.content_hash()}
+metrics |= {
+    "plm": plm,
+    "layers": network.plm.layers,
+    "random_weights": random_weights,
+    "pool_hash": experience.content_hash(),
+}
 runs.write_json(out / "metrics.json", metrics)
 # expected: policy/config.json, policy/modules.safetensors, training.png

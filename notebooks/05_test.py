@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 05 · How good is the fine-tuned policy, beside the baselines?
 #
-# The test traces are played once, by the original's protocol: every trace in order from its fixed starting point, without noise, the
+# The test traces are played once, by the original's protocol: every trace in order from its fixed starting point, no noise, the
 # first chunk of each not counted. The same loop plays every policy. Baselines come in two forms: *(original)*, as NetLLM
 # plays and publishes them, and sound, without the mistakes that hold them back.
 
@@ -52,7 +52,9 @@ clip = registry.video(video or registry.default_video())
 training_set = registry.trace_set(train_traces or registry.default_traces("train"))
 players = baselines(clip, registry)
 if policy:
-    players = {"llm": load_llm_policy(Path(policy), choose=choose, context_window=context_window, precision=precision)} | players
+    players = {
+        "llm": load_llm_policy(Path(policy), choose=choose, context_window=context_window, precision=precision)
+    } | players
 print(trace_set, clip, f"policies: {', '.join(players)}", sep="\n")
 
 # %% [markdown]
@@ -61,7 +63,9 @@ print(trace_set, clip, f"policies: {', '.join(players)}", sep="\n")
 # %%
 tables, seconds = {}, {}
 for name, player in players.items():
-    episodes = upstream_episodes(trace_set, trace_num=-1, seed=seed, draws_actions=player.draws_actions, clock="episode")
+    episodes = upstream_episodes(
+        trace_set, trace_num=-1, seed=seed, draws_actions=player.draws_actions, clock="episode"
+    )
     start = time.perf_counter()
     tables[name] = play(player, Simulator(trace_set, clip, episodes), progress=runs.progress(name))
     seconds[name] = time.perf_counter() - start

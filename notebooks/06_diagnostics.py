@@ -53,7 +53,9 @@ print("\n".join(f"{number}. {finding}" for number, finding in enumerate(findings
 # Bootstrap over traces, paired: the same traces under both policies. An interval that holds zero shows no difference.
 
 # %%
-differences = {f"{subject} − {name}": diagnose.paired(tables[subject], table) for name, table in tables.items() if name != subject}
+differences = {
+    f"{subject} − {name}": diagnose.paired(tables[subject], table) for name, table in tables.items() if name != subject
+}
 plots.plot_differences(differences)
 plt.savefig(out / "differences.png", dpi=120)
 plt.show()
@@ -95,7 +97,9 @@ plt.show()
 if not runs.headless():
     from ipywidgets import Dropdown, interact
 
-    choices = Dropdown(options=[(f"{gap:+.3f}  {name}", name) for name, gap in gaps["reward"].items()], description="trace")
+    choices = Dropdown(
+        options=[(f"{gap:+.3f}  {name}", name) for name, gap in gaps["reward"].items()], description="trace"
+    )
     interact(lambda name: (plots.plot_timeline(shown, by_name[name]), plt.show())[1], name=choices)
 
 # %%

@@ -125,7 +125,11 @@ def load_checkpoint(
     folder, meta = Path(folder), read_meta(folder)
     if pool_hash is not None and pool_hash != meta.pool_hash:
         raise ValueError(f"{folder} was trained on the pool {meta.pool_hash}, not on {pool_hash}")
-    changes: dict[str, Any] = {"device": device, "source": plm_source or meta.plm.source, "dtype": dtype or meta.plm.dtype}
+    changes: dict[str, Any] = {
+        "device": device,
+        "source": plm_source or meta.plm.source,
+        "dtype": dtype or meta.plm.dtype,
+    }
     plm = load_plm(dataclasses.replace(meta.plm, **changes))
     here = (plm.family, plm.hidden_size, plm.layers, plm.identity)
     there = (meta.family, meta.hidden_size, meta.layers, meta.plm_identity)
@@ -240,7 +244,7 @@ def _read_upstream_lora(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: a {values['peft_type']} adapter; the original uses LORA")
         return {
             "rank": int(values["r"]),
-            "lora_alpha": float(values["lora_alpha"]),
+            "lora_alpha": int(values["lora_alpha"]),
             "lora_dropout": float(values["lora_dropout"]),
             "target_modules": tuple(sorted(values["target_modules"])),
         }
@@ -320,7 +324,11 @@ def _compare(expected: Weights, found: Weights, path: Path, what: str) -> None:
     """Raise ValueError unless both have the same keys and shapes and all numbers are finite."""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
-        parts = [f"{len(keys)} {word} (first: {keys[0]})" for keys, word in ((missing, "missing"), (extra, "unknown")) if keys]
+        parts = [
+            f"{len(keys)} {word} (first: {keys[0]})"
+            for keys, word in ((missing, "missing"), (extra, "unknown"))
+            if keys
+        ]
         raise ValueError(f"{path}: does not fit {what}: weights {' and '.join(parts)}")
     for key, tensor in found.items():
         if tensor.shape != expected[key].shape:

@@ -49,7 +49,9 @@ class Evidence:
     run: str  # the policy that is diagnosed
     handicapped: tuple[str, ...] = ()  # policies of `tables` that are known to play below their own algorithm
     pool: ExperiencePool | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)  # steps, warmup_steps, lr, lr_peak, final_loss, crossing, windows
+    training: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # steps, warmup_steps, lr, lr_peak, final_loss, crossing, windows
     clean: np.ndarray | None = None  # [traces] bool: the trace shares no content with the training traces
     setting: Mapping[str, Any] = field(default_factory=dict)  # traces, video, seed, how the run was tested
 
@@ -76,7 +78,9 @@ def behaviour_entropy(pool: ExperiencePool) -> tuple[float, float]:
     previous = np.rint(pool.states[:, 0, -1] * qoe.BITRATES_KBPS[-1])
     np.add.at(joint, (np.searchsorted(qoe.BITRATES_KBPS, previous - 0.5), pool.actions), 1)
     actions, rows = joint.sum(axis=0), joint.sum(axis=1)
-    return _entropy(actions), float(sum(total / rows.sum() * _entropy(row) for row, total in zip(joint, rows, strict=True)))
+    return _entropy(actions), float(
+        sum(total / rows.sum() * _entropy(row) for row, total in zip(joint, rows, strict=True))
+    )
 
 
 def _entropy(counts: np.ndarray) -> float:

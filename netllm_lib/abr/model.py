@@ -29,7 +29,9 @@ class NetworkConfig:
     """Sizes of the network around the PLM."""
 
     state_feature_dim: int = 256
-    max_timestep: int = 46  # largest timestep in training; the table has two rows more, one for the original's extra step
+    max_timestep: int = (
+        46  # largest timestep in training; the table has two rows more, one for the original's extra step
+    )
     timestep_init: float = 1.0
     """Standard deviation of the initial timestep embeddings. At 1, as in the original, they swamp the small state embeddings at
     first; 0.02 helps at a learning rate of 1e-3 for all, and hurts with 1e-2 for the modules around the PLM."""
@@ -44,7 +46,9 @@ class StateEncoder(nn.Module):
         self.dim = dim
         self.fc1 = nn.Sequential(nn.Linear(1, dim), nn.LeakyReLU())  # level of the last chunk
         self.fc2 = nn.Sequential(nn.Linear(1, dim), nn.LeakyReLU())  # buffer
-        self.conv3 = nn.Sequential(nn.Conv1d(1, dim, TAPS), nn.LeakyReLU(), nn.Flatten())  # throughput of the last chunks
+        self.conv3 = nn.Sequential(
+            nn.Conv1d(1, dim, TAPS), nn.LeakyReLU(), nn.Flatten()
+        )  # throughput of the last chunks
         self.conv4 = nn.Sequential(nn.Conv1d(1, dim, TAPS), nn.LeakyReLU(), nn.Flatten())  # their delays
         self.conv5 = nn.Sequential(nn.Conv1d(1, dim, HISTORY), nn.LeakyReLU(), nn.Flatten())  # sizes of the next chunk
         self.fc6 = nn.Sequential(nn.Linear(1, dim), nn.LeakyReLU())  # chunks remaining
@@ -149,5 +153,7 @@ class PolicyNetwork(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything that training changes, by name; the PLM's part under `plm.`."""
-        mine = {f"{name}.{key}": p for name, module in self.around_plm().items() for key, p in module.named_parameters()}
+        mine = {
+            f"{name}.{key}": p for name, module in self.around_plm().items() for key, p in module.named_parameters()
+        }
         return mine | {f"plm.{name}": p for name, p in self.plm.trainable().items()}

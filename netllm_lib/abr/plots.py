@@ -54,7 +54,9 @@ def plot_training(history: pd.DataFrame, references: Mapping[str, float], axes: 
     ax.plot(steps.index, steps, color="0.75", linewidth=0.8, label="loss of a step")
     ax.plot(steps.index, steps.rolling(15, min_periods=1).mean(), color=PALETTE[0], label="mean of 15 steps")
     for i, (name, value) in enumerate(references.items()):
-        ax.axhline(value, color=PALETTE[i + 1], linestyle=STYLES[1 + i % 3], linewidth=1.2, label=f"{name}: {value:.2f}")
+        ax.axhline(
+            value, color=PALETTE[i + 1], linestyle=STYLES[1 + i % 3], linewidth=1.2, label=f"{name}: {value:.2f}"
+        )
     ax.set(xlabel="optimizer step", ylabel="cross-entropy (nats)", title="Training loss")
     ax.legend(frameon=False, fontsize=8)
     return ax
@@ -66,7 +68,9 @@ def plot_decomposition(tables: Mapping[str, pd.DataFrame], axes: Axes | None = N
     means = pd.DataFrame({name: qoe.per_trace(table).mean() for name, table in tables.items()}).T[::-1]
     ax.barh(means.index, means["quality"], color=PALETTE[0], label="quality (bitrate)")
     ax.barh(means.index, -means["rebuffering"], color=PALETTE[3], hatch="//", label="rebuffering")
-    ax.barh(means.index, -means["smoothness"], left=-means["rebuffering"], color=PALETTE[1], hatch="..", label="smoothness")
+    ax.barh(
+        means.index, -means["smoothness"], left=-means["rebuffering"], color=PALETTE[1], hatch="..", label="smoothness"
+    )
     ax.plot(means["reward"], means.index, "ko", label="mean reward")
     for name, value in means["reward"].items():
         ax.annotate(f"{value:.3f}", (value, name), xytext=(6, 6), textcoords="offset points", fontsize=8)
@@ -79,18 +83,20 @@ def plot_decomposition(tables: Mapping[str, pd.DataFrame], axes: Axes | None = N
 def plot_differences(differences: Mapping[str, Interval], axes: Axes | None = None) -> Axes:
     """Paired differences with their intervals; one whose interval holds zero is drawn hollow."""
     ax = _axes(axes, (8, 0.5 * len(differences) + 1.3))
-    for row, (_, interval) in enumerate(reversed(differences.items())):
+    for row, interval in enumerate(list(differences.values())[::-1]):
         color = PALETTE[2] if interval.low > 0 else PALETTE[3] if interval.high < 0 else "0.4"
         ax.plot([interval.low, interval.high], [row, row], color=color, linewidth=2)
         ax.plot(interval.mean, row, "o", color=color, markerfacecolor=color if interval.excludes_zero else "white")
-    ax.set_yticks(range(len(differences)), list(reversed(differences)))
+    ax.set_yticks(range(len(differences)), list(differences)[::-1])
     ax.axvline(0, color="k", linewidth=0.8)
     ax.set(xlabel="difference of mean reward, 95 % interval over traces", ylim=(-0.7, len(differences) - 0.3))
     ax.set_title("Paired differences (hollow: no difference shown)")
     return ax
 
 
-def plot_trace_gaps(ours: pd.DataFrame, baseline: pd.DataFrame, names: tuple[str, str], axes: Axes | None = None) -> Axes:
+def plot_trace_gaps(
+    ours: pd.DataFrame, baseline: pd.DataFrame, names: tuple[str, str], axes: Axes | None = None
+) -> Axes:
     """Difference of mean reward per trace, sorted: is the gap everywhere, or in a few traces?"""
     ax = _axes(axes, (9, 3.2))
     gap = np.sort((qoe.per_trace(ours)["reward"] - qoe.per_trace(baseline)["reward"]).to_numpy())
@@ -124,7 +130,9 @@ def plot_timeline(tables: Mapping[str, pd.DataFrame], trace: Trace, label: str |
     axes[0].set(ylabel="Mbps", title=f"{label or trace.name}: bandwidth and chosen bitrate")
     axes[0].set_ylim(0, 1.15 * max(4.3 if max(r["bitrate_kbps"].max() for r in rows.values()) > 2850 else 3.0, 1))
     axes[0].legend(frameon=False, fontsize=8, ncols=4, loc="upper right")
-    axes[1].set(xlabel="time since the start (s)", ylabel="buffer (s)", title="Buffer (× marks a stall, larger for longer)")
+    axes[1].set(
+        xlabel="time since the start (s)", ylabel="buffer (s)", title="Buffer (× marks a stall, larger for longer)"
+    )
     return axes
 
 

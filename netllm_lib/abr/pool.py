@@ -106,7 +106,9 @@ class ExperiencePool:
             np.savez_compressed(
                 stream, states=self.states, actions=self.actions.astype(np.int8), rewards=self.rewards, dones=self.dones
             )
-        write_json(path.with_suffix(".json"), {"hash": self.content_hash(), "transitions": len(self), "source": self.source})
+        write_json(
+            path.with_suffix(".json"), {"hash": self.content_hash(), "transitions": len(self), "source": self.source}
+        )
         return path
 
 
@@ -131,7 +133,9 @@ def load_pool(path: Path) -> ExperiencePool:
     described = read_json(manifest) if manifest.exists() else {}
     try:
         actions = _integers(values["actions"])
-        pool = ExperiencePool(values["states"], actions, values["rewards"], values["dones"], described.get("source", {}))
+        pool = ExperiencePool(
+            values["states"], actions, values["rewards"], values["dones"], described.get("source", {})
+        )
     except PoolError as error:
         raise PoolError(f"{path}: {error}") from None
     if "hash" in described and described["hash"] != pool.content_hash():
@@ -181,8 +185,12 @@ def concatenate(pools: Sequence[ExperiencePool]) -> ExperiencePool:
     """One pool of all episodes, in the given order."""
     if len(pools) == 1:
         return pools[0]
+    arrays = {
+        name: np.concatenate([getattr(pool, name) for pool in pools])
+        for name in ("states", "actions", "rewards", "dones")
+    }
     return ExperiencePool(
-        *(np.concatenate([getattr(pool, name) for pool in pools]) for name in ("states", "actions", "rewards", "dones")),
+        **arrays,
         source={
             "policies": [policy for pool in pools for policy in pool.source.get("policies", ["unknown"])],
             "mix": [pool.source for pool in pools],
@@ -202,4 +210,6 @@ def _first(bad: np.ndarray) -> tuple[int, int] | None:
 
 
 def _quantiles(values: np.ndarray, quantiles: Sequence[float]) -> str:
-    return "  ".join(f"{q:.0%}: {value:.3f}" for q, value in zip(quantiles, np.quantile(values, quantiles), strict=True))
+    return "  ".join(
+        f"{q:.0%}: {value:.3f}" for q, value in zip(quantiles, np.quantile(values, quantiles), strict=True)
+    )

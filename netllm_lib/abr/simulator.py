@@ -20,6 +20,8 @@ from netllm_lib.abr import qoe
 from netllm_lib.abr.policies.base import Episodes, Observation
 from netllm_lib.abr.traces import CHUNKS, TraceSet, Video
 
+Array = np.ndarray
+
 CHUNK_MS = 4000.0
 BUFFER_CAP_MS = 60000.0
 SLEEP_STEP_MS = 500.0
@@ -28,7 +30,9 @@ RTT_MS = 80.0
 
 
 @njit(cache=True)
-def _download_chunk(size_bytes, noise, time_s, mbps, ptr, now_s, buffer_ms):
+def _download_chunk(
+    size_bytes: float, noise: float, time_s: Array, mbps: Array, ptr: int, now_s: float, buffer_ms: float
+) -> tuple[float, float, float, float, float, int, float]:
     """One chunk of one client.
 
     Returns delay_ms, rebuffer_ms, buffer_ms, sleep_ms, residual_ms, ptr, now_s. `residual_ms` is the part of the sleep that
@@ -75,21 +79,52 @@ def _download_chunk(size_bytes, noise, time_s, mbps, ptr, now_s, buffer_ms):
 
 
 @njit(cache=True)
-def _step(levels, chunk, sizes_bytes, noise, trace_index, offsets, time_s, mbps, ptr, now_s, buffer_ms, out):
+def _step(
+    levels: Array, chunk: int, sizes_bytes: Array, noise: Array, trace_index: Array, offsets: Array, time_s: Array, mbps: Array,
+    ptr: Array, now_s: Array, buffer_ms: Array, out: Array,
+) -> None:  # fmt: skip
     """One chunk for all clients; `ptr`, `now_s`, `buffer_ms` [N] are updated, `out` [5, N] receives the results."""
     for i in range(len(levels)):
         first, last = offsets[trace_index[i]], offsets[trace_index[i] + 1]
         delay_ms, rebuffer_ms, buffer_ms[i], sleep_ms, residual_ms, ptr[i], now_s[i] = _download_chunk(
-            sizes_bytes[levels[i], chunk], noise[i, chunk], time_s[first:last], mbps[first:last], ptr[i], now_s[i], buffer_ms[i]
+            sizes_bytes[levels[i], chunk],
+            noise[i, chunk],
+            time_s[first:last],
+            mbps[first:last],
+            ptr[i],
+            now_s[i],
+            buffer_ms[i],
         )
-        out[0, i], out[1, i], out[2, i], out[3, i], out[4, i] = delay_ms, rebuffer_ms, buffer_ms[i], sleep_ms, residual_ms
+        out[0, i], out[1, i], out[2, i], out[3, i], out[4, i] = (
+            delay_ms,
+            rebuffer_ms,
+            buffer_ms[i],
+            sleep_ms,
+            residual_ms,
+        )
 
 
 @njit(cache=True)
-def _replay(levels, sizes_bytes, noise, trace_index, offsets, time_s, mbps, ptr, now_s, buffer_ms, out):
+def _replay(
+    levels: Array, sizes_bytes: Array, noise: Array, trace_index: Array, offsets: Array, time_s: Array, mbps: Array,
+    ptr: Array, now_s: Array, buffer_ms: Array, out: Array,
+) -> None:  # fmt: skip
     """All chunks of `levels` [N, chunks]; `out` [chunks, 5, N]."""
     for chunk in range(levels.shape[1]):
-        _step(levels[:, chunk], chunk, sizes_bytes, noise, trace_index, offsets, time_s, mbps, ptr, now_s, buffer_ms, out[chunk])
+        _step(
+            levels[:, chunk],
+            chunk,
+            sizes_bytes,
+            noise,
+            trace_index,
+            offsets,
+            time_s,
+            mbps,
+            ptr,
+            now_s,
+            buffer_ms,
+            out[chunk],
+        )
 
 
 @dataclass(frozen=True)
@@ -225,5 +260,7 @@ class Simulator:
 def _checked(levels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     array = np.ascontiguousarray(levels, dtype=np.int64)
     if array.shape != shape or (array != levels).any() or array.min() < 0 or array.max() >= qoe.LEVELS:
-        raise ValueError(f"levels must be integers 0..{qoe.LEVELS - 1} of shape {shape}, got {np.asarray(levels)!r:.200}")
+        raise ValueError(
+            f"levels must be integers 0..{qoe.LEVELS - 1} of shape {shape}, got {np.asarray(levels)!r:.200}"
+        )
     return array

@@ -39,7 +39,9 @@ class Trace:
     mbps: np.ndarray  # [samples] float64, >= 0
 
     def __repr__(self) -> str:
-        return f"Trace({self.name!r}, {len(self.mbps)} samples, {self.duration_s:.0f} s, mean {self.mean_mbps:.3f} Mbps)"
+        return (
+            f"Trace({self.name!r}, {len(self.mbps)} samples, {self.duration_s:.0f} s, mean {self.mean_mbps:.3f} Mbps)"
+        )
 
     @property
     def duration_s(self) -> float:
@@ -92,7 +94,9 @@ class TraceSet:
 
     def __repr__(self) -> str:
         pointers = "fixed start pointers" if self.start_ptrs is not None else "no pointer file"
-        return f"TraceSet({self.name!r}, {len(self)} traces, {sum(len(t.mbps) for t in self.traces)} samples, {pointers})"
+        return (
+            f"TraceSet({self.name!r}, {len(self)} traces, {sum(len(t.mbps) for t in self.traces)} samples, {pointers})"
+        )
 
     @property
     def names(self) -> list[str]:
@@ -123,7 +127,9 @@ class TraceSet:
 
     def describe(self) -> pd.DataFrame:
         """One row per trace: samples, duration_s, and time-weighted mean and extreme bandwidth in Mbps."""
-        rows = [(t.name, len(t.mbps), t.duration_s, t.mean_mbps, t.mbps[1:].min(), t.mbps[1:].max()) for t in self.traces]
+        rows = [
+            (t.name, len(t.mbps), t.duration_s, t.mean_mbps, t.mbps[1:].min(), t.mbps[1:].max()) for t in self.traces
+        ]
         return pd.DataFrame(rows, columns=["trace", "samples", "duration_s", "mean_mbps", "min_mbps", "max_mbps"])
 
 
@@ -171,7 +177,9 @@ class Video:
 
     def __repr__(self) -> str:
         mbps = self.sizes_bytes[:, :CHUNKS].mean(axis=1) * 8 / 4e6
-        return f"Video({self.name!r}, {self.sizes_bytes.shape[1]} chunks, mean Mbps by level {np.round(mbps, 3).tolist()})"
+        return (
+            f"Video({self.name!r}, {self.sizes_bytes.shape[1]} chunks, mean Mbps by level {np.round(mbps, 3).tolist()})"
+        )
 
     @cached_property
     def content_hash(self) -> str:
@@ -225,7 +233,9 @@ class Registry:
         return folders
 
     def video_folders(self) -> dict[str, Path]:
-        return {path.name.removesuffix("_sizes"): path for path in sorted(self.root.glob("videos/*_sizes")) if path.is_dir()}
+        return {
+            path.name.removesuffix("_sizes"): path for path in sorted(self.root.glob("videos/*_sizes")) if path.is_dir()
+        }
 
     def actor_folders(self) -> dict[str, Path]:
         """Genet/UDR actor name -> folder with its TensorFlow checkpoints."""
@@ -281,7 +291,9 @@ def find_registry(data: str | Path | None = None) -> Registry:
         if folder:
             root = Path(folder)
             if not (root / "traces").is_dir():
-                raise FileNotFoundError(f"{source} {root}: no folder traces/ in it (expected traces/, videos/, all_models/)")
+                raise FileNotFoundError(
+                    f"{source} {root}: no folder traces/ in it (expected traces/, videos/, all_models/)"
+                )
             return Registry(root)
     fetched = PROJECT / "data" / "netllm"
     return Registry(fetched if (fetched / "traces").is_dir() else SAMPLE)
@@ -338,9 +350,15 @@ def split_validation(traces: TraceSet, share: float, seed: int) -> tuple[TraceSe
     held: list[int] = []
     for key in np.random.default_rng(seed).permutation(sorted(members, key=lambda k: members[k][0])):
         group = members[int(key)]
-        if len(held) < wanted and len(held) + len(group) <= max(wanted * 1.5, 1) and len(held) + len(group) < len(traces):
+        if (
+            len(held) < wanted
+            and len(held) + len(group) <= max(wanted * 1.5, 1)
+            and len(held) + len(group) < len(traces)
+        ):
             held += group
     if not held:
         held = min(members.values(), key=len)
     rest = sorted(set(range(len(traces))) - set(held))
-    return traces.subset(rest, f"{traces.name} (train part)"), traces.subset(sorted(held), f"{traces.name} (validation part)")
+    return traces.subset(rest, f"{traces.name} (train part)"), traces.subset(
+        sorted(held), f"{traces.name} (validation part)"
+    )

@@ -90,7 +90,9 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.order is not None and len(self.order) not in (1, self.epochs):
-            raise ValueError(f"order has {len(self.order)} epochs, epochs={self.epochs}: give one tuple or one for each epoch")
+            raise ValueError(
+                f"order has {len(self.order)} epochs, epochs={self.epochs}: give one tuple or one for each epoch"
+            )
 
     @classmethod
     def upstream(cls, **changes: Any) -> TrainConfig:
@@ -197,7 +199,8 @@ def preflight(config: TrainConfig, pool: ExperiencePool, network: PolicyNetwork,
     warnings = []
     if peak < 0.9:
         warnings.append(
-            f"the warm-up of {plan.warmup} steps is longer than the run of {plan.steps}: the rate never passes {peak:.0%} of its value"
+            f"the warm-up of {plan.warmup} steps is longer than the run of {plan.steps}: "
+            f"the learning rate never passes {peak:.0%} of its value"
         )
     if plan.steps < 100:
         warnings.append(f"{plan.steps} optimizer steps: the loss usually rests on a plateau for the first 40 to 60")
@@ -206,7 +209,9 @@ def preflight(config: TrainConfig, pool: ExperiencePool, network: PolicyNetwork,
     if plan.short_steps and config.last_group == "upstream":
         warnings.append(f"{plan.short_steps} steps are incomplete and count for less than the others")
     if device_bytes is not None and memory > 0.95 * device_bytes:
-        warnings.append("the memory estimate exceeds the device: fewer windows a batch, bfloat16, or gradient checkpointing")
+        warnings.append(
+            "the memory estimate exceeds the device: fewer windows a batch, bfloat16, or gradient checkpointing"
+        )
     return Preflight(
         windows=len(windows),
         labels=windows.labels,
@@ -260,7 +265,7 @@ class _Plan:
                 raise ValueError(f"order: epoch {epoch} needs window numbers from 0 to {self.windows - 1}")
             return order
         if config.shuffle == "torch":
-            loader = torch.utils.data.DataLoader(range(self.windows), batch_size=None, shuffle=True)  # type: ignore[arg-type]
+            loader: Any = torch.utils.data.DataLoader(torch.arange(self.windows), batch_size=1, shuffle=True)  # type: ignore[arg-type]
             return np.array([int(number) for number in loader], dtype=np.int64)
         return np.random.default_rng([config.seed, epoch]).permutation(self.windows)
 
@@ -359,7 +364,9 @@ class _Run:
         plm_side = [p for name, p in self.parameters.items() if name.startswith("plm.")]
         around = [p for name, p in self.parameters.items() if not name.startswith("plm.")]
         groups = [{"params": around, "peak": config.lr_around}, {"params": plm_side, "peak": config.lr}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay
+        )
         self.step = 0  # optimizer steps taken
         self.epoch = 0
         self.step_in_epoch = 0
@@ -410,7 +417,9 @@ class _Run:
                 norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm))
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise ValueError(f"the loss is {value} at optimizer step {self.step}: lower the learning rate, or use float32")
+                raise ValueError(
+                    f"the loss is {value} at optimizer step {self.step}: lower the learning rate, or use float32"
+                )
             self.rows.append(
                 {
                     "step": self.step,
@@ -534,7 +543,13 @@ def _autocast(network: PolicyNetwork, config: TrainConfig) -> torch.dtype | None
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def print_progress(every_s: float = 5.0) -> Progress:
@@ -547,10 +562,22 @@ def print_progress(every_s: float = 5.0) -> Progress:
         if now - last >= every_s or done == total:
             last = now
             left = (now - started) / done * (total - done)
-            print(f"step {done}/{total}  epoch {info['epoch']}  loss {info['loss']:.3f}  {_duration(left)} left", flush=True)
+            print(
+                f"step {done}/{total}  epoch {info['epoch']}  loss {info['loss']:.3f}  {_duration(left)} left",
+                flush=True,
+            )
 
     return report
 
 
-__all__ = ["HeldOut", "Preflight", "Progress", "TrainConfig", "TrainResult", "held_out", "preflight", "print_progress", "train"]
-
+__all__ = [
+    "HeldOut",
+    "Preflight",
+    "Progress",
+    "TrainConfig",
+    "TrainResult",
+    "held_out",
+    "preflight",
+    "print_progress",
+    "train",
+]

@@ -25,9 +25,47 @@ POOL_CLASS = ("plm_special.data.exp_pool", "ExperiencePool")
 
 # What the pickles of Python 3 need for a class with lists of arrays and numbers (protocols 2 to 5), and nothing else.
 _OPCODES = frozenset(
-    """PROTO FRAME STOP MARK POP POP_MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL NEWOBJ REDUCE
-    BUILD EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS NONE NEWTRUE NEWFALSE
-    BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES""".split()
+    [
+        "PROTO",
+        "FRAME",
+        "STOP",
+        "MARK",
+        "POP",
+        "POP_MARK",
+        "MEMOIZE",
+        "BINPUT",
+        "LONG_BINPUT",
+        "BINGET",
+        "LONG_BINGET",
+        "GLOBAL",
+        "STACK_GLOBAL",
+        "NEWOBJ",
+        "REDUCE",
+        "BUILD",
+        "EMPTY_TUPLE",
+        "TUPLE",
+        "TUPLE1",
+        "TUPLE2",
+        "TUPLE3",
+        "EMPTY_LIST",
+        "APPEND",
+        "APPENDS",
+        "EMPTY_DICT",
+        "SETITEM",
+        "SETITEMS",
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "BINFLOAT",
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "SHORT_BINBYTES",
+        "BINBYTES",
+    ]
 )
 
 
@@ -62,7 +100,11 @@ class _NDArray(_Record):
     pass
 
 
-_ALLOWED: dict[tuple[str, str], type[_Record]] = {POOL_CLASS: _Pool, ("numpy", "ndarray"): _NDArray, ("numpy", "dtype"): _DType}
+_ALLOWED: dict[tuple[str, str], type[_Record]] = {
+    POOL_CLASS: _Pool,
+    ("numpy", "ndarray"): _NDArray,
+    ("numpy", "dtype"): _DType,
+}
 for _module in ("numpy._core.multiarray", "numpy.core.multiarray"):
     _ALLOWED |= {(_module, "_reconstruct"): _Array, (_module, "scalar"): _Scalar}
 
@@ -72,7 +114,9 @@ class _PoolUnpickler(pickle.Unpickler):
         try:
             return _ALLOWED[module, name]
         except KeyError:
-            raise PoolError(f"refers to {module}.{name}, which no experience pool needs: refused, nothing was run") from None
+            raise PoolError(
+                f"refers to {module}.{name}, which no experience pool needs: refused, nothing was run"
+            ) from None
 
 
 def read_pool(path: Path) -> ExperiencePool:
@@ -95,9 +139,11 @@ def _check_opcodes(data: bytes) -> None:
         for opcode, argument, position in pickletools.genops(data):
             count += 1
             if opcode.name not in _OPCODES:
-                raise PoolError(f"pickle opcode {opcode.name} at byte {position}, which no experience pool needs: refused")
+                raise PoolError(
+                    f"pickle opcode {opcode.name} at byte {position}, which no experience pool needs: refused"
+                )
             # memo slots are numbered as they come; a huge number would only make the reader allocate memory
-            if opcode.name == "LONG_BINPUT" and argument > count:
+            if opcode.name == "LONG_BINPUT" and int(argument or 0) > count:
                 raise PoolError(f"pickle memo slot {argument} at byte {position} after {count} opcodes: refused")
     except PoolError:
         raise
@@ -144,7 +190,7 @@ def _dtype(record: Any, kinds: str) -> np.dtype:
     order = record.state[1] if isinstance(record.state, tuple) and len(record.state) > 1 else "|"
     if code[:1] not in kinds or not code[1:].isdigit() or order not in ("<", ">", "|", "="):
         raise ValueError(f"number type {code!r}, expected one of kind {kinds!r}")
-    return np.dtype(code).newbyteorder(order)
+    return np.dtype(order + code if order != "|" else code)
 
 
 def _state(record: Any) -> np.ndarray:

@@ -19,7 +19,7 @@ from netllm_lib.abr.model import TOKENS_PER_STEP, PolicyNetwork
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Episodes, Observation, Policy
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.plm import TokenCache, fast_dtype
+from netllm_lib.plm import InferenceWeights, TokenCache, fast_dtype
 
 if TYPE_CHECKING:
     from netllm_lib.abr.checkpoint import CheckpointMeta
@@ -36,7 +36,8 @@ class EvalConfig:
     draws: Literal["trace", "stream"] = "trace"
     """Random numbers for sampling: a seeded stream for each trace, or as in the original one `random.choices` stream over
     all traces in playing order, 48 draws a trace."""
-    dropout: bool = False  # the original tests with dropout on in the evaluations during training, with dropout off afterwards
+    dropout: bool = False
+    """On in the original's evaluations while training, off in its test afterwards."""
 
     # --- what it sees
     context: Literal["clear", "leak"] = "clear"
@@ -80,7 +81,9 @@ class EvalConfig:
 class LLMPolicy(Policy):
     """A `PolicyNetwork` that chooses levels. `meta` says how it was trained: window, reward range, target return."""
 
-    def __init__(self, network: PolicyNetwork, meta: CheckpointMeta, config: EvalConfig | None = None, name: str = "llm"):
+    def __init__(
+        self, network: PolicyNetwork, meta: CheckpointMeta, config: EvalConfig | None = None, name: str = "llm"
+    ):
         config = config or EvalConfig()
         if config.context_window == "cached" and not network.plm.causal:
             raise ValueError(f'{network.plm.family} is not causal and cannot be cached: use context_window="rolling"')
@@ -91,9 +94,10 @@ class LLMPolicy(Policy):
         self.w = config.w or meta.w
         self.carries_state = config.context == "leak"
         self.acts_after_last = config.extra_step
-        self._weights = None
+        self._weights: InferenceWeights | None = None
+        self._target = np.zeros(0)  # [N] return-to-go that the next decision is conditioned on
         self._uniform: np.ndarray | None = None
-        self._clear(0)
+        self._clear()
 
     def reset(self, episodes: Episodes) -> None:
         """Draws the sampling stream ahead and prepares the weights (they may have been trained since the last test)."""
@@ -105,7 +109,7 @@ class LLMPolicy(Policy):
         dtype = {"float32": None, "bfloat16": torch.bfloat16, "auto": fast_dtype(plm.device)}[config.precision]
         merge = config.merge_lora and not config.dropout  # LoRA has a dropout of its own
         self._weights = plm.inference_weights(dtype, merge) if dtype is not None or merge else None
-        self._clear(0)
+        self._clear()
 
     def act(self, observation: Observation) -> np.ndarray:
         """Levels [N]. The first call of a trace (chunk 1) is timestep 0; the reward of chunk 0 is never subtracted."""
@@ -134,7 +138,7 @@ class LLMPolicy(Policy):
 
     # --- context
 
-    def _clear(self, episodes: int) -> None:
+    def _clear(self) -> None:
         self._states: list[torch.Tensor] = []  # [N, 6, 6] each, oldest first
         self._actions: list[torch.Tensor] = []  # [N]
         self._returns: list[torch.Tensor] = []  # [N]
@@ -143,7 +147,7 @@ class LLMPolicy(Policy):
 
     def _begin(self, episodes: int) -> None:
         if self.config.context == "clear":
-            self._clear(episodes)
+            self._clear()
         if self.config.context_window == "cached":
             steps = self.network.config.max_timestep + 2
             attend = TOKENS_PER_STEP * self.w + OPEN_STEP
@@ -193,7 +197,9 @@ class LLMPolicy(Policy):
         return (sums[:, :-1].astype(np.float64) <= threshold[:, None]).sum(axis=1)
 
 
-def validator(simulator: Simulator, meta: CheckpointMeta, config: EvalConfig | None = None) -> Callable[[PolicyNetwork], float]:
+def validator(
+    simulator: Simulator, meta: CheckpointMeta, config: EvalConfig | None = None
+) -> Callable[[PolicyNetwork], float]:
     """A `validate` for `train`: mean reward of the network, played over the simulator's episodes (validation traces)."""
 
     def validate(network: PolicyNetwork) -> float:

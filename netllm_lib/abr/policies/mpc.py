@@ -30,8 +30,12 @@ class MPCConfig:
     robust: bool = True  # divide the harmonic mean by 1 + the largest recent relative error
     window: int = 5  # throughput samples in the harmonic mean
     error_window: int = 5  # errors in the maximum
-    carry_history: bool = False  # keep estimates and errors from trace to trace, so that trace order matters, as the original does
-    float32_throughput: Literal["none", "first-trace", "all"] = "none"  # traces whose throughput samples are rounded to float32
+    carry_history: bool = (
+        False  # keep estimates and errors from trace to trace, so that trace order matters, as the original does
+    )
+    float32_throughput: Literal["none", "first-trace", "all"] = (
+        "none"  # traces whose throughput samples are rounded to float32
+    )
 
     @classmethod
     def upstream(cls, pool: bool = False) -> MPCConfig:
@@ -47,10 +51,19 @@ class MPCConfig:
 
 
 @njit(cache=True)
-def plan(sizes_mb, bitrates_kbps, buffer_s, last_level, mb_per_s, jump_limit, buffer_cap_s, first_wins):
+def plan(
+    sizes_mb: np.ndarray,  # [horizon, 6]
+    bitrates_kbps: np.ndarray,  # [6] float
+    buffer_s: float,
+    last_level: int,
+    mb_per_s: float,  # predicted throughput
+    jump_limit: int,
+    buffer_cap_s: float,
+    first_wins: bool,  # of equally good plans
+) -> int:
     """First level of the best sequence over the horizon, by depth-first search in lexicographic order.
 
-    sizes_mb [horizon, 6]. Branches that cannot reach the best score any more, even at the top level without stalls, are cut.
+    Branches that cannot reach the best score any more, even at the top level without stalls, are cut.
     Returns 0 for an empty horizon. The order of additions is the original's, so scores are bit-equal to it.
     """
     horizon, levels = sizes_mb.shape
@@ -94,7 +107,10 @@ def plan(sizes_mb, bitrates_kbps, buffer_s, last_level, mb_per_s, jump_limit, bu
 
 
 @njit(cache=True)
-def _plan_all(sizes_mb, bitrates_kbps, buffer_s, last_level, mb_per_s, jump_limit, buffer_cap_s, first_wins, out):
+def _plan_all(
+    sizes_mb: np.ndarray, bitrates_kbps: np.ndarray, buffer_s: np.ndarray, last_level: np.ndarray, mb_per_s: np.ndarray,
+    jump_limit: int, buffer_cap_s: float, first_wins: bool, out: np.ndarray,
+) -> None:  # fmt: skip
     for i in range(len(buffer_s)):
         out[i] = plan(
             sizes_mb, bitrates_kbps, buffer_s[i], last_level[i], mb_per_s[i], jump_limit, buffer_cap_s, first_wins

@@ -24,13 +24,15 @@ DENSE = ("FullyConnected", "FullyConnected_1", "FullyConnected_2")  # state rows
 CONV = ("Conv1D", "Conv1D_1", "Conv1D_2")  # state rows 2, 3, 4
 HIDDEN, OUT = "FullyConnected_3", "FullyConnected_4"
 _MOVE_OF_ACTION = np.array([-1, 0, 1])  # action 0: down, 1: stay, 2: up
-SHAPES = {name: (1, 128) for name in DENSE} | {name: (4, 1, 6, 128) for name in CONV} | {HIDDEN: (768, 128), OUT: (128, 3)}
+SHAPES = dict.fromkeys(DENSE, (1, 128)) | dict.fromkeys(CONV, (4, 1, 6, 128)) | {HIDDEN: (768, 128), OUT: (128, 3)}
 
 
 def latest_checkpoint(folder: Path) -> Path:
     """Path prefix (without ".index") of the checkpoint with the highest step. Raises FileNotFoundError."""
     steps = {
-        int(match[1]): path for path in Path(folder).glob("*.ckpt.index") if (match := re.search(r"_(\d+)\.ckpt\.index$", path.name))
+        int(match[1]): path
+        for path in Path(folder).glob("*.ckpt.index")
+        if (match := re.search(r"_(\d+)\.ckpt\.index$", path.name))
     }
     if not steps:
         raise FileNotFoundError(f"{folder}: no checkpoint named …_<step>.ckpt.index")
@@ -96,8 +98,14 @@ class Actor:
         The convolutions have width 4 with SAME padding over length 1, so only their tap 1 ever meets data.
         """
         states, w = states.astype(np.float32), self._weights
-        features = [_relu(states[:, row, -1:] @ w[f"{name}/W"] + w[f"{name}/b"]) for name, row in zip(DENSE, (0, 1, 5), strict=True)]
-        convolved = [_relu(states[:, row, :] @ w[f"{name}/W"][1, 0] + w[f"{name}/b"]) for name, row in zip(CONV, (2, 3, 4), strict=True)]
+        features = [
+            _relu(states[:, row, -1:] @ w[f"{name}/W"] + w[f"{name}/b"])
+            for name, row in zip(DENSE, (0, 1, 5), strict=True)
+        ]
+        convolved = [
+            _relu(states[:, row, :] @ w[f"{name}/W"][1, 0] + w[f"{name}/b"])
+            for name, row in zip(CONV, (2, 3, 4), strict=True)
+        ]
         merged = np.concatenate([features[0], features[1], *convolved, features[2]], axis=1)
         hidden = _relu(merged @ w[f"{HIDDEN}/W"] + w[f"{HIDDEN}/b"])
         logits = hidden @ w[f"{OUT}/W"] + w[f"{OUT}/b"]

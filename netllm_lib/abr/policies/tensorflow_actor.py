@@ -1,6 +1,6 @@
 """The part of the Genet and UDR actors that needs TensorFlow: reading their checkpoints, and being the port's reference.
 
-    python -m netllm_lib.abr.policies.tensorflow_actor CHECKPOINT OUT.safetensors
+python -m netllm_lib.abr.policies.tensorflow_actor CHECKPOINT OUT.safetensors
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def probabilities(checkpoint: Path, states: np.ndarray) -> np.ndarray:
     import tensorflow as tf
 
     w, x = read_checkpoint(checkpoint), tf.constant(states, tf.float32)
-    dense = [tf.nn.relu(x[:, row, -1:] @ w[f"{name}/W"] + w[f"{name}/b"]) for name, row in zip(DENSE, (0, 1, 5), strict=True)]
+    dense = [
+        tf.nn.relu(x[:, row, -1:] @ w[f"{name}/W"] + w[f"{name}/b"]) for name, row in zip(DENSE, (0, 1, 5), strict=True)
+    ]
     convolved = []
     for name, row in zip(CONV, (2, 3, 4), strict=True):  # length 1, six channels
         y = tf.nn.conv2d(x[:, row, None, None, :], w[f"{name}/W"], strides=1, padding="SAME")
@@ -65,7 +67,9 @@ def visited_states(actor: Actor, registry: Registry, episodes: int) -> tuple[np.
     """(states [n, 6, 6], action draws [n]) of the decisions that an actor takes on the registry's test traces."""
     traces = registry.trace_set(registry.default_traces("test"))
     chosen = sound_episodes(traces).rows(range(min(episodes, len(traces))))
-    played = rollout(Pensieve(actor), Simulator(traces, registry.video(registry.default_video()), chosen), keep_states=True)
+    played = rollout(
+        Pensieve(actor), Simulator(traces, registry.video(registry.default_video()), chosen), keep_states=True
+    )
     assert played.states is not None
     return played.states[:, :-1].reshape(-1, 6, 6), chosen.action_draws[:, :-1].reshape(-1)
 

@@ -1,0 +1,145 @@
+"""The network around the PLM: token order, causality, and the original's logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from llm_fixtures import stir, tiny_network, toy_pool, write_plm
+
+from netllm_lib.abr.checkpoint import load_upstream_checkpoint
+from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork
+from netllm_lib.abr.upstream import read_pool
+from netllm_lib.abr.windows import WindowConfig, make_windows, return_to_go
+from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.runs import read_json
+
+
+def batch(w: int = 10, count: int = 3):  # noqa: ANN201
+    return make_windows(toy_pool(), WindowConfig(w=w)).batch(list(range(count)))
+
+
+def test_tokens_are_in_order() -> None:
+    """Each input moves its own token of its own step and no other."""
+    network, data = tiny_network(), batch()
+    with torch.inference_mode():
+        plain = network.embed(*data[:4])
+        for change, token in {"returns": 0, "actions": 7}.items():
+            values = getattr(data, change).clone()
+            values[:, 4] = 5 if change == "actions" else 1
+            moved = (network.embed(*data._replace(**{change: values})[:4]) != plain).any(-1)
+            assert set(torch.nonzero(moved)[:, 1].tolist()) == {4 * TOKENS_PER_STEP + token}
+        for row, token in enumerate(range(1, 7)):
+            states = data.states.clone()
+            states[:, 4, row] += 1
+            moved = (network.embed(*data._replace(states=states)[:4]) != plain).any(-1)
+            assert set(torch.nonzero(moved)[:, 1].tolist()) == {4 * TOKENS_PER_STEP + token}
+
+
+def test_state_encoder_equals_a_plain_loop() -> None:
+    """Level, buffer and remaining read the last column; the series are correlated with their kernels."""
+    encoder = tiny_network().state_encoder
+    states = torch.rand(4, 6, 6)
+    with torch.inference_mode():
+        features = encoder(states)
+        relu = torch.nn.functional.leaky_relu
+        for n in range(4):
+            for got, row, module in ((0, 0, encoder.fc1), (1, 1, encoder.fc2), (5, 5, encoder.fc6)):
+                expected = relu(states[n, row, -1] * module[0].weight[:, 0] + module[0].bias)  # type: ignore[operator, index]
+                torch.testing.assert_close(features[got][n], expected)
+            for got, module, taps in ((2, encoder.conv3, 4), (3, encoder.conv4, 4), (4, encoder.conv5, 6)):
+                kernel, bias = module[0].weight[:, 0], module[0].bias  # type: ignore[index]
+                sums = [(kernel * states[n, got, i : i + taps]).sum(1) + bias for i in range(7 - taps)]  # type: ignore[operator]
+                torch.testing.assert_close(features[got][n], relu(torch.stack(sums, dim=1).flatten()))
+
+
+def test_a_step_is_predicted_from_what_came_before_its_action() -> None:
+    network, data = tiny_network(), batch()
+    with torch.inference_mode():
+        plain = network(*data)
+        for step in (0, 5, 9):
+            actions = data.actions.clone()
+            actions[:, step] = (actions[:, step] + 3) % 6
+            changed = (network(*data._replace(actions=actions)) - plain).abs().amax(dim=(0, 2)) > 1e-6
+            assert changed.tolist() == [i > step for i in range(10)]
+            states = data.states.clone()
+            states[:, step] += 1
+            changed = (network(*data._replace(states=states)) - plain).abs().amax(dim=(0, 2)) > 1e-6
+            assert changed.tolist() == [i >= step for i in range(10)]
+
+
+def test_decide_equals_forward() -> None:
+    """Whole, cut after the last state, and token by token through a cache."""
+    network, data = tiny_network(), batch()
+    with torch.inference_mode():
+        expected = network(*data)
+        tokens = network.embed(*data[:4])
+        cache = network.plm.new_cache(tokens.shape[1])
+        done = 0
+        for step in range(10):
+            end = step * TOKENS_PER_STEP + TOKENS_PER_STEP - 1
+            torch.testing.assert_close(network.decide(tokens[:, :end]), expected[:, step], atol=1e-5, rtol=0)
+            cached = network.decide(tokens[:, done:end], cache)
+            torch.testing.assert_close(cached, expected[:, step], atol=1e-5, rtol=0)
+            done = end
+
+
+def test_lora_is_applied_and_starts_from_the_plm() -> None:
+    data = batch()
+    fresh, frozen, trained = tiny_network(lora=False), tiny_network(rank=0), tiny_network()
+    with torch.inference_mode():
+        assert torch.equal(fresh(*data), frozen(*data))
+        assert not torch.allclose(trained(*data), fresh(*data), atol=1e-3)
+
+
+def test_random_control_differs_from_the_pretrained(tmp_path: Path) -> None:
+    folder = str(write_plm(tmp_path / "plm", "llama"))
+    data, size = batch(), NetworkConfig(state_feature_dim=8)
+    pretrained = PolicyNetwork(load_plm(PLMConfig(folder, rank=4)), size)
+    control = PolicyNetwork(load_plm(PLMConfig(folder, rank=4, random_weights=True)), size)
+    with torch.inference_mode():
+        assert torch.equal(pretrained.embed(*data[:4]), control.embed(*data[:4]))
+        assert not torch.allclose(pretrained.eval()(*data), control.eval()(*data), atol=1e-2)
+
+
+def test_initial_weights_follow_from_the_seed() -> None:
+    plm = load_plm(PLMConfig("tiny-llama", rank=0))
+    one, same, other = (PolicyNetwork(plm, NetworkConfig(8, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(one.embed_action.weight, same.embed_action.weight)
+    assert not torch.equal(one.embed_action.weight, other.embed_action.weight)
+    small = PolicyNetwork(plm, NetworkConfig(8, timestep_init=0.02))
+    torch.testing.assert_close(small.embed_timestep.weight, one.embed_timestep.weight * 0.02)
+
+
+def test_trainable_holds_everything_that_learns() -> None:
+    network = tiny_network()
+    learns = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert {name.replace("plm.", "plm.model.", 1) for name in network.trainable()} == learns | set() or len(
+        network.trainable()
+    ) == len(learns)
+    assert stir(network) is network
+
+
+FORWARDS = sorted(p.relative_to(GOLDEN) for p in GOLDEN.glob("plm/*/forward_layer*.npz")) or [Path("absent")]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", FORWARDS, ids=str)
+def test_logits_of_the_original(golden: Path, path: Path) -> None:
+    recorded, folder = np.load(golden / path), (golden / path).parent
+    meta, layer = read_json(folder / "meta.json"), int(path.stem.removeprefix("forward_layer"))
+    _, scale = return_to_go(read_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta["scale"])
+    plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1)
+    network, _ = load_upstream_checkpoint(folder / "adapter", plm, scale, meta["w"])
+    assert network.plm.layers == (meta["layers"] if layer < 0 or not meta["which_layer_effective"] else layer + 1)
+    states, labels = torch.from_numpy(recorded["states"]), torch.from_numpy(recorded["labels"])
+    returns, timesteps = torch.from_numpy(recorded["returns"])[..., 0], torch.from_numpy(recorded["timesteps"]).long()
+    with torch.inference_mode():
+        embedded = network.embed(states[:1], labels[:1], returns[:1], timesteps[:1])
+        np.testing.assert_allclose(embedded, recorded["inputs_embeds_ln"], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(network.plm(embedded), recorded["last_hidden_state"], atol=1e-5, rtol=0)
+        logits = network(states, labels, returns, timesteps)
+    np.testing.assert_allclose(logits, recorded["logits"], atol=1e-5, rtol=0)

@@ -1,0 +1,197 @@
+"""Classical policies: against exhaustive search, by hand, and played one by one against lock-step."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from netllm_lib.abr import qoe
+from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.base import Observation, Policy
+from netllm_lib.abr.policies.bba import BBA
+from netllm_lib.abr.policies.catalogue import make_policy
+from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC, plan
+from netllm_lib.abr.policies.pensieve import SHAPES, Actor, Pensieve, latest_checkpoint, sampled_action
+from netllm_lib.abr.policies.simple import Constant, Random, Replay
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.synthetic import generate_traces, generate_video
+from netllm_lib.abr.traces import SAMPLE, Registry
+
+TRACES, VIDEO = generate_traces("t", 10, 11), generate_video("v", 2)
+
+
+def best_by_enumeration(sizes_mb, buffer_s, last, mb_per_s, jump, cap_s, first_wins):
+    best, level = -np.inf, 0
+    for plan_levels in itertools.product(range(6), repeat=len(sizes_mb)):
+        steps = (last, *plan_levels)
+        if jump is not None and any(abs(a - b) > jump for a, b in itertools.pairwise(steps)):
+            continue
+        buffer, stall, kbps, change, before = buffer_s, 0.0, 0.0, 0.0, last
+        for position, choice in enumerate(plan_levels):
+            download = sizes_mb[position][choice] / mb_per_s
+            if buffer < download:
+                stall += download - buffer
+                buffer = 0.0
+            else:
+                buffer -= download
+            buffer = min(buffer + 4, cap_s)
+            kbps += float(qoe.BITRATES_KBPS[choice])
+            change += abs(float(qoe.BITRATES_KBPS[choice]) - float(qoe.BITRATES_KBPS[before]))
+            before = choice
+        score = kbps / 1000 - 4.3 * stall - change / 1000
+        if score > best or (score == best and not first_wins):
+            best, level = score, plan_levels[0]
+    return level
+
+
+@pytest.mark.parametrize("jump", [None, 1])
+@pytest.mark.parametrize("first_wins", [True, False])
+def test_mpc_plan_equals_exhaustive_enumeration(jump: int | None, first_wins: bool) -> None:
+    rng = np.random.default_rng(0)
+    bitrates = qoe.BITRATES_KBPS.astype(float)
+    for case in range(40):
+        horizon = 1 + case % 4
+        sizes = VIDEO.sizes_bytes.T[case : case + horizon] / 1e6
+        if case % 3 == 0:  # equal sizes and a full buffer: many plans tie
+            sizes = np.tile(sizes[:, :1], (1, 6))
+        buffer_s, last, rate = float(rng.uniform(0, 50)), int(rng.integers(6)), float(rng.uniform(0.02, 0.8))
+        cap = 60.0 if case % 2 else np.inf
+        expected = best_by_enumeration(sizes.tolist(), buffer_s, last, rate, jump, cap, first_wins)
+        got = plan(
+            np.ascontiguousarray(sizes), bitrates, buffer_s, last, rate, 6 if jump is None else jump, cap, first_wins
+        )
+        assert got == expected, (case, horizon, buffer_s, last, rate)
+
+
+def test_mpc_with_empty_horizon_returns_level_0() -> None:
+    assert plan(np.zeros((0, 6)), qoe.BITRATES_KBPS.astype(float), 10.0, 3, 1.0, 6, 60.0, True) == 0
+
+
+def test_each_upstream_switch_of_mpc_matters() -> None:
+    episodes = upstream_episodes(TRACES, trace_num=-1)
+    sound = play(RobustMPC(VIDEO), Simulator(TRACES, VIDEO, episodes))["level"].to_numpy()
+    upstream = MPCConfig.upstream()
+    for name in ("jump_limit", "size_index", "carry_history", "float32_throughput", "buffer_cap_s", "ties"):
+        config = replace(MPCConfig(), **{name: getattr(upstream, name)})
+        levels = play(RobustMPC(VIDEO, config), Simulator(TRACES, VIDEO, episodes))["level"].to_numpy()
+        if name in ("jump_limit", "size_index", "carry_history"):
+            assert (levels != sound).any(), name
+        assert levels.shape == sound.shape
+
+
+def test_upstream_mpc_needs_a_49th_chunk() -> None:
+    short = replace(VIDEO, sizes_bytes=VIDEO.sizes_bytes[:, :48])
+    RobustMPC(short)
+    with pytest.raises(ValueError, match="49 lines"):
+        RobustMPC(short, MPCConfig.upstream())
+
+
+def observation(**changes) -> Observation:
+    base = Observation(
+        3, np.arange(1), np.zeros((1, 6, 6)), np.zeros(1), np.zeros(1, int), np.zeros(1), np.zeros((1, 6))
+    )
+    return replace(base, **changes)
+
+
+@pytest.mark.parametrize(
+    ("buffer_s", "level"), [(0, 0), (4.999, 0), (5, 0), (7, 1), (9.1, 2), (14.99, 4), (15, 5), (60, 5)]
+)
+def test_bba_by_hand(buffer_s: float, level: int) -> None:
+    assert BBA().act(observation(buffer_s=np.array([buffer_s]))).tolist() == [level]
+
+
+def random_actor(seed: int = 0) -> Actor:
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in SHAPES.items():
+        weights[f"{name}/W"] = (rng.standard_normal(shape) * 0.1).astype(np.float32)
+        weights[f"{name}/b"] = (rng.standard_normal(shape[-1]) * 0.1).astype(np.float32)
+    return Actor(weights)
+
+
+def test_actor_equals_a_full_convolution() -> None:
+    """Only tap 1 of the four meets data: pad a length of 1 to (1 before, 2 after) and convolve in full."""
+    actor, rng = random_actor(), np.random.default_rng(1)
+    states = rng.random((5, 6, 6)).astype(np.float32)
+    w = actor._weights
+    parts = []
+    for row, name in ((0, "FullyConnected"), (1, "FullyConnected_1")):
+        parts.append(states[:, row, -1:] @ w[f"{name}/W"] + w[f"{name}/b"])
+    for row, name in ((2, "Conv1D"), (3, "Conv1D_1"), (4, "Conv1D_2")):
+        padded = np.zeros((5, 4, 6), np.float32)
+        padded[:, 1] = states[:, row]
+        parts.append(np.einsum("ntc,tck->nk", padded, w[f"{name}/W"][:, 0]) + w[f"{name}/b"])
+    parts.append(states[:, 5, -1:] @ w["FullyConnected_2/W"] + w["FullyConnected_2/b"])
+    hidden = np.maximum(np.maximum(np.concatenate(parts, 1), 0) @ w["FullyConnected_3/W"] + w["FullyConnected_3/b"], 0)
+    logits = hidden @ w["FullyConnected_4/W"] + w["FullyConnected_4/b"]
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(actor.probabilities(states), expected, atol=1e-6)
+
+
+def test_sampled_action_is_the_first_to_exceed_the_draw() -> None:
+    p = np.array([[0.2, 0.3, 0.5]] * 4, dtype=np.float32)
+    assert sampled_action(p, np.array([100, 200, 499, 999])).tolist() == [0, 1, 1, 2]
+    assert sampled_action(np.zeros((1, 3), np.float32), np.array([5])).tolist() == [0]
+
+
+def test_actor_moves_by_one_level_and_samples_from_the_protocols_stream() -> None:
+    simulator = Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=1))
+    first, second = (play(Pensieve(random_actor()), simulator) for _ in range(2))
+    np.testing.assert_array_equal(first["level"], second["level"])
+    steps = first.groupby("trace")["level"].diff().dropna()
+    assert steps.abs().max() == 1
+    other = play(Pensieve(random_actor()), Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=2)))
+    assert (other["level"] != first["level"]).any()
+    argmax = play(Pensieve(random_actor(), choose="argmax"), simulator)
+    assert (argmax["level"] != first["level"]).any()
+
+
+class OneByOne(Policy):
+    """Another policy, played one trace after the other."""
+
+    carries_state = True
+
+    def __init__(self, inner: Policy):
+        self.inner, self.name, self.resets = inner, inner.name, 0
+
+    def reset(self, episodes) -> None:
+        self.resets += 1
+        self.inner.reset(episodes)
+
+    def act(self, observation):
+        return self.inner.act(observation)
+
+
+@pytest.mark.parametrize("policy", [BBA(), Random(), Constant(2), Pensieve(random_actor())], ids=lambda p: p.name)
+def test_lockstep_equals_one_by_one(policy: Policy) -> None:
+    simulator = Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=3, noise=True))
+    single = OneByOne(policy)
+    together, apart = play(policy, simulator), play(single, simulator)
+    assert single.resets == 1
+    for column in together.columns:
+        np.testing.assert_array_equal(together[column], apart[column], err_msg=column)
+
+
+def test_replay_plays_the_given_levels() -> None:
+    levels = np.random.default_rng(0).integers(0, 6, (10, 48))
+    levels[:, 0] = 0
+    table = play(Replay(levels), Simulator(TRACES, VIDEO, sound_episodes(TRACES)))
+    np.testing.assert_array_equal(table["level"].to_numpy().reshape(10, 48), levels)
+
+
+def test_latest_checkpoint_has_the_highest_step(tmp_path) -> None:
+    for step in (900, 57400, 57600):
+        (tmp_path / f"nn_model_ep_{step}.ckpt.index").touch()
+    assert latest_checkpoint(tmp_path).name == "nn_model_ep_57600.ckpt"
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        latest_checkpoint(tmp_path / "none")
+
+
+def test_unknown_policy_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="known: bba, mpc"):
+        make_policy("mcp", VIDEO, Registry(SAMPLE))
+    assert make_policy("constant-4", VIDEO, Registry(SAMPLE)).name == "constant-4"
