@@ -348,7 +348,7 @@ def _yes(fact: bool) -> str:
 
 def plm_checks(plm: str, load: bool = False) -> list[Check]:
     """Is the PLM's folder complete; with `load`, do its weights load."""
-    from netllm_lib.plm import PLMConfig, check_plm, find_plm, load_plm
+    from netllm_lib.plm_files import check_plm, find_plm
 
     if problems := check_plm(plm):
         return [
@@ -365,6 +365,8 @@ def plm_checks(plm: str, load: bool = False) -> list[Check]:
         ]
     if not load:
         return [Check("PLM", "pass", f"{plm}: files complete, {size}")]
+    from netllm_lib.plm import PLMConfig, load_plm
+
     try:
         load_plm(PLMConfig(source=plm, rank=0))
     except Exception as error:
@@ -376,7 +378,7 @@ def plm_checks(plm: str, load: bool = False) -> list[Check]:
 
 def _plm_shape(plm: str) -> tuple[int, int] | None:
     """Layers and hidden size, from the model's config.json."""
-    from netllm_lib.plm import describe_folder, find_plm
+    from netllm_lib.plm_files import describe_folder, find_plm
 
     if plm == "smollm2":
         return SMOLLM2_SHAPE

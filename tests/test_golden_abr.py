@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
 
+from conftest import GOLDEN
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.play import rollout
@@ -26,9 +26,18 @@ from netllm_lib.runs import read_json
 pytestmark = pytest.mark.golden
 
 FIELDS = {  # ours: theirs
-    "time_s": "time_s", "bitrate_kbps": "bitrate_kbps", "buffer_s": "buffer_s", "rebuffer_s": "rebuf_s", "size_bytes": "chunk_bytes",
-    "delay_ms": "delay_ms", "smoothness_mbps": "smoothness_mbps", "reward": "reward",
-}  # fmt: skip
+    name: {"rebuffer_s": "rebuf_s", "size_bytes": "chunk_bytes"}.get(name, name)
+    for name in (
+        "time_s",
+        "bitrate_kbps",
+        "buffer_s",
+        "rebuffer_s",
+        "size_bytes",
+        "delay_ms",
+        "smoothness_mbps",
+        "reward",
+    )
+}
 CLASSICAL = ("bba", "mpc")
 
 

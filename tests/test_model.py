@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
-from llm_fixtures import stir, tiny_network, toy_pool, write_plm
 
+from conftest import GOLDEN
+from llm_fixtures import tiny_network, toy_pool, write_plm
 from netllm_lib.abr.checkpoint import load_upstream_checkpoint
 from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork
 from netllm_lib.abr.upstream import read_pool
-from netllm_lib.abr.windows import WindowConfig, make_windows, return_to_go
+from netllm_lib.abr.windows import Batch, WindowConfig, make_windows, return_to_go
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.runs import read_json
 
 
-def batch(w: int = 10, count: int = 3):  # noqa: ANN201
+def batch(w: int = 10, count: int = 3) -> Batch:
     return make_windows(toy_pool(), WindowConfig(w=w)).batch(list(range(count)))
 
 
@@ -117,10 +117,7 @@ def test_initial_weights_follow_from_the_seed() -> None:
 def test_trainable_holds_everything_that_learns() -> None:
     network = tiny_network()
     learns = {name for name, p in network.named_parameters() if p.requires_grad}
-    assert {name.replace("plm.", "plm.model.", 1) for name in network.trainable()} == learns | set() or len(
-        network.trainable()
-    ) == len(learns)
-    assert stir(network) is network
+    assert {name.replace("plm.", "plm.model.", 1) for name in network.trainable()} == learns
 
 
 FORWARDS = sorted(p.relative_to(GOLDEN) for p in GOLDEN.glob("plm/*/forward_layer*.npz")) or [Path("absent")]
@@ -140,6 +137,6 @@ def test_logits_of_the_original(golden: Path, path: Path) -> None:
     with torch.inference_mode():
         embedded = network.embed(states[:1], labels[:1], returns[:1], timesteps[:1])
         np.testing.assert_allclose(embedded, recorded["inputs_embeds_ln"], atol=1e-5, rtol=0)
-        np.testing.assert_allclose(network.plm(embedded), recorded["last_hidden_state"], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(network.plm(embedded), recorded["last_hidden_state"], atol=1e-5, rtol=1e-5)
         logits = network(states, labels, returns, timesteps)
     np.testing.assert_allclose(logits, recorded["logits"], atol=1e-5, rtol=0)

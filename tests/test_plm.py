@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from llm_fixtures import FAMILIES, write_plm
 
-from netllm_lib import plm as plms
+from llm_fixtures import FAMILIES, write_plm
+from netllm_lib import plm_files
 from netllm_lib.plm import PLMConfig, check_plm, describe_folder, find_plm, load_plm
 
 
@@ -290,8 +290,8 @@ def test_describe_folder(zoo: Path) -> None:
 
 
 def test_smollm2_from_its_cache() -> None:
-    if plms._smollm2_gguf() is None and not (plms._smollm2_cache() / "config.json").is_file():
-        pytest.skip(plms.SMOLLM2_MISSING)
+    if plm_files.smollm2_gguf() is None and not (plm_files.smollm2_cache() / "config.json").is_file():
+        pytest.skip(plm_files.SMOLLM2_MISSING)
     plm = load_plm(PLMConfig("smollm2", layers=1, rank=0))
     assert (plm.family, plm.hidden_size, plm.layers) == ("llama", 576, 1)
     norms = dict(plm.model.named_parameters())["norm.weight"]

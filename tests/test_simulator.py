@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from reference import ReferenceEnvironment
 
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.policies.base import Episodes
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import BandwidthModel, generate_traces, generate_video
 from netllm_lib.abr.traces import CHUNKS, Trace, TraceSet, Video
+from reference import ReferenceEnvironment
 
 FAST = BandwidthModel(median_mbps=6.0, samples=60, interval_s=2.3)  # buffers fill up: clients sleep
 SLOW = BandwidthModel(median_mbps=0.7, samples=25, interval_s=0.7)  # traces wrap around, clients stall

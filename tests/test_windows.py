@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from llm_fixtures import toy_pool
 
+from llm_fixtures import toy_pool
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.upstream import read_pool
 from netllm_lib.abr.windows import WindowConfig, Windows, make_windows, return_to_go

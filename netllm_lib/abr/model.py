@@ -12,11 +12,16 @@ and `state_encoder.py`; module names are those of the original, so that its file
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from netllm_lib.plm import PLM, TokenCache
+
+if TYPE_CHECKING:
+    from netllm_lib.abr.windows import Batch
 
 LEVELS = 6
 TOKENS_PER_STEP = 8
@@ -157,3 +162,17 @@ class PolicyNetwork(nn.Module):
             f"{name}.{key}": p for name, module in self.around_plm().items() for key, p in module.named_parameters()
         }
         return mine | {f"plm.{name}": p for name, p in self.plm.trainable().items()}
+
+
+def action_loss(network: PolicyNetwork, batch: Batch, dtype: torch.dtype | None) -> torch.Tensor:
+    """Mean cross-entropy over the labels of a micro-batch."""
+    with torch.autocast(network.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        logits = network(*batch)
+    return cross_entropy(*labelled(logits, batch))
+
+
+def labelled(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [labels, 6] and actions [labels] of the steps that count."""
+    if batch.mask is None:
+        return logits.flatten(0, 1), batch.actions.flatten()
+    return logits[batch.mask], batch.actions[batch.mask]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +23,10 @@ from torch.nn.functional import cross_entropy
 
 from netllm_lib import runs
 from netllm_lib.abr import checkpoint
-from netllm_lib.abr.model import TOKENS_PER_STEP, PolicyNetwork
-from netllm_lib.abr.windows import Batch, ReturnScale, WindowConfig, Windows, make_windows
-from netllm_lib.plm import fast_dtype
+from netllm_lib.abr.model import PolicyNetwork, action_loss, labelled
+from netllm_lib.abr.preflight import Plan, Preflight, preflight
+from netllm_lib.abr.windows import ReturnScale, WindowConfig, Windows, make_windows
+from netllm_lib.plm import arithmetic_dtype
 
 if TYPE_CHECKING:
     from netllm_lib.abr.pool import ExperiencePool
@@ -142,175 +142,6 @@ class TrainResult:
     seconds: float  # of training, over all sittings, validation not counted
 
 
-# --- before -------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Preflight:
-    """What a training run will do, known before it starts. `print` it."""
-
-    windows: int
-    labels: int  # actions to predict in an epoch
-    crossing: int  # windows that hold parts of two episodes
-    micro_batches: int  # in all epochs
-    steps: int  # optimizer steps in all epochs
-    short_steps: int  # optimizer steps with fewer micro-batches than `accumulation`
-    warmup_steps: int
-    lr: float  # asked for
-    lr_peak: float  # really reached
-    lr_around_peak: float
-    trainable: int  # parameters
-    frozen: int
-    memory_bytes: float  # estimate of the peak while training
-    device_bytes: float | None  # memory of the device, if known
-    seconds: float | None  # expected, without validation; None if not measured
-    warnings: tuple[str, ...]
-
-    def table(self) -> pd.DataFrame:
-        """Two columns, for a notebook."""
-        device = "" if self.device_bytes is None else f" of {self.device_bytes / 1e9:.1f} GB"
-        rows = {
-            "windows": f"{self.windows} ({self.labels} actions to predict, {self.crossing} windows cross episodes)",
-            "optimizer steps": f"{self.steps} ({self.micro_batches} micro-batches)",
-            "warm-up": f"{self.warmup_steps} steps = {self.warmup_steps / max(self.steps, 1):.0%} of them",
-            "learning rate": f"peak {self.lr_peak:.2g} of {self.lr:.2g} for the PLM, {self.lr_around_peak:.2g} around it",
-            "parameters": f"{self.trainable / 1e6:.2f} M trained, {self.frozen / 1e6:.2f} M frozen",
-            "memory": f"about {self.memory_bytes / 1e9:.1f} GB{device}",
-            "time": "not measured" if self.seconds is None else f"about {_duration(self.seconds)} without validation",
-        }
-        rows |= {f"warning {i}": text for i, text in enumerate(self.warnings, 1)}
-        return pd.DataFrame({"what": rows.keys(), "value": rows.values()})
-
-    def __str__(self) -> str:
-        return "\n".join(f"{what:16} {value}" for what, value in self.table().itertuples(index=False))
-
-
-def preflight(config: TrainConfig, pool: ExperiencePool, network: PolicyNetwork, measure: bool = True) -> Preflight:
-    """Plan a training run. With `measure` one micro-batch is timed, forward and backward; nothing is changed by it."""
-    windows = config.cut(pool)
-    plan = _Plan(config, len(windows))
-    rates = [plan.rate(step) for step in range(plan.steps)]
-    trainable = sum(p.numel() for p in network.trainable().values())
-    total = sum(p.numel() for p in network.parameters())
-    crossing = int(windows.crossing.sum())
-    memory = _memory_bytes(network, config)
-    device_bytes = _device_bytes(network.device)
-    peak = max(rates, default=0.0)
-    warnings = []
-    if peak < 0.9:
-        warnings.append(
-            f"the warm-up of {plan.warmup} steps is longer than the run of {plan.steps}: "
-            f"the learning rate never passes {peak:.0%} of its value"
-        )
-    if plan.steps < 100:
-        warnings.append(f"{plan.steps} optimizer steps: the loss usually rests on a plateau for the first 40 to 60")
-    if crossing:
-        warnings.append(f"{crossing / len(windows):.0%} of the windows span two episodes")
-    if plan.short_steps and config.last_group == "upstream":
-        warnings.append(f"{plan.short_steps} steps are incomplete and count for less than the others")
-    if device_bytes is not None and memory > 0.95 * device_bytes:
-        warnings.append(
-            "the memory estimate exceeds the device: fewer windows a batch, bfloat16, or gradient checkpointing"
-        )
-    return Preflight(
-        windows=len(windows),
-        labels=windows.labels,
-        crossing=crossing,
-        micro_batches=plan.micro_batches,
-        steps=plan.steps,
-        short_steps=plan.short_steps,
-        warmup_steps=plan.warmup,
-        lr=config.lr,
-        lr_peak=config.lr * peak,
-        lr_around_peak=config.lr_around * peak,
-        trainable=trainable,
-        frozen=total - trainable,
-        memory_bytes=memory,
-        device_bytes=device_bytes,
-        seconds=_seconds_per_micro_batch(network, windows, config) * plan.micro_batches if measure else None,
-        warnings=tuple(warnings),
-    )
-
-
-class _Plan:
-    """Steps and learning rates of a run, from the configuration and the number of windows alone."""
-
-    def __init__(self, config: TrainConfig, windows: int):
-        self.config = config
-        self.windows = windows
-        sizes = [windows] * config.epochs
-        if config.order is not None:
-            sizes = [len(self.order_of(epoch)) for epoch in range(config.epochs)]
-        micro = [-(-size // config.batch) for size in sizes]
-        self.steps_of = [-(-m // config.accumulation) for m in micro]
-        self.micro_batches = sum(micro)
-        self.steps = sum(self.steps_of)
-        self.short_steps = sum(m % config.accumulation > 0 for m in micro)
-        part = max(1, round(config.warmup * self.steps))
-        self.warmup = config.warmup_steps if config.warmup_steps is not None else part
-
-    def rate(self, step: int) -> float:
-        """Part of the configured learning rate that optimizer step `step` (from 0) uses."""
-        if step + 1 < self.warmup or self.config.schedule == "constant":
-            return min((step + 1) / max(self.warmup, 1), 1.0)
-        done = (step + 1 - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.config.lr_end + (1 - self.config.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-
-    def order_of(self, epoch: int) -> np.ndarray:
-        """Window numbers int64 in the order in which `epoch` takes them. With shuffle="torch" it draws from PyTorch's generator."""
-        config = self.config
-        if config.order is not None:
-            order = np.asarray(config.order[epoch if len(config.order) > 1 else 0], dtype=np.int64)
-            if len(order) == 0 or order.min() < 0 or order.max() >= self.windows:
-                raise ValueError(f"order: epoch {epoch} needs window numbers from 0 to {self.windows - 1}")
-            return order
-        if config.shuffle == "torch":
-            loader: Any = torch.utils.data.DataLoader(torch.arange(self.windows), batch_size=1, shuffle=True)  # type: ignore[arg-type]
-            return np.array([int(number) for number in loader], dtype=np.int64)
-        return np.random.default_rng([config.seed, epoch]).permutation(self.windows)
-
-
-def _seconds_per_micro_batch(network: PolicyNetwork, windows: Windows, config: TrainConfig) -> float:
-    batch = windows.batch(np.arange(config.batch) % len(windows)).to(network.device)
-    kept = {name: p.grad for name, p in network.trainable().items()}
-    training, best = network.training, math.inf
-    network.train()
-    with torch.random.fork_rng(enabled=True):
-        for _ in range(3):  # the first one also warms up
-            start = time.perf_counter()
-            _loss(network, batch, _autocast(network, config)).backward()
-            if network.device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-    network.train(training)
-    for name, parameter in network.trainable().items():
-        parameter.grad = kept[name]
-    return best
-
-
-def _memory_bytes(network: PolicyNetwork, config: TrainConfig) -> float:
-    """Weights, gradients, AdamW's two moments and activations. The last follow from what layers keep for their gradient:
-    about 16 hidden and 7.5 intermediate vectors a token and layer (measured: within a third on SmolLM2)."""
-    weights = sum(p.numel() * p.element_size() for p in network.parameters())
-    trained = sum(p.numel() * 12 for p in network.trainable().values())
-    hf = network.plm.base.config
-    intermediate = getattr(hf, "intermediate_size", None) or getattr(hf, "d_ff", None) or 4 * network.plm.hidden_size
-    half = _autocast(network, config) is not None or network.plm.config.dtype != "float32"
-    token_bytes = (16 * network.plm.hidden_size + 7.5 * intermediate) * (2.7 if half else 4)
-    tokens = config.batch * config.w * TOKENS_PER_STEP
-    kept_layers = 1 + 0.1 * network.plm.layers if network.plm.config.gradient_checkpointing else network.plm.layers
-    base = 4e8 if network.device.type == "cpu" else 6e8  # Python, PyTorch, libraries
-    return base + weights + trained + tokens * kept_layers * token_bytes
-
-
-def _device_bytes(device: torch.device) -> float | None:
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    if device.type == "cpu" and hasattr(os, "sysconf"):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return None
-
-
 # --- training -----------------------------------------------------------------------------------------------------------
 
 
@@ -346,8 +177,10 @@ def train(
     with keep_rng:
         if (folder / STATE).is_file():
             run.resume()
-        elif config.shuffle == "seed":
-            torch.manual_seed(config.seed)
+        else:
+            if config.shuffle == "seed":
+                torch.manual_seed(config.seed)
+            run.save()  # what it starts from: initial weights and random state
         return run.go(validate, progress)
 
 
@@ -356,7 +189,7 @@ class _Run:
 
     def __init__(self, network: PolicyNetwork, windows: Windows, config: TrainConfig, folder: Path):
         self.network, self.windows, self.config, self.folder = network, windows, config, folder
-        self.plan = _Plan(config, len(windows))
+        self.plan = Plan(config, len(windows))
         self.meta = checkpoint.describe(network, windows.scale, config.w, runs.plain(config))
         # `device` and the like may differ between two sittings; the numbers that decide the result may not
         self.key = runs.content_hash([config, windows.scale, network.config, network.plm.identity, self.meta.layers])
@@ -391,12 +224,12 @@ class _Run:
                 if progress is not None:
                     progress(self.step, self.plan.steps, {**self.rows[-1], "windows": len(self.windows)})
                 if config.checkpoint_steps and self.step % config.checkpoint_steps == 0:
-                    self._save()
+                    self.save()
             self.network.eval()
             self.epoch, self.step_in_epoch, self.order = self.epoch + 1, 0, None
             if validate is not None and (self.epoch % config.validate_epochs == 0 or self.epoch == config.epochs):
                 self._validate(validate)
-            self._save()
+            self.save()
         return self._finish(validate is not None)
 
     def _optimizer_step(self, numbers: np.ndarray, start: float) -> None:
@@ -409,7 +242,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         for i, micro in enumerate(micro_batches):
             batch = self.windows.batch(micro).to(self.network.device)
-            loss = _loss(self.network, batch, _autocast(self.network, config))
+            loss = action_loss(self.network, batch, arithmetic_dtype(config.precision, self.network.device))
             share = int(self.windows.lengths[micro].sum()) / labels
             (loss * share if config.last_group == "mean" else loss / config.accumulation).backward()
             norm = math.nan
@@ -461,7 +294,7 @@ class _Run:
 
     # --- to and from disk
 
-    def _save(self) -> None:
+    def save(self) -> None:
         state = {
             "key": self.key,
             "step": self.step,
@@ -515,59 +348,11 @@ def held_out(network: PolicyNetwork, windows: Windows, batch: int = 32) -> HeldO
     network.eval()
     for first in range(0, len(windows), batch):
         data = windows.batch(np.arange(first, min(first + batch, len(windows)))).to(network.device)
-        logits, actions = _labelled(network(*data), data)
+        logits, actions = labelled(network(*data), data)
         nats += float(cross_entropy(logits, actions, reduction="sum"))
         right += int((logits.argmax(-1) == actions).sum())
     network.train(training)
     return HeldOut(nats / windows.labels, right / windows.labels, windows.labels)
-
-
-def _loss(network: PolicyNetwork, batch: Batch, dtype: torch.dtype | None) -> torch.Tensor:
-    """Mean cross-entropy over the labels of a micro-batch."""
-    with torch.autocast(network.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        logits = network(*batch)
-    return cross_entropy(*_labelled(logits, batch))
-
-
-def _labelled(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [labels, 6] and actions [labels] of the steps that count."""
-    if batch.mask is None:
-        return logits.flatten(0, 1), batch.actions.flatten()
-    return logits[batch.mask], batch.actions[batch.mask]
-
-
-def _autocast(network: PolicyNetwork, config: TrainConfig) -> torch.dtype | None:
-    if config.precision == "auto":
-        return fast_dtype(network.device)
-    return torch.bfloat16 if config.precision == "bfloat16" else None
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
-def print_progress(every_s: float = 5.0) -> Progress:
-    """A `progress` callback that prints a line every few seconds, for runs without a terminal."""
-    started = last = time.monotonic()
-
-    def report(done: int, total: int, info: dict[str, Any]) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= every_s or done == total:
-            last = now
-            left = (now - started) / done * (total - done)
-            print(
-                f"step {done}/{total}  epoch {info['epoch']}  loss {info['loss']:.3f}  {_duration(left)} left",
-                flush=True,
-            )
-
-    return report
 
 
 __all__ = [
@@ -578,6 +363,5 @@ __all__ = [
     "TrainResult",
     "held_out",
     "preflight",
-    "print_progress",
     "train",
 ]

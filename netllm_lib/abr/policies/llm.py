@@ -19,7 +19,7 @@ from netllm_lib.abr.model import TOKENS_PER_STEP, PolicyNetwork
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Episodes, Observation, Policy
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.plm import InferenceWeights, TokenCache, fast_dtype
+from netllm_lib.plm import InferenceWeights, TokenCache, arithmetic_dtype
 
 if TYPE_CHECKING:
     from netllm_lib.abr.checkpoint import CheckpointMeta
@@ -106,7 +106,7 @@ class LLMPolicy(Policy):
             self._uniform = _uniform_draws(config.draws, episodes)
         if config.dropout:
             torch.manual_seed(episodes.seed)
-        dtype = {"float32": None, "bfloat16": torch.bfloat16, "auto": fast_dtype(plm.device)}[config.precision]
+        dtype = arithmetic_dtype(config.precision, plm.device)
         merge = config.merge_lora and not config.dropout  # LoRA has a dropout of its own
         self._weights = plm.inference_weights(dtype, merge) if dtype is not None or merge else None
         self._clear()

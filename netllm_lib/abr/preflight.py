@@ -1,0 +1,197 @@
+"""What a training run will do, known before it starts: windows, optimizer steps, learning rates, memory and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from netllm_lib.abr.model import TOKENS_PER_STEP, PolicyNetwork, action_loss
+from netllm_lib.abr.windows import Windows
+from netllm_lib.plm import arithmetic_dtype
+
+if TYPE_CHECKING:
+    from netllm_lib.abr.pool import ExperiencePool
+    from netllm_lib.abr.train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """What a training run will do, known before it starts. `print` it."""
+
+    windows: int
+    labels: int  # actions to predict in an epoch
+    crossing: int  # windows that hold parts of two episodes
+    micro_batches: int  # in all epochs
+    steps: int  # optimizer steps in all epochs
+    short_steps: int  # optimizer steps with fewer micro-batches than `accumulation`
+    warmup_steps: int
+    lr: float  # asked for
+    lr_peak: float  # really reached
+    lr_around_peak: float
+    trainable: int  # parameters
+    frozen: int
+    memory_bytes: float  # estimate of the peak while training
+    device_bytes: float | None  # memory of the device, if known
+    seconds: float | None  # expected, without validation; None if not measured
+    warnings: tuple[str, ...]
+
+    def table(self) -> pd.DataFrame:
+        """Two columns, for a notebook."""
+        device = "" if self.device_bytes is None else f" of {self.device_bytes / 1e9:.1f} GB"
+        rows = {
+            "windows": f"{self.windows} ({self.labels} actions to predict, {self.crossing} windows cross episodes)",
+            "optimizer steps": f"{self.steps} ({self.micro_batches} micro-batches)",
+            "warm-up": f"{self.warmup_steps} steps = {self.warmup_steps / max(self.steps, 1):.0%} of them",
+            "learning rate": f"peak {self.lr_peak:.2g} of {self.lr:.2g} for the PLM, {self.lr_around_peak:.2g} around it",
+            "parameters": f"{self.trainable / 1e6:.2f} M trained, {self.frozen / 1e6:.2f} M frozen",
+            "memory": f"about {self.memory_bytes / 1e9:.1f} GB{device}",
+            "time": "not measured" if self.seconds is None else f"about {_duration(self.seconds)} without validation",
+        }
+        rows |= {f"warning {i}": text for i, text in enumerate(self.warnings, 1)}
+        return pd.DataFrame({"what": rows.keys(), "value": rows.values()})
+
+    def __str__(self) -> str:
+        return "\n".join(f"{what:16} {value}" for what, value in self.table().itertuples(index=False))
+
+
+def preflight(config: TrainConfig, pool: ExperiencePool, network: PolicyNetwork, measure: bool = True) -> Preflight:
+    """Plan a training run. With `measure` one micro-batch is timed, forward and backward; nothing is changed by it."""
+    windows = config.cut(pool)
+    plan = Plan(config, len(windows))
+    rates = [plan.rate(step) for step in range(plan.steps)]
+    trainable = sum(p.numel() for p in network.trainable().values())
+    total = sum(p.numel() for p in network.parameters())
+    crossing = int(windows.crossing.sum())
+    memory = _memory_bytes(network, config)
+    device_bytes = _device_bytes(network.device)
+    peak = max(rates, default=0.0)
+    warnings = []
+    if peak < 0.9:
+        warnings.append(
+            f"the warm-up of {plan.warmup} steps is longer than the run of {plan.steps}: "
+            f"the learning rate never passes {peak:.0%} of its value"
+        )
+    if plan.steps < 100:
+        warnings.append(f"{plan.steps} optimizer steps: the loss usually rests on a plateau for the first 40 to 60")
+    if crossing:
+        warnings.append(f"{crossing / len(windows):.0%} of the windows span two episodes")
+    if plan.short_steps and config.last_group == "upstream":
+        warnings.append(f"{plan.short_steps} steps are incomplete and count for less than the others")
+    if device_bytes is not None and memory > 0.95 * device_bytes:
+        warnings.append(
+            "the memory estimate exceeds the device: fewer windows a batch, bfloat16, or gradient checkpointing"
+        )
+    return Preflight(
+        windows=len(windows),
+        labels=windows.labels,
+        crossing=crossing,
+        micro_batches=plan.micro_batches,
+        steps=plan.steps,
+        short_steps=plan.short_steps,
+        warmup_steps=plan.warmup,
+        lr=config.lr,
+        lr_peak=config.lr * peak,
+        lr_around_peak=config.lr_around * peak,
+        trainable=trainable,
+        frozen=total - trainable,
+        memory_bytes=memory,
+        device_bytes=device_bytes,
+        seconds=_seconds_per_micro_batch(network, windows, config) * plan.micro_batches if measure else None,
+        warnings=tuple(warnings),
+    )
+
+
+class Plan:
+    """Steps and learning rates of a run, from the configuration and the number of windows alone."""
+
+    def __init__(self, config: TrainConfig, windows: int):
+        self.config = config
+        self.windows = windows
+        sizes = [windows] * config.epochs
+        if config.order is not None:
+            sizes = [len(self.order_of(epoch)) for epoch in range(config.epochs)]
+        micro = [-(-size // config.batch) for size in sizes]
+        self.steps_of = [-(-m // config.accumulation) for m in micro]
+        self.micro_batches = sum(micro)
+        self.steps = sum(self.steps_of)
+        self.short_steps = sum(m % config.accumulation > 0 for m in micro)
+        part = max(1, round(config.warmup * self.steps))
+        self.warmup = config.warmup_steps if config.warmup_steps is not None else part
+
+    def rate(self, step: int) -> float:
+        """Part of the configured learning rate that optimizer step `step` (from 0) uses."""
+        if step + 1 < self.warmup or self.config.schedule == "constant":
+            return min((step + 1) / max(self.warmup, 1), 1.0)
+        done = (step + 1 - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.config.lr_end + (1 - self.config.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+    def order_of(self, epoch: int) -> np.ndarray:
+        """Window numbers int64 in the order in which `epoch` takes them. With shuffle="torch" it draws from PyTorch's generator."""
+        config = self.config
+        if config.order is not None:
+            order = np.asarray(config.order[epoch if len(config.order) > 1 else 0], dtype=np.int64)
+            if len(order) == 0 or order.min() < 0 or order.max() >= self.windows:
+                raise ValueError(f"order: epoch {epoch} needs window numbers from 0 to {self.windows - 1}")
+            return order
+        if config.shuffle == "torch":
+            loader: Any = torch.utils.data.DataLoader(torch.arange(self.windows), batch_size=1, shuffle=True)  # type: ignore[arg-type]
+            return np.array([int(number) for number in loader], dtype=np.int64)
+        return np.random.default_rng([config.seed, epoch]).permutation(self.windows)
+
+
+def _seconds_per_micro_batch(network: PolicyNetwork, windows: Windows, config: TrainConfig) -> float:
+    batch = windows.batch(np.arange(config.batch) % len(windows)).to(network.device)
+    kept = {name: p.grad for name, p in network.trainable().items()}
+    training, best = network.training, math.inf
+    network.train()
+    with torch.random.fork_rng():
+        for _ in range(3):  # the first one also warms up
+            start = time.perf_counter()
+            action_loss(network, batch, arithmetic_dtype(config.precision, network.device)).backward()
+            if network.device.type == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+    network.train(training)
+    for name, parameter in network.trainable().items():
+        parameter.grad = kept[name]
+    return best
+
+
+def _memory_bytes(network: PolicyNetwork, config: TrainConfig) -> float:
+    """Weights, gradients, AdamW's two moments and activations. The last follow from what layers keep for their gradient:
+    about 16 hidden and 7.5 intermediate vectors a token and layer (measured: within a third on SmolLM2)."""
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    trained = sum(p.numel() * 12 for p in network.trainable().values())
+    hf = network.plm.base.config
+    intermediate = getattr(hf, "intermediate_size", None) or getattr(hf, "d_ff", None) or 4 * network.plm.hidden_size
+    half = arithmetic_dtype(config.precision, network.device) is not None or network.plm.config.dtype != "float32"
+    token_bytes = (16 * network.plm.hidden_size + 7.5 * intermediate) * (2.7 if half else 4)
+    tokens = config.batch * config.w * TOKENS_PER_STEP
+    kept_layers = 1 + 0.1 * network.plm.layers if network.plm.config.gradient_checkpointing else network.plm.layers
+    base = 4e8 if network.device.type == "cpu" else 6e8  # Python, PyTorch, libraries
+    return base + weights + trained + tokens * kept_layers * token_bytes
+
+
+def _device_bytes(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return None
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,263 @@
+"""The LLM as a policy: contexts, caches, sampling, and the original's episodes and complete runs."""
+
+from __future__ import annotations
+
+import random
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import GOLDEN
+from llm_fixtures import episodes_of, observe, replay, tiny_network, toy_pool, write_plm
+from netllm_lib.abr import qoe
+from netllm_lib.abr.checkpoint import CheckpointMeta, describe, load_upstream_checkpoint
+from netllm_lib.abr.episodes import upstream_episodes
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.base import Observation
+from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.traces import Registry
+from netllm_lib.abr.upstream import read_pool
+from netllm_lib.abr.windows import return_to_go
+from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.runs import read_json
+
+RNG = np.random.default_rng(0)
+STATES, REWARDS = RNG.random((47, 3, 6, 6)), RNG.normal(size=(47, 3))
+
+
+@pytest.fixture(scope="module")
+def network() -> PolicyNetwork:
+    return tiny_network()
+
+
+@pytest.fixture(scope="module")
+def meta(network: PolicyNetwork) -> CheckpointMeta:
+    return describe(network, return_to_go(toy_pool())[1], w=20)
+
+
+def run(
+    network: PolicyNetwork, meta: CheckpointMeta, chunks: int = 47, lockstep: bool = True, **config: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    return replay(LLMPolicy(network, meta, EvalConfig(**config)), STATES[:chunks], REWARDS[:chunks], lockstep)
+
+
+def test_cached_equals_rolling_within_the_window(network: PolicyNetwork, meta: CheckpointMeta) -> None:
+    _, cached = run(network, meta, context_window="cached")
+    _, rolling = run(network, meta, context_window="rolling")
+    difference = np.abs(cached - rolling).max(axis=(0, 2))
+    assert difference[:21].max() < 1e-4
+    assert difference[21:].max() > 1e-3  # later it is an approximation
+
+
+def test_cached_is_exact_when_the_window_is_the_episode(network: PolicyNetwork, meta: CheckpointMeta) -> None:
+    levels, cached = run(network, meta, context_window="cached", w=47)
+    expected, rolling = run(network, meta, context_window="rolling", w=47)
+    np.testing.assert_array_equal(levels, expected)
+    np.testing.assert_allclose(cached, rolling, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", ["cached", "rolling"])
+@pytest.mark.parametrize("choose", ["argmax", "sample"])
+def test_lockstep_equals_one_by_one(network: PolicyNetwork, meta: CheckpointMeta, window: Any, choose: Any) -> None:
+    config: dict[str, Any] = {"context_window": window, "choose": choose, "draws": "stream"}
+    together, logits = run(network, meta, chunks=24, **config)
+    apart, alone = run(network, meta, chunks=24, lockstep=False, **config)
+    np.testing.assert_array_equal(together, apart)
+    np.testing.assert_allclose(logits, alone, atol=1e-4, rtol=0)
+
+
+def test_context_holds_the_previous_w_steps_and_the_current_one(network: PolicyNetwork, meta: CheckpointMeta) -> None:
+    """A changed state is seen by its own decision and the w after it, and by no other."""
+
+    class SameLevels(LLMPolicy):
+        def _choose(self, observation: Observation) -> np.ndarray:
+            return np.zeros(len(observation.episode), dtype=int)
+
+    policy = SameLevels(network, meta, EvalConfig(context_window="rolling", w=5))
+    states = STATES[:12].copy()
+    states[3] += 1
+    _, plain = replay(policy, STATES[:12], REWARDS[:12])
+    _, moved = replay(policy, states, REWARDS[:12])
+    changed = np.abs(plain - moved).max(axis=(0, 2)) > 1e-6
+    assert changed.tolist() == [3 <= decision <= 8 for decision in range(12)]
+
+
+def test_return_to_go_follows_the_rewards(network: PolicyNetwork, meta: CheckpointMeta) -> None:
+    policy = LLMPolicy(network, meta, EvalConfig(target_return_scale=2.0))
+    policy.reset(episodes_of(3))
+    scale, target = meta.scale, []
+    for chunk in (1, 2, 3):
+        policy.act(observe(STATES, REWARDS, chunk))
+        target.append(policy.extras()["return_to_go"])
+    span = (scale.max_reward - scale.min_reward) * scale.scale
+    np.testing.assert_allclose(target[0], 2 * scale.target_return)  # the reward of chunk 0 is never subtracted
+    expected = target[0] - (np.clip(REWARDS[1], scale.min_reward, scale.max_reward) - scale.min_reward) / span
+    np.testing.assert_allclose(target[1], expected)
+    assert (target[2] < target[1]).all()
+    extras = policy.extras()
+    np.testing.assert_allclose(sum(extras[f"p{level}"] for level in range(6)), 1, rtol=1e-6)
+
+
+def test_sampling_is_that_of_random_choices(network: PolicyNetwork, meta: CheckpointMeta) -> None:
+    """One stream over all traces, 48 draws a trace, also when the last is not used."""
+    policy = LLMPolicy(network, meta, EvalConfig(choose="sample", draws="stream"))
+    policy.reset(episodes_of(3, seed=11))
+    stream = random.Random(11)
+    draws = np.array([[stream.random() for _ in range(48)] for _ in range(3)])
+    for chunk in range(1, 25):
+        levels = policy.act(observe(STATES, REWARDS, chunk))
+        for trace in range(3):
+            sums = list(accumulate(policy.probabilities[trace]))
+            pick = draws[trace, chunk - 1] * float(sums[-1])
+            assert levels[trace] == next((i for i, s in enumerate(sums[:5]) if pick < float(s)), 5)
+
+
+def test_sound_sampling_does_not_depend_on_the_other_traces(network: PolicyNetwork, meta: CheckpointMeta) -> None:
+    policy = LLMPolicy(network, meta, EvalConfig(choose="sample"))
+    all_levels, _ = replay(policy, STATES[:20], REWARDS[:20])
+    two, _ = replay(policy, STATES[:20, :2], REWARDS[:20, :2])
+    np.testing.assert_array_equal(all_levels[:2], two)
+    assert len(np.unique(all_levels)) > 2
+
+
+def test_leaking_context_changes_the_second_trace_only(network: PolicyNetwork, meta: CheckpointMeta) -> None:
+    clear = LLMPolicy(network, meta, EvalConfig(context_window="rolling"))
+    leak = LLMPolicy(network, meta, EvalConfig(context_window="rolling", context="leak"))
+    assert (clear.carries_state, leak.carries_state) == (False, True)
+    states = np.repeat(STATES[:10, :1], 2, axis=1)  # the same trace twice
+    rewards = np.repeat(REWARDS[:10, :1], 2, axis=1)
+    _, cleared = replay(clear, states, rewards, lockstep=False)
+    _, leaked = replay(leak, states, rewards, lockstep=False)
+    np.testing.assert_allclose(cleared[0], cleared[1], atol=1e-6)
+    np.testing.assert_allclose(leaked[0], cleared[0], atol=1e-6)
+    assert np.abs(leaked[1] - cleared[1]).max() > 1e-3
+    with pytest.raises(ValueError, match="rolling"):
+        EvalConfig(context="leak", context_window="cached")
+
+
+def test_testing_changes_nothing_in_the_network(network: PolicyNetwork, meta: CheckpointMeta) -> None:
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    network.train()
+    run(network, meta, chunks=3, precision="bfloat16")
+    assert network.training
+    network.eval()
+    assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
+
+
+def test_weights_trained_since_the_last_test_are_used(meta: CheckpointMeta) -> None:
+    network = tiny_network()
+    policy = LLMPolicy(network, meta)
+    _, before = replay(policy, STATES[:2], REWARDS[:2])
+    with torch.no_grad():
+        for parameter in network.plm.trainable().values():
+            parameter.mul_(1.5)
+    _, after = replay(policy, STATES[:2], REWARDS[:2])
+    assert np.abs(after - before).max() > 1e-3
+
+
+def test_precisions_and_merging_are_close(network: PolicyNetwork, meta: CheckpointMeta) -> None:
+    _, apart = run(network, meta, chunks=5, merge_lora=False)
+    _, merged = run(network, meta, chunks=5)
+    _, half = run(network, meta, chunks=5, precision="bfloat16")
+    assert 0 < np.abs(merged - apart).max() < 1e-4
+    assert 1e-4 < np.abs(half - apart).max() < 0.5
+
+
+def test_dropout_is_on_only_where_asked(network: PolicyNetwork, meta: CheckpointMeta) -> None:
+    config: dict[str, Any] = {"chunks": 3, "merge_lora": False, "context_window": "rolling"}
+    _, off = run(network, meta, **config)
+    _, on = run(network, meta, dropout=True, **config)
+    _, again = run(network, meta, dropout=True, **config)
+    assert np.abs(on - off).max() > 1e-4
+    np.testing.assert_array_equal(on, again)  # seeded by the episodes
+    assert EvalConfig.upstream(in_training=True).dropout
+    assert not EvalConfig.upstream().dropout
+
+
+def test_what_cannot_be_done(network: PolicyNetwork, meta: CheckpointMeta, tmp_path: Path) -> None:
+    folder = str(write_plm(tmp_path / "t5", "t5-lm"))
+    t5 = PolicyNetwork(load_plm(PLMConfig(folder, rank=4)), NetworkConfig(8))
+    with pytest.raises(ValueError, match="rolling"):
+        LLMPolicy(t5, meta)
+    levels, _ = replay(LLMPolicy(t5, meta, EvalConfig(context_window="rolling")), STATES[:3], REWARDS[:3])
+    assert levels.shape == (3, 3)
+    short = PolicyNetwork(network.plm, NetworkConfig(8, max_timestep=1))
+    with pytest.raises(ValueError, match="trained on episodes of 2"):
+        replay(LLMPolicy(short, meta), STATES[:4], REWARDS[:4])
+
+
+# --- the original ---------------------------------------------------------------------------------------------------
+
+EPISODES = sorted(p.relative_to(GOLDEN) for p in GOLDEN.glob("plm/*/episode_*.npz")) or [Path("absent")]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", EPISODES, ids=str)
+def test_greedy_episodes_of_the_original(golden: Path, path: Path) -> None:
+    """Two traces, 48 decisions each, fed with what was recorded: every level equal, logits within 1e-5."""
+    recorded, folder = np.load(golden / path), (golden / path).parent
+    meta_file, layer = read_json(folder / "meta.json"), int(path.stem.rpartition("layer")[2])
+    _, scale = return_to_go(read_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta_file["scale"])
+    plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1)
+    network, meta = load_upstream_checkpoint(folder / "adapter", plm, scale, meta_file["w"])
+    leak = "noclear" in path.stem
+    config = EvalConfig.upstream(choose="argmax", context="leak" if leak else "clear")
+    states = recorded["state"].reshape(2, 48, 6, 6).swapaxes(0, 1)
+    rewards = recorded["reward_raw"].reshape(2, 48).T
+    levels, logits = replay(LLMPolicy(network, meta, config), states, rewards, lockstep=not leak)
+    np.testing.assert_array_equal(levels.ravel(), recorded["action"])
+    np.testing.assert_allclose(logits.reshape(-1, 6), recorded["logits"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", EPISODES, ids=str)
+def test_greedy_episodes_played_anew(golden: Path, real_data: Path, path: Path) -> None:
+    """The same, but the simulator produces the states."""
+    recorded, folder = np.load(golden / path), (golden / path).parent
+    meta_file, layer = read_json(folder / "meta.json"), int(path.stem.rpartition("layer")[2])
+    _, scale = return_to_go(read_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta_file["scale"])
+    plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1)
+    network, meta = load_upstream_checkpoint(folder / "adapter", plm, scale, meta_file["w"])
+    config = EvalConfig.upstream(choose="argmax", context="leak" if "noclear" in path.stem else "clear")
+    registry = Registry(real_data)
+    traces = registry.trace_set("fcc-test")
+    episodes = upstream_episodes(traces, trace_num=-1).rows([0, 1])
+    table = play(LLMPolicy(network, meta, config), Simulator(traces, registry.video("video1"), episodes))
+    played = recorded["action"].reshape(2, 48)[:, :-1]
+    np.testing.assert_array_equal(qoe.chosen(table)["level"], played.ravel())
+    np.testing.assert_array_equal(table["reward"], recorded["reward_raw"])
+
+
+RUNS = sorted(p.parent.relative_to(GOLDEN) for p in GOLDEN.glob("upstream_run/*/run.json")) or [Path("absent")]
+COLUMNS = (
+    "time_s", "bitrate_kbps", "buffer_s", "rebuffer_s", "size_bytes", "delay_ms", "smoothness_mbps", "reward"
+)  # fmt: skip
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RUNS, ids=str)
+def test_complete_run_of_the_original(golden: Path, real_data: Path, path: Path) -> None:
+    """Its separate test, reproduced from its checkpoint: the same level on every chunk of every trace, the same mean."""
+    folder = golden / path
+    run_file = read_json(folder / "run.json")
+    _, scale = return_to_go(read_pool(folder / run_file["pool"]))
+    (best,) = folder.glob("ft_plm/*/*/early_stop_*_best_model")
+    layer = int(best.name.split("_")[2])
+    plm = PLMConfig.upstream(str(folder / run_file["plm"]), layers=None if layer < 0 else layer + 1)
+    network, meta = load_upstream_checkpoint(best, plm, scale)
+    registry = Registry(real_data)
+    traces, video = registry.trace_set(run_file["traces"]), registry.video(run_file["video"])
+    episodes = upstream_episodes(traces, trace_num=run_file["trace_num"], seed=run_file["seed"])
+    table = play(LLMPolicy(network, meta, EvalConfig.upstream()), Simulator(traces, video, episodes))
+    results = {p.name: p for p in folder.glob("results_test_alone/**/result_sim_abr_*")}
+    for name, rows in table.groupby("trace", sort=False):
+        expected = np.loadtxt(results[f"result_sim_abr_{traces.name}_{name}"])
+        np.testing.assert_allclose(rows[list(COLUMNS)], expected, rtol=1e-9, err_msg=str(name))
+    assert qoe.summarise(table).reward == pytest.approx(run_file["mean_alone"], abs=1e-12)

@@ -1,0 +1,82 @@
+"""Figures: drawn from data alone, showing what they should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from netllm_lib.abr import plots
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.bba import BBA
+from netllm_lib.abr.policies.simple import Constant
+from netllm_lib.abr.pool import generate_pool
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.synthetic import generate_traces, generate_video
+from netllm_lib.abr.traces import Trace
+from netllm_lib.stats import Interval
+
+TRACES, VIDEO = generate_traces("t", 5, 8), generate_video("v", 1)
+EPISODES = sound_episodes(TRACES)
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, pd.DataFrame]:
+    return {p.name: play(p, Simulator(TRACES, VIDEO, EPISODES)) for p in (BBA(), Constant(1))}
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+def test_given_axes_are_used(tables: dict) -> None:
+    drawings: list[Callable[..., Axes]] = [
+        partial(plots.plot_decomposition, tables),
+        partial(plots.plot_differences, {"a − b": Interval(0.1, -0.1, 0.3)}),
+        partial(plots.plot_trace_gaps, tables["bba"], tables["constant-1"], ("bba", "constant-1")),
+        partial(plots.plot_bandwidths, [TRACES]),
+        partial(plots.plot_training, pd.DataFrame({"step": [0, 1], "loss": [1.5, 1.0]}), {"chance": 1.79}),
+    ]
+    for draw in drawings:
+        _, ax = plt.subplots()
+        assert draw(axes=ax) is ax
+        assert ax.get_xlabel()
+
+
+def test_decomposition_marks_the_mean_reward(tables: dict) -> None:
+    ax = plots.plot_decomposition(tables)
+    shown = sorted(float(text.get_text()) for text in ax.texts)
+    from netllm_lib.abr import qoe
+
+    assert shown == pytest.approx(sorted(qoe.summarise(t).reward for t in tables.values()), abs=6e-4)
+
+
+def test_timeline_draws_stalls_and_needs_a_known_trace(tables: dict) -> None:
+    axes = plots.plot_timeline(tables, TRACES.traces[1])
+    stalls = tables["bba"].query("trace == @TRACES.names[1] and rebuffer_s > 0 and chunk > 0")
+    assert len(axes[1].collections[0].get_offsets()) == len(stalls)
+    with pytest.raises(ValueError, match="not in the tables"):
+        plots.plot_timeline(tables, Trace("other", np.arange(3.0), np.ones(3)))
+
+
+def test_pool_panels() -> None:
+    axes = plots.plot_pool(generate_pool(BBA(), TRACES, VIDEO, EPISODES))
+    assert sum(bar.get_height() for bar in axes[0].patches) == pytest.approx(100)
+
+
+def test_unrolled_bandwidth_starts_at_the_pointer() -> None:
+    trace = Trace("t", np.array([0.0, 1.0, 3.0, 4.0]), np.array([9.0, 1.0, 2.0, 3.0]))
+    ends, mbps = plots._unrolled(trace, 2, 6.0)
+    assert ends.tolist() == [0.0, 2.0, 3.0, 4.0, 6.0]
+    assert mbps.tolist() == [2.0, 2.0, 3.0, 1.0, 2.0]

@@ -1,0 +1,170 @@
+"""Parsing traces and videos, the registry, and overlap between trace sets."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from netllm_lib.abr import synthetic
+from netllm_lib.abr.traces import (
+    SAMPLE,
+    Registry,
+    Trace,
+    TraceSet,
+    find_registry,
+    overlapping,
+    read_trace,
+    read_trace_set,
+    read_video,
+    split_validation,
+)
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "message"),
+    [
+        ("", "", "empty trace"),
+        ("0 1\n", "", "empty trace"),
+        ("0 1\n1 x\n", ":2", "expected \"time_s Mbps\", found '1 x'"),
+        ("0 1\n1 2 3\n", ":2", "expected"),
+        ("0 1\n\n1\n", ":3", "expected"),
+        ("0 1\n1 2\n1 3\n", ":3", "does not increase"),
+        ("0 1\n2 2\n1 3\n", ":3", "does not increase"),
+        ("0 1\n1 -2\n", ":2", "negative bandwidth"),
+        ("0 1\n1 nan\n", ":2", "finite"),
+        ("0 1\ninf 2\n", ":2", "finite"),
+        ("0 5\n1 0\n2 0\n", "", "zero throughout"),
+    ],
+)
+def test_broken_trace_names_file_line_and_value(tmp_path: Path, text: str, where: str, message: str) -> None:
+    path = write(tmp_path / "t", text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_trace(path)
+    assert str(caught.value).startswith(f"{path}{where}")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="0123456789.-+e naif\t\n", max_size=80))
+def test_any_text_is_a_trace_or_a_value_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = write(tmp_path_factory.mktemp("fuzz") / "t", text)
+    try:
+        trace = read_trace(path)
+    except ValueError:
+        return
+    assert len(trace.mbps) >= 2
+    assert (np.diff(trace.time_s) > 0).all()
+    assert (trace.mbps >= 0).all()
+
+
+def test_trace_set_is_sorted_skips_dotfiles_and_reads_pointers(tmp_path: Path) -> None:
+    for name in ("b", "a", ".hidden"):
+        write(tmp_path / name, "0 1\n1 2\n2 3\n")
+    (tmp_path / "mahimahi_ptrs.pkl").write_bytes(pickle.dumps([1, 2]))
+    traces = read_trace_set(tmp_path)
+    assert traces.names == ["a", "b"]
+    assert traces.start_ptrs is not None
+    assert traces.start_ptrs.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("pointers", "message"),
+    [
+        ([1], "1 start pointers for 2"),
+        ([1, 9], "outside 1..2"),
+        ({"a": 1}, "list of integers"),
+        ([1, "2"], "list of integers"),
+    ],
+)
+def test_broken_pointer_file(tmp_path: Path, pointers: object, message: str) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / name, "0 1\n1 2\n2 3\n")
+    (tmp_path / "mahimahi_ptrs.pkl").write_bytes(pickle.dumps(pointers))
+    with pytest.raises(ValueError, match=message):
+        read_trace_set(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+def test_pointer_file_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    data = tmp_path / "data"
+    write(data / "a", "0 1\n1 2\n")
+    (data / "mahimahi_ptrs.pkl").write_bytes(pickle.dumps([Bomb()]))
+    with pytest.raises(ValueError, match="plain pickled list"):
+        read_trace_set(data)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_video_errors(tmp_path: Path) -> None:
+    folder = synthetic.write_video(synthetic.generate_video("v", 1), tmp_path)
+    assert read_video(folder).sizes_bytes.shape == (6, 49)
+    text = (folder / "video_size_3").read_text()
+    (folder / "video_size_3").write_text("\n".join(text.splitlines()[:47]))
+    with pytest.raises(ValueError, match="video_size_3: 47 chunks, at least 48"):
+        read_video(folder)
+    (folder / "video_size_3").write_text(text.replace("\n", "\n-5\n", 1))
+    with pytest.raises(ValueError, match="video_size_3:2: expected a chunk size"):
+        read_video(folder)
+    (folder / "video_size_3").unlink()
+    with pytest.raises(FileNotFoundError, match="level 3 is missing"):
+        read_video(folder)
+
+
+def test_registry_names_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("NETLLM_DATA", raising=False)
+    registry = Registry(SAMPLE)
+    assert registry.default_traces("train") == "sample-train"
+    assert registry.default_traces("test") == "sample-test"
+    with pytest.raises(FileNotFoundError, match="there: sample-test, sample-train"):
+        registry.trace_set("fcc-test")
+    with pytest.raises(FileNotFoundError, match="--data"):
+        find_registry(tmp_path / "nothing")
+    monkeypatch.setenv("NETLLM_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="NETLLM_DATA"):
+        find_registry()
+    assert find_registry(SAMPLE).root == SAMPLE
+
+
+def test_the_bundled_sample_is_what_the_generator_makes(tmp_path: Path) -> None:
+    synthetic.write_sample(tmp_path)
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(SAMPLE) for path in SAMPLE.rglob("*") if path.is_file())
+    assert all((tmp_path / file).read_bytes() == (SAMPLE / file).read_bytes() for file in files)
+
+
+def test_overlap_is_by_content_not_by_name() -> None:
+    traces = synthetic.generate_traces("a", 4, 1)
+    first = traces.traces[0]
+    cut = Trace("other name", first.time_s[:50], first.mbps[100:150])
+    tiny = Trace("tiny", first.time_s[:3], first.mbps[:3])
+    others = TraceSet("b", (cut, tiny, *synthetic.generate_traces("c", 2, 2).traces))
+    assert overlapping(others, traces).tolist() == [True, False, False, False]
+
+
+def test_validation_shares_nothing_with_training() -> None:
+    traces = synthetic.generate_traces("a", 20, 1)
+    twins = [Trace(f"twin {t.name}", t.time_s, np.roll(t.mbps, 7)) for t in traces.traces[:10]]
+    both = TraceSet("both", (*traces.traces, *twins))
+    for seed in range(5):
+        train, validation = split_validation(both, 0.2, seed)
+        assert len(train) + len(validation) == 30
+        assert 3 <= len(validation) <= 9
+        assert not overlapping(validation, train).any()
+    assert split_validation(both, 0.2, 0)[1].names == split_validation(both, 0.2, 0)[1].names
+    with pytest.raises(ValueError, match="share content"):
+        split_validation(TraceSet("x", (traces.traces[0], twins[0])), 0.5, 0)

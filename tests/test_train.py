@@ -1,0 +1,348 @@
+"""Fine-tuning: steps, rates, clipping, resuming to the bit, selection, and the original's own steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from conftest import GOLDEN
+from llm_fixtures import tiny_network, toy_pool
+from netllm_lib.abr import preflight as planning
+from netllm_lib.abr.checkpoint import load_checkpoint, load_upstream_checkpoint, read_meta
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
+from netllm_lib.abr.preflight import Plan
+from netllm_lib.abr.train import TrainConfig, TrainResult, held_out, preflight, train
+from netllm_lib.abr.upstream import read_pool
+from netllm_lib.abr.windows import return_to_go
+from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.runs import read_json
+
+POOL = toy_pool(4)  # 12 windows of 20 steps
+FAST = TrainConfig(
+    epochs=2, batch=2, w=8, precision="float32", windows="stride", stride=16
+)  # 16 windows, 8 steps an epoch
+
+
+def weights(network: PolicyNetwork) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in network.trainable().items()}
+
+
+def run(
+    folder: Path, config: TrainConfig = FAST, network: PolicyNetwork | None = None, **options: Any
+) -> tuple[PolicyNetwork, TrainResult]:
+    network = network or tiny_network(lora=False, layers=1)
+    return network, train(network, POOL, config, folder=folder, **options)
+
+
+# --- plan -----------------------------------------------------------------------------------------------------------
+
+
+def test_rates_of_the_sound_schedule() -> None:
+    plan = Plan(TrainConfig(epochs=5, batch=8, warmup=0.1), windows=160)
+    assert (plan.steps, plan.warmup) == (100, 10)
+    rates = [plan.rate(step) for step in range(100)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
+    assert max(rates) == 1
+    assert rates[54] == pytest.approx(0.05 + 0.95 / 2)
+    assert rates[-1] == pytest.approx(0.05)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_rates_of_the_original() -> None:
+    """A pool of 100 traces: 8 steps an epoch, 640 in all, against a warm-up of 2000."""
+    plan = Plan(TrainConfig.upstream(), windows=235)
+    assert (plan.steps, plan.short_steps, plan.warmup) == (640, 80, 2000)
+    assert plan.rate(0) == 1 / 2000
+    assert max(plan.rate(step) for step in range(640)) == pytest.approx(0.32)
+    assert Plan(TrainConfig.upstream(warmup_steps=2), 235).rate(500) == 1
+
+
+def test_preflight_tells_what_is_wrong() -> None:
+    network = tiny_network(lora=False, layers=1)
+    grads = [p.grad for p in network.trainable().values()]
+    before = weights(network)
+    flight = preflight(TrainConfig.upstream(epochs=80, accumulation=32), toy_pool(20), network)
+    assert (flight.windows, flight.steps, flight.warmup_steps) == (47, 160, 2000)
+    assert flight.lr_peak == pytest.approx(1e-4 * 160 / 2000)
+    text = str(flight)
+    for part in (
+        "never passes 8%",
+        "span two episodes",
+        "incomplete",
+        "160 (3760 micro-batches)",
+        "2000 steps = 1250%",
+    ):
+        assert part in text
+    assert flight.seconds is not None
+    assert flight.seconds > 0
+    assert grads == [p.grad for p in network.trainable().values()]
+    assert all(torch.equal(before[name], p) for name, p in network.trainable().items())
+    sound = preflight(TrainConfig(epochs=40, batch=8), toy_pool(20), network, measure=False)
+    assert sound.lr_peak == 1e-3
+    assert (sound.crossing, sound.warnings, sound.seconds) == (0, (), None)
+
+
+def test_memory_estimate_grows_with_what_is_asked() -> None:
+    network = tiny_network(lora=False)
+    sizes = [planning._memory_bytes(network, TrainConfig(batch=batch)) for batch in (1, 8, 64)]
+    assert sizes == sorted(sizes)
+    assert sizes[2] - sizes[1] == pytest.approx(8 * (sizes[1] - sizes[0]))
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
+    pool = toy_pool(8, learnable=True)
+    config = TrainConfig(epochs=20, batch=4, w=12, precision="float32", lr_around=3e-3)
+    network = PolicyNetwork(load_plm(PLMConfig("tiny-llama", rank=8, layers=1)), NetworkConfig(8, timestep_init=0.02))
+    windows = config.cut(pool)
+    before = held_out(network, windows)
+    result = train(network, pool, config, folder=tmp_path)
+    after = held_out(network, config.cut(toy_pool(4, seed=5, learnable=True), windows.scale))
+    assert before.cross_entropy > 1.5
+    assert after.cross_entropy < 1
+    assert after.accuracy > before.accuracy + 0.3
+    assert result.history["loss"].tail(10).mean() < 0.5
+
+
+def test_history_has_a_row_for_each_micro_batch(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    config = dataclasses.replace(FAST, accumulation=3)
+    _, result = run(tmp_path, config, progress=lambda done, total, info: calls.append((done, total)))
+    history = result.history
+    assert len(history) == 16
+    assert history["step"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5]
+    assert history["epoch"].tolist() == [0] * 8 + [1] * 8
+    assert history["grad_norm"].notna().tolist() == [False, False, True, False, False, True, False, True] * 2
+    assert calls == [(step, 6) for step in range(1, 7)]
+    assert result.best == result.final == tmp_path / "final"
+    assert read_meta(result.final).step == 6
+    assert (result.history["lr_around"] / result.history["lr"]).to_numpy() == pytest.approx(10)
+
+
+def test_accumulating_equals_one_large_batch(tmp_path: Path) -> None:
+    """With clipping once a step; with the original's clipping at each micro-batch it does not."""
+    network = tiny_network(lora=False, layers=1, lora_dropout=0.0)
+    start = {name: value.clone() for name, value in network.state_dict().items()}
+    ends = {}
+    for name, change in {
+        "large": {"batch": 4},
+        "step": {"batch": 1, "accumulation": 4},
+        "micro": {"batch": 1, "accumulation": 4, "clip": "micro"},
+        "none": {"batch": 1, "accumulation": 4, "clip": "none"},
+    }.items():
+        network.load_state_dict(start)
+        config = dataclasses.replace(FAST, epochs=1, order=((3, 1, 2, 0),), max_grad_norm=1e-3, **change)  # type: ignore[arg-type]
+        _, result = run(tmp_path / name, config, network)
+        ends[name] = (torch.cat([p.grad.flatten() for p in network.trainable().values() if p.grad is not None]), result)
+    gradient, result = ends["large"]
+    assert float(gradient.norm()) == pytest.approx(1e-3, rel=1e-3)
+    torch.testing.assert_close(ends["step"][0], gradient, atol=1e-7, rtol=1e-3)
+    cosine = torch.nn.functional.cosine_similarity(ends["micro"][0], gradient, dim=0)
+    assert cosine < 0.98
+    norms = ends["micro"][1].history["grad_norm"]
+    assert norms.notna().all()
+    assert result.history["clipped"].all()
+    assert float(ends["none"][0].norm()) > 0.01
+
+
+def test_incomplete_last_step(tmp_path: Path) -> None:
+    """A step of 1 out of 4 micro-batches: its whole mean, or as in the original a quarter of it."""
+    norms = {}
+    for last_group in ("mean", "upstream"):
+        config = dataclasses.replace(
+            FAST, epochs=1, batch=1, accumulation=4, order=((5,),), clip="step", last_group=last_group
+        )  # fmt: skip
+        _, result = run(tmp_path / last_group, config, tiny_network(lora=False, layers=1, lora_dropout=0.0))
+        norms[last_group] = result.history["grad_norm"][0]
+    assert norms["mean"] == pytest.approx(4 * norms["upstream"], rel=1e-4)
+
+
+def test_padding_does_not_count(tmp_path: Path) -> None:
+    network = tiny_network()
+    pool = toy_pool(2, length=5)
+    windows = TrainConfig(w=8).cut(pool)
+    batch = windows.batch([0, 1])
+    short = TrainConfig(w=5).cut(pool).batch([0, 1])
+    torch.testing.assert_close(action_loss(network, batch, None), action_loss(network, short, None))
+
+
+def test_orders(tmp_path: Path) -> None:
+    seeded = Plan(FAST, 16)
+    assert sorted(seeded.order_of(0)) == list(range(16))
+    assert seeded.order_of(0).tolist() == seeded.order_of(0).tolist() != seeded.order_of(1).tolist()
+    theirs = Plan(TrainConfig.upstream(), 16)
+    torch.manual_seed(3)
+    first = theirs.order_of(0)
+    torch.manual_seed(3)
+    loader: Any = torch.utils.data.DataLoader(range(16), batch_size=1, shuffle=True)  # type: ignore[arg-type]
+    assert first.tolist() == [int(x) for x in loader]
+    with pytest.raises(ValueError, match="from 0 to 15"):
+        Plan(dataclasses.replace(FAST, order=((16,),)), 16)
+    with pytest.raises(ValueError, match="order has 2 epochs"):
+        TrainConfig(epochs=3, order=((1,), (2,)))
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("config", [dataclasses.replace(FAST, checkpoint_steps=3), TrainConfig.upstream(
+    epochs=2, accumulation=4, w=8, warmup_steps=2, validate_epochs=1, stride=16)], ids=["sound", "upstream"])  # fmt: skip
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, config: TrainConfig) -> None:
+    def validate(network: PolicyNetwork) -> float:
+        return float(network.action_head.weight.sum().detach())
+
+    killings = [4, 11]  # once before there is a resume point in the first epoch of "upstream", once after
+
+    def die(done: int, total: int, info: dict[str, Any]) -> None:
+        if killings and done == killings[0]:
+            killings.pop(0)
+            raise Killed
+
+    torch.manual_seed(0)
+    straight, expected = run(tmp_path / "straight", config, validate=validate)
+    torch.manual_seed(0)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", config, validate=validate, progress=die)
+        torch.manual_seed(99)
+    resumed, result = run(tmp_path / "killed", config, validate=validate, progress=die)
+    for name, value in weights(straight).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    pd.testing.assert_frame_equal(result.history.drop(columns="seconds"), expected.history.drop(columns="seconds"))
+    pd.testing.assert_frame_equal(
+        result.evaluations.drop(columns="seconds"), expected.evaluations.drop(columns="seconds")
+    )
+
+
+def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
+    network, result = run(tmp_path)
+    fresh = tiny_network(lora=False, layers=1)
+    _, again = run(tmp_path, network=fresh, progress=lambda *_: pytest.fail("it trains again"))
+    assert all(torch.equal(value, weights(fresh)[name]) for name, value in weights(network).items())
+    pd.testing.assert_frame_equal(again.history, result.history)
+    assert again.seconds == result.seconds
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_another_run_in_the_folder(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ValueError, match="another configuration"):
+        run(tmp_path, dataclasses.replace(FAST, lr=2e-3))
+    with pytest.raises(ValueError, match="another configuration"):
+        run(tmp_path, network=tiny_network(lora=False, layers=2))
+
+
+def test_training_does_not_disturb_the_random_stream(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    run(tmp_path)
+    assert torch.equal(torch.rand(1), expected)
+
+
+# --- selection ------------------------------------------------------------------------------------------------------
+
+
+def test_best_checkpoint_is_that_of_the_best_score(tmp_path: Path) -> None:
+    scores, kept = iter([1.0, 3.0, 2.0]), []
+
+    def validate(network: PolicyNetwork) -> float:
+        assert not network.training
+        kept.append(weights(network))
+        return next(scores)
+
+    network, result = run(tmp_path, dataclasses.replace(FAST, epochs=5, validate_epochs=2), validate=validate)
+    assert result.evaluations["epoch"].tolist() == [2, 4, 5]
+    assert (read_meta(result.best).step, read_meta(result.best).score) == (32, 3.0)
+    best, _ = load_checkpoint(result.best)
+    final, _ = load_checkpoint(result.final)
+    assert all(torch.equal(value, weights(best)[name]) for name, value in kept[1].items())
+    assert all(torch.equal(value, weights(final)[name]) for name, value in weights(network).items())
+
+
+def test_what_cannot_be_trained(tmp_path: Path) -> None:
+    short = PolicyNetwork(load_plm(PLMConfig("tiny-llama", rank=0)), NetworkConfig(8, max_timestep=10))
+    with pytest.raises(ValueError, match="max_timestep=46"):
+        train(short, POOL, FAST, folder=tmp_path)
+    broken = tiny_network()
+    with torch.no_grad():
+        broken.action_head.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="loss is nan"):
+        train(broken, POOL, FAST, folder=tmp_path / "nan")
+    impossible: list[dict[str, Any]] = [{"epochs": 0}, {"batch": 0}, {"w": 0}]
+    for change in impossible:
+        with pytest.raises(ValueError, match="at least 1"):
+            TrainConfig(**change)
+
+
+def test_half_precision_follows_float32(tmp_path: Path) -> None:
+    network = tiny_network()
+    batch = FAST.cut(POOL).batch([0, 1, 2])
+    with torch.no_grad():
+        exact = float(action_loss(network, batch, None))
+        half = float(action_loss(network, batch, torch.bfloat16))
+    assert 0 < abs(exact - half) < 0.05
+
+
+# --- the original ---------------------------------------------------------------------------------------------------
+
+TRAINED = sorted(p.relative_to(GOLDEN) for p in GOLDEN.glob("plm/*/train_layer*.npz")) or [Path("absent")]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", TRAINED, ids=str)
+def test_steps_of_the_original(golden: Path, tmp_path: Path, path: Path) -> None:
+    """Losses, gradient norms and rates of 12 micro-batches, and the weights after three optimizer steps."""
+    recorded, folder = np.load(golden / path), (golden / path).parent
+    meta, layer = read_json(folder / "meta.json"), int(path.stem.removeprefix("train_layer"))
+    pool = read_pool(golden / "plm" / "mpc100_exp_pool.pkl")
+    _, scale = return_to_go(pool, scale=meta["scale"])
+    plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1, plm_dropout=0.0)
+    network, _ = load_upstream_checkpoint(folder / "adapter", plm, scale, meta["w"])
+    for module in network.modules():  # the recorded run had LoRA's dropout off, too
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    config = TrainConfig.upstream(
+        epochs=1,
+        order=(tuple(int(number) for number in recorded["order"]),),
+        accumulation=int(recorded["accum"]),
+        lr=float(recorded["lr_base"]),
+        lr_around=float(recorded["lr_base"]),
+        warmup_steps=int(recorded["warmup"]),
+        weight_decay=float(recorded["weight_decay"]),
+        max_grad_norm=float(recorded["clip"]),
+        w=meta["w"],
+        scale=meta["scale"],
+    )
+    np.testing.assert_array_equal(config.cut(pool).starts[recorded["order"]], recorded["window_start"])
+    history = train(network, pool, config, folder=tmp_path).history
+    np.testing.assert_allclose(history["loss"], recorded["loss"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(history["grad_norm"], recorded["grad_norm_before_clip"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(history["lr"][:: config.accumulation], recorded["lr"], rtol=1e-12)
+    ours = {name.removeprefix("plm.base_model.model."): p.detach() for name, p in network.trainable().items()}
+    compared = 0
+    for key in recorded.files:
+        name = key.removeprefix("lora:") if key.startswith("lora:") else {
+            "action_head_weight": "action_head.weight",
+            "action_head_bias": "action_head.bias",
+            "embed_return_weight": "embed_return.weight",
+            "embed_timestep_weight": "embed_timestep.weight",
+        }.get(key, "")  # fmt: skip
+        if name in ours:
+            np.testing.assert_allclose(ours[name], recorded[key], atol=1e-5, rtol=0, err_msg=key)
+            compared += 1
+    assert compared == 4 + sum("lora_" in name for name in ours)
