@@ -111,11 +111,7 @@ final_loss = float(result.history.tail(20)["loss"].mean())
 metrics = {"steps": flight.steps, "warmup_steps": flight.warmup_steps, "lr": flight.lr, "lr_peak": flight.lr_peak}
 metrics |= {"windows": flight.windows, "crossing": flight.crossing, "final_loss": final_loss, "seconds": result.seconds}
 metrics |= {"held_out_loss": held_out.cross_entropy, "validation_reward": float(result.evaluations["score"].max())}
-metrics |= {
-    "plm": plm,
-    "layers": network.plm.layers,
-    "random_weights": random_weights,
-    "pool_hash": experience.content_hash(),
-}
+metrics |= {"plm": plm, "layers": network.plm.layers, "random_weights": random_weights}
+metrics["pool_hash"] = experience.content_hash()
 runs.write_json(out / "metrics.json", metrics)
 # expected: policy/config.json, policy/modules.safetensors, training.png
