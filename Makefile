@@ -33,10 +33,10 @@ env-tf: $(TF_KERNEL) ## Make .venv-tf: TensorFlow, to read the Genet and UDR che
 demo: env env-tf ## Run notebooks 01-06 headless (DATA=DIR for real traces; else $NETLLM_DATA, data/netllm, the sample)
 	$(BIN)/netllm run notebooks/pipelines/demo.toml $(if $(DATA),-p data "$(DATA)") $(ARGS)
 
-test: lint ## Check style and types, run the tests (ARGS="-k name" and the like are passed on)
+test: lint env-tf ## Check style and types, run the tests (ARGS="-k name" and the like are passed on)
 	$(PYTEST) $(ARGS)
 
-test-slow: env ## Run the tests that take more than 20 seconds each
+test-slow: env env-tf ## Run the tests that take more than 20 seconds each
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
 lint: env

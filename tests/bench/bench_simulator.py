@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reference import ReferenceEnvironment
-
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, find_registry
 from netllm_lib.runs import PROJECT
+from reference import ReferenceEnvironment
 
 
 def seconds(work) -> float:
