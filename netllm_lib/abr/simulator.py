@@ -27,6 +27,7 @@ BUFFER_CAP_MS = 60000.0
 SLEEP_STEP_MS = 500.0
 PAYLOAD_SHARE = 0.95  # of the packets' bytes
 RTT_MS = 80.0
+TOP_KBPS = float(qoe.BITRATES_KBPS[-1])
 
 
 @njit(cache=True)
@@ -127,6 +128,31 @@ def _replay(
         )
 
 
+@njit(cache=True)
+def _roll(
+    before: Array,
+    after: Array,
+    kbps: Array,
+    buffer_s: Array,
+    size_bytes: Array,
+    delay_ms: Array,
+    next_sizes: Array,
+    left: float,
+) -> None:
+    """Pensieve's states `after` a chunk from those `before` it, [N, 6, 6]; `left` is the share of chunks that remain."""
+    for i in range(len(kbps)):
+        for row in range(6):
+            for column in range(5):
+                after[i, row, column] = before[i, row, column + 1]
+        after[i, 0, 5] = kbps[i] / TOP_KBPS
+        after[i, 1, 5] = buffer_s[i] / 10
+        after[i, 2, 5] = size_bytes[i] / delay_ms[i] / 1000  # MB/s
+        after[i, 3, 5] = delay_ms[i] / 1000 / 10
+        for level in range(6):
+            after[i, 4, level] = next_sizes[level] / 1000 / 1000  # MB
+        after[i, 5, 5] = left
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one chunk, or a whole replay, brought: arrays [N] or [N, chunks]."""
@@ -156,6 +182,7 @@ class Simulator:
         self._trace = np.ascontiguousarray(episodes.trace_index, dtype=np.int64)
         self._noise = np.ones((len(episodes), CHUNKS)) if episodes.noise is None else episodes.noise
         self._sizes = video.sizes_bytes.astype(np.float64)
+        self._sizes_by_chunk = np.ascontiguousarray(self._sizes.T)
         self._rows = np.arange(len(episodes))
         self.reset()
 
@@ -220,12 +247,12 @@ class Simulator:
             buffer_s=self._buffer_ms / 1000,
             last_level=self._level,
             last_reward=self._reward,
-            next_sizes_bytes=self._next_sizes(),
+            next_sizes_bytes=np.broadcast_to(self._next_sizes(), (len(self), qoe.LEVELS)),
         )
 
     def _next_sizes(self) -> np.ndarray:
-        sizes = self._sizes[:, self.chunk if self.chunk < CHUNKS else 0]
-        return np.broadcast_to(sizes, (len(self), len(sizes)))
+        """[6] sizes of the chunk that comes next; after the last one, those of chunk 0."""
+        return self._sizes_by_chunk[self.chunk if self.chunk < CHUNKS else 0]
 
     @staticmethod
     def _outcome(levels: np.ndarray, previous: np.ndarray, sizes: np.ndarray, out: np.ndarray) -> Outcome:
@@ -247,19 +274,19 @@ class Simulator:
     def _remember(self, outcome: Outcome) -> None:
         """Pensieve's state: roll the history to the left, newest sample in the last column, next sizes in row 4."""
         state = np.empty_like(self._state)  # a new array: observations already handed out stay as they were
-        state[:, :, :-1] = self._state[:, :, 1:]
-        state[:, 0, -1] = outcome.bitrate_kbps / qoe.BITRATES_KBPS[-1]
-        state[:, 1, -1] = outcome.buffer_s / 10
-        state[:, 2, -1] = outcome.size_bytes / outcome.delay_ms / 1000  # MB/s
-        state[:, 3, -1] = outcome.delay_ms / 1000 / 10
-        state[:, 4, :] = self._next_sizes() / 1000 / 1000  # MB
-        state[:, 5, -1] = (CHUNKS - self.chunk) / CHUNKS
+        remaining = (CHUNKS - self.chunk) / CHUNKS
+        _roll(
+            self._state, state, outcome.bitrate_kbps, outcome.buffer_s, outcome.size_bytes, outcome.delay_ms,
+            self._next_sizes(), remaining,
+        )  # fmt: skip
         self._state = state
 
 
 def _checked(levels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     array = np.ascontiguousarray(levels, dtype=np.int64)
-    if array.shape != shape or (array != levels).any() or array.min() < 0 or array.max() >= qoe.LEVELS:
+    whole = array is levels or not (array != levels).any()
+    # as unsigned numbers, negative levels are large
+    if array.shape != shape or not whole or array.view(np.uint64).max() >= qoe.LEVELS:
         raise ValueError(
             f"levels must be integers 0..{qoe.LEVELS - 1} of shape {shape}, got {np.asarray(levels)!r:.200}"
         )
