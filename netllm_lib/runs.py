@@ -195,6 +195,18 @@ def output_folder(run_dir: str, notebook: str) -> Path:
     return folder
 
 
+def latest(notebook: str) -> Path:
+    """The run folder of a notebook that was finished last. Raises FileNotFoundError if there is none."""
+    finished = sorted(
+        (reports_root() / "runs" / notebook).glob("*/metrics.json"), key=lambda path: path.stat().st_mtime
+    )
+    if not finished:
+        raise FileNotFoundError(
+            f"no finished run of {notebook} under {reports_root() / 'runs'}: run that notebook first"
+        )
+    return finished[-1].parent
+
+
 def headless() -> bool:
     """True under the runner, which sets $NETLLM_HEADLESS: print lines rather than draw widgets."""
     return bool(os.environ.get("NETLLM_HEADLESS"))

@@ -18,7 +18,7 @@
 
 # %% tags=["parameters"]
 data: str = ""  # folder with traces/ and videos/, for validation
-pool_dir: str = ""  # run folder of notebook 03
+pool_dir: str = ""  # run folder of notebook 03; empty: its last run
 plm: str = "smollm2"  # smollm2, or a Hugging Face folder, <type>/<size>, or a hub name
 layers: int = 4  # first layers that are kept (early stop); 0: all
 random_weights: bool = False  # the same shape with random weights: the control for pretraining
@@ -49,6 +49,7 @@ from netllm_lib.plm import PLMConfig, load_plm
 
 # %%
 out = runs.output_folder(run_dir, "04_finetune")
+pool_dir = pool_dir or str(runs.latest("03_experience_pool"))
 experience = pool.load_pool(Path(pool_dir) / "pool.npz")
 config = train.TrainConfig(
     w=w, epochs=epochs, batch=batch, lr=lr, lr_around=lr_around, seed=seed, validate_epochs=validate_epochs

@@ -15,7 +15,7 @@
 
 # %% tags=["parameters"]
 data: str = ""  # folder with traces/ and videos/
-test_dir: str = ""  # run folder of notebook 05
+test_dir: str = ""  # run folder of notebook 05; empty: its last run
 train_dir: str = ""  # run folder of notebook 04; empty: findings about training are left out
 pool_dir: str = ""  # run folder of notebook 03; empty: findings about the pool are left out
 baseline: str = ""  # the policy to compare with, traces sorted by the gap to it; empty: the best other one
@@ -33,7 +33,9 @@ from netllm_lib.abr import traces as sets
 
 # %%
 out = runs.output_folder(run_dir, "06_diagnostics")
-loaded = report.load_run(Path(test_dir), train_dir and Path(train_dir), pool_dir and Path(pool_dir))
+loaded = report.load_run(
+    Path(test_dir or runs.latest("05_test")), train_dir and Path(train_dir), pool_dir and Path(pool_dir)
+)
 tables, subject = loaded.tables, loaded.run
 trace_set = sets.find_registry(data or None).trace_set(loaded.setting["traces"])
 others = {name: qoe.summarise(table).reward for name, table in tables.items() if name != subject}

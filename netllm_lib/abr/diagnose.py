@@ -199,7 +199,9 @@ def _reward(evidence: Evidence) -> list[Finding]:
                 f"{(chunks['rebuffer_s'] > 1).mean():.2%} of the chunks",
                 {"cost": tail, "baseline_cost": theirs, "share_of_chunks_with_stall": float(stalls.mean())},
                 "long stalls should cost at most .05 more than the best baseline's",
-                "choose by argmax, not by sampling; train on a pool with fewer stalls",
+                "choose by argmax, not by sampling"
+                if evidence.setting.get("choose") == "sample"
+                else "look at the decisions before the stalls in the worst traces; train longer, or on a pool with fewer stalls",
                 effect=tail - theirs,
             )
         )
