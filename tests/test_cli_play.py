@@ -1,0 +1,75 @@
+"""`netllm play` and `netllm data` on the bundled sample."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from netllm_lib.abr import qoe
+from netllm_lib.abr.traces import SAMPLE
+from netllm_lib.cli import main
+
+KEYS = {
+    "mean_reward", "mean_all48", "traces", "fixed", "seed", "bitrate_mbps", "rebuffer_s", "smoothness_mbps", "per_trace",
+}  # fmt: skip
+
+
+def netllm(*words: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--data", str(SAMPLE)] if "generate" not in words else list(words))
+    return int(stopped.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "traces", "fixed"),
+    [
+        (["--preset", "upstream"], 30, True),
+        (["--preset", "upstream", "--trace-num", "10"], 10, False),
+        (["--preset", "upstream", "--trace-num", "10", "--fixed-order"], 10, True),
+        (["--preset", "upstream", "--trace-num", "-1"], 30, True),
+        ([], 30, True),
+        (["--trace-num", "40"], 40, True),
+    ],
+)
+def test_play_ends_with_one_json_line(
+    capsys: pytest.CaptureFixture, words: list[str], traces: int, fixed: bool
+) -> None:
+    assert netllm("play", "--policy", "bba", "--traces", "sample-test", *words, "--json") == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result.keys() == KEYS
+    assert (result["traces"], result["fixed"], len(result["per_trace"])) == (traces, fixed, traces)
+    assert result["mean_reward"] == pytest.approx(sum(result["per_trace"].values()) / traces)
+
+
+def test_play_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert netllm("play", "--policy", "mpc", "--out", str(tmp_path / "table.parquet"), "--json") == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert qoe.summarise(pd.read_parquet(tmp_path / "table.parquet")).reward == result["mean_reward"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--policy", "mcp"], "unknown policy 'mcp'; known: bba, mpc"),
+        (["--policy", "mpc", "--traces", "fcc"], "there: sample-test, sample-train"),
+        (["--policy", "mpc", "--video", "x"], "video 'x' not found"),
+        (["--policy", "mpc", "--preset", "upstream", "--trace-num", "31"], "has 30 traces, 31 were asked for"),
+        (["--policy", "mpc", "--trace-num", "0"], "--trace-num 0"),
+    ],
+)
+def test_errors_are_one_line(capsys: pytest.CaptureFixture, words: list[str], message: str) -> None:
+    assert netllm("play", *words) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_data_list_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert netllm("data", "list", "--json") == 0
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert [row["traces"] for row in found["trace_sets"]] == [30, 60]
+    assert netllm("data", "generate", str(tmp_path), "--train", "3", "--test", "2") == 0
+    assert len(list(tmp_path.glob("traces/*/*/*"))) == 5
