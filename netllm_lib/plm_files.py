@@ -10,7 +10,7 @@ import shutil
 import struct
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,8 @@ def _unpack(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModel
 
-    with quiet_transformers():
+    # its progress bar of two seconds comes after most of the work
+    with quiet_transformers(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         quantised = AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         left_out = ("quantization_config", "_name_or_path")
         settings = {key: value for key, value in quantised.config.to_dict().items() if key not in left_out}

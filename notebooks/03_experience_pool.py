@@ -21,8 +21,8 @@ data: str = ""  # folder with traces/ and videos/
 traces: str = ""  # training trace set; empty: the first one of the split "train"
 video: str = ""  # empty: the first one
 policies: list[str] = ["mpc"]  # behaviour policies, mixed in equal parts: mpc, bba, genet, random, a policy's folder, …
-preset: str = "sound"  # "upstream": the behaviour policies as the original plays them
-episodes: int = 200  # per policy; traces are repeated from other starting points as needed
+preset: str = "sound"  # "upstream": policies, traces and random numbers as the original's pool generation has them
+episodes: int = 200  # per policy; traces are repeated from other starting points as needed (upstream: traces, -1 all)
 noise: bool = False  # multiply download times by 0.9 … 1.1
 validation_share: float = 0.15  # of the training traces
 seed: int = 1  # of starts, noise and sampling
@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 from netllm_lib import runs
 from netllm_lib.abr import diagnose, plots, pool
 from netllm_lib.abr import traces as sets
-from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.policies.catalogue import make_policy
 
 # %%
@@ -49,18 +49,27 @@ plt.show()
 
 # %% [markdown]
 # ## Play
-# Each policy plays the same episodes.
+# Each policy plays the same episodes. With `preset` "upstream" the pool is the original's, transition by transition: all traces
+# of the set in its order, with its random stream. The validation traces are then part of it, and `seed` has no effect, as there.
 
 
 # %%
 def played(part, count):
     repeats = -(-count // len(part))
     chosen = sound_episodes(part, seed=seed, repeats=repeats, noise=noise).rows(range(count))
-    makers = {name: make_policy(name, clip, registry, preset, pool=True) for name in policies}
-    return pool.concatenate([pool.generate_pool(p, part, clip, chosen) for p in makers.values()])
+    return pool.concatenate([pool.generate_pool(maker, part, clip, chosen) for maker in makers])
 
 
-training, validation = played(train_part, episodes), played(validation_part, len(validation_part))
+def played_upstream(maker):
+    chosen = upstream_episodes(trace_set, trace_num=episodes, draws_actions=maker.draws_actions, pool=True)
+    return pool.generate_pool(maker, trace_set, clip, chosen)
+
+
+# %%
+makers = [make_policy(name, clip, registry, preset, pool=True) for name in policies]
+upstream = preset == "upstream"
+training = pool.concatenate([played_upstream(m) for m in makers]) if upstream else played(train_part, episodes)
+validation = played(validation_part, len(validation_part))
 print(training.describe())
 
 # %%

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,28 @@ def test_what_cannot_be_done(network: PolicyNetwork, meta: CheckpointMeta, tmp_p
         replay(LLMPolicy(short, meta), STATES[:4], REWARDS[:4])
 
 
+def test_from_pool_to_test(tmp_path: Path) -> None:
+    """Behaviour policy, pool, training, checkpoint, play: in lock-step and one trace after the other."""
+    traces, video = generate_traces("toy", 3, seed=1), generate_video("toy", seed=1)
+    episodes = sound_episodes(traces, seed=1)
+    pool = generate_pool(BBA(), traces, video, episodes)
+    network = tiny_network(lora=False, layers=1)
+    config = TrainConfig(epochs=2, batch=3, precision="float32")
+    result = train(network, pool, config, folder=tmp_path, validate=None)
+    loaded, meta = load_checkpoint(result.best, pool_hash=pool.content_hash())
+    simulator = Simulator(traces, video, episodes)
+    for choose in ("argmax", "sample"):
+        policy = LLMPolicy(loaded, meta, EvalConfig(choose=choose))  # type: ignore[arg-type]
+        together = play(policy, simulator)
+        alone = pd.concat([play(policy, Simulator(traces, video, episodes.rows([i]))) for i in range(3)])
+        assert len(together) == 3 * 48
+        assert together["return_to_go"].isna().sum() == 3  # the first chunk is the protocol's
+        pd.testing.assert_frame_equal(together, alone.reset_index(drop=True), atol=1e-4, check_exact=False)
+    assert validator(simulator, meta)(loaded) == pytest.approx(
+        qoe.summarise(play(LLMPolicy(loaded, meta), simulator)).reward, abs=1e-6
+    )
+
+
 # --- the original ---------------------------------------------------------------------------------------------------
 
 EPISODES = sorted(p.relative_to(GOLDEN) for p in GOLDEN.glob("plm/*/episode_*.npz")) or [Path("absent")]
@@ -232,12 +255,22 @@ def test_greedy_episodes_played_anew(golden: Path, real_data: Path, path: Path) 
     played = recorded["action"].reshape(2, 48)[:, :-1]
     np.testing.assert_array_equal(qoe.chosen(table)["level"], played.ravel())
     np.testing.assert_array_equal(table["reward"], recorded["reward_raw"])
+    expected = torch.softmax(torch.from_numpy(recorded["logits"]).reshape(2, 48, 6)[:, :-1], dim=-1)
+    probabilities = qoe.chosen(table)[[f"p{level}" for level in range(6)]]
+    np.testing.assert_allclose(probabilities, expected.reshape(-1, 6), atol=1e-5, rtol=0)
 
 
 RUNS = sorted(p.parent.relative_to(GOLDEN) for p in GOLDEN.glob("upstream_run/*/run.json")) or [Path("absent")]
 COLUMNS = (
     "time_s", "bitrate_kbps", "buffer_s", "rebuffer_s", "size_bytes", "delay_ms", "smoothness_mbps", "reward"
 )  # fmt: skip
+
+
+def setting(name: str, key: str) -> float:
+    """A number from a folder's name: `rank_8_w_20_gamma_1.0_…`."""
+    found = re.search(rf"(?:^|_){key}_(-?[\d.]+(?:e-?\d+)?)", name)
+    assert found, f"{name} does not say {key}"
+    return float(found[1])
 
 
 @pytest.mark.golden
@@ -247,16 +280,20 @@ def test_complete_run_of_the_original(golden: Path, real_data: Path, path: Path)
     """Its separate test, reproduced from its checkpoint: the same level on every chunk of every trace, the same mean."""
     folder = golden / path
     run_file = read_json(folder / "run.json")
-    _, scale = return_to_go(read_pool(folder / run_file["pool"]))
     (best,) = folder.glob("ft_plm/*/*/early_stop_*_best_model")
-    layer = int(best.name.split("_")[2])
+    results = {p.name: p for p in folder.glob("results_test_alone/**/result_sim_abr_*")}
+    trained, tested = best.parent.name, next(iter(results.values())).parent.name  # the names hold the settings
+    w, gamma = int(setting(trained, "w")), setting(trained, "gamma")
+    layer, target_scale = int(setting(best.name, "early_stop")), setting(tested, "tgt_scale")
+    _, scale = return_to_go(read_pool(folder / run_file["pool"]), gamma)
     plm = PLMConfig.upstream(str(folder / run_file["plm"]), layers=None if layer < 0 else layer + 1)
-    network, meta = load_upstream_checkpoint(best, plm, scale)
+    network, meta = load_upstream_checkpoint(best, plm, scale, w)
     registry = Registry(real_data)
     traces, video = registry.trace_set(run_file["traces"]), registry.video(run_file["video"])
     episodes = upstream_episodes(traces, trace_num=run_file["trace_num"], seed=run_file["seed"])
-    table = play(LLMPolicy(network, meta, EvalConfig.upstream()), Simulator(traces, video, episodes))
-    results = {p.name: p for p in folder.glob("results_test_alone/**/result_sim_abr_*")}
+    policy = LLMPolicy(network, meta, EvalConfig.upstream(target_return_scale=target_scale))
+    table = play(policy, Simulator(traces, video, episodes))
+    assert len(results) == table["trace"].nunique() == run_file["trace_num"]
     for name, rows in table.groupby("trace", sort=False):
         expected = np.loadtxt(results[f"result_sim_abr_{traces.name}_{name}"])
         np.testing.assert_allclose(rows[list(COLUMNS)], expected, rtol=1e-9, err_msg=str(name))

@@ -299,3 +299,37 @@ def test_smollm2_from_its_cache() -> None:
     random = load_plm(PLMConfig("smollm2", layers=1, rank=0, random_weights=True))
     assert random.identity != plm.identity
     assert [p.shape for p in random.parameters()] == [p.shape for p in plm.parameters()]
+
+
+def test_smollm2_is_unpacked_once_by_whoever_is_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may finish while this one is at it; a damaged copy is made again."""
+    made: list[Path] = []
+
+    def unpack(gguf: Path, folder: Path) -> None:
+        made.append(folder)
+        write_plm(folder, "llama")
+        if len(made) == 1:
+            write_plm(plm_files.smollm2_cache(), "llama")
+
+    monkeypatch.setenv("NETLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(plm_files, "smollm2_gguf", lambda: tmp_path / "some.gguf")
+    monkeypatch.setattr(plm_files, "_unpack", unpack)
+    folder = find_plm("smollm2")
+    assert isinstance(folder, Path)
+    assert find_plm("smollm2") == folder
+    assert len(made) == 1
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert check_plm("smollm2") == []  # the package is there to make it anew
+    assert find_plm("smollm2") == folder
+    assert len(made) == 2
+    assert not describe_folder(folder).problems
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_smollm2_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(plm_files, "smollm2_gguf", lambda: None)
+    assert check_plm("smollm2") == [plm_files.SMOLLM2_MISSING]
+    with pytest.raises(FileNotFoundError, match="pip install"):
+        find_plm("smollm2")

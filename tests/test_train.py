@@ -97,6 +97,27 @@ def test_memory_estimate_grows_with_what_is_asked() -> None:
     assert sizes[2] - sizes[1] == pytest.approx(8 * (sizes[1] - sizes[0]))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(FAST, accumulation=3),
+        TrainConfig.upstream(epochs=2, accumulation=4, w=8, warmup_steps=20, stride=5),
+    ],
+    ids=["sound", "upstream"],
+)
+def test_preflight_says_what_training_then_does(tmp_path: Path, config: TrainConfig) -> None:
+    network = tiny_network(lora=False, layers=1)
+    flight = preflight(config, POOL, network, measure=False)
+    _, result = run(tmp_path, config, network)
+    history = result.history
+    assert flight.micro_batches == len(history)
+    assert flight.steps == history["step"].nunique() == read_meta(result.final).step
+    assert flight.lr_peak == history["lr"].max()
+    assert flight.lr_around_peak == history["lr_around"].max()
+    sizes = history.groupby("step").size()
+    assert flight.short_steps == (sizes < config.accumulation).sum()
+
+
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +265,9 @@ def test_another_run_in_the_folder(tmp_path: Path) -> None:
         run(tmp_path, dataclasses.replace(FAST, lr=2e-3))
     with pytest.raises(ValueError, match="another configuration"):
         run(tmp_path, network=tiny_network(lora=False, layers=2))
+    for change in ({"rank": 4}, {"lora_alpha": 8}, {"lora_dropout": 0.2}):
+        with pytest.raises(ValueError, match="another configuration"):
+            run(tmp_path, network=tiny_network(lora=False, layers=1, **change))
 
 
 def test_training_does_not_disturb_the_random_stream(tmp_path: Path) -> None:

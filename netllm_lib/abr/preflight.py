@@ -151,7 +151,7 @@ def _seconds_per_micro_batch(network: PolicyNetwork, windows: Windows, config: T
     kept = {name: p.grad for name, p in network.trainable().items()}
     training, best = network.training, math.inf
     network.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         for _ in range(3):  # the first one also warms up
             start = time.perf_counter()
             action_loss(network, batch, arithmetic_dtype(config.precision, network.device)).backward()

@@ -173,7 +173,7 @@ def train(
     run = _Run(network, windows, config, folder)
     if (folder / RESULT).is_file():
         return run.read_back()
-    keep_rng: Any = contextlib.nullcontext() if config.shuffle == "torch" else torch.random.fork_rng()
+    keep_rng: Any = contextlib.nullcontext() if config.shuffle == "torch" else torch.random.fork_rng(range(torch.cuda.device_count()))
     with keep_rng:
         if (folder / STATE).is_file():
             run.resume()
@@ -191,8 +191,10 @@ class _Run:
         self.network, self.windows, self.config, self.folder = network, windows, config, folder
         self.plan = Plan(config, len(windows))
         self.meta = checkpoint.describe(network, windows.scale, config.w, runs.plain(config))
-        # `device` and the like may differ between two sittings; the numbers that decide the result may not
-        self.key = runs.content_hash([config, windows.scale, network.config, network.plm.identity, self.meta.layers])
+        # where the PLM lies and runs may differ between two sittings; the numbers that decide the result may not
+        free = {"source": "", "device": "cpu", "gradient_checkpointing": False}
+        plm: Any = [network.plm.identity, network.plm.layers, dataclasses.replace(network.plm.config, **free)]
+        self.key = runs.content_hash([config, windows.scale, network.config, plm])
         self.parameters = network.trainable()
         plm_side = [p for name, p in self.parameters.items() if name.startswith("plm.")]
         around = [p for name, p in self.parameters.items() if not name.startswith("plm.")]
