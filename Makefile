@@ -52,7 +52,7 @@ notebooks: env ## Regenerate the .ipynb files from the .py beside them
 	$(BIN)/python -m netllm_lib.notebooks
 
 lab: env env-tf ## Open JupyterLab with both kernels
-	$(BIN)/jupyter lab
+	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-10000} $(BIN)/jupyter lab
 
 bench: env ## Run the benchmarks; they write reports/benchmarks/
 	@set -e; for bench in tests/bench/bench_*.py; do echo "$$bench"; $(BIN)/python "$$bench"; done

@@ -47,6 +47,11 @@ SKIPPED = {"__pycache__", ".git", "cache"}
 Echo = Callable[[str], None]
 
 
+SPIN = "10000"
+"""How long (in turns) a waiting OpenMP thread of PyTorch keeps its core. By default it is 30 times as long, and then one other
+busy process on a small machine slows training more than six times; so it is two to three times, at 2 to 5 % without one."""
+
+
 class NotebookError(RuntimeError):
     """A notebook did not do what it promises. The message names the cell; `executed` is the notebook so far."""
 
@@ -428,7 +433,7 @@ def _execute(
     lines = _Lines(echo)
     failure, traceback = "", []
     try:
-        with _environment(NETLLM_HEADLESS="1"):
+        with _environment(NETLLM_HEADLESS="1", GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT", SPIN)):
             papermill.execute_notebook(
                 source,
                 executed,

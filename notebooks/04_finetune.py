@@ -79,9 +79,10 @@ simulator = Simulator(held, registry.video(split["video"]), sound_episodes(held,
 validate = llm.validator(simulator, checkpoint.describe(network, config.cut(experience).scale, w))
 
 # %%
-result = train.train(
-    network, experience, config, folder=out / "training", validate=validate, progress=runs.progress("training")
-)
+# a folder of its own for each setting, so that changing a parameter by hand starts anew and an interrupted run goes on
+folder = out / "training" / runs.content_hash([config, plm_config, experience.content_hash()])
+progress = runs.progress("training")
+result = train.train(network, experience, config, folder=folder, validate=validate, progress=progress)
 result.evaluations
 
 # %%

@@ -9,20 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from conftest import GOLDEN
 from llm_fixtures import episodes_of, observe, replay, tiny_network, toy_pool, write_plm
 from netllm_lib.abr import qoe
-from netllm_lib.abr.checkpoint import CheckpointMeta, describe, load_upstream_checkpoint
-from netllm_lib.abr.episodes import upstream_episodes
+from netllm_lib.abr.checkpoint import CheckpointMeta, describe, load_checkpoint, load_upstream_checkpoint
+from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Observation
-from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
+from netllm_lib.abr.policies.bba import BBA
+from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy, validator
+from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import Registry
+from netllm_lib.abr.train import TrainConfig, train
 from netllm_lib.abr.upstream import read_pool
 from netllm_lib.abr.windows import return_to_go
 from netllm_lib.plm import PLMConfig, load_plm
@@ -200,17 +205,17 @@ def test_from_pool_to_test(tmp_path: Path) -> None:
     pool = generate_pool(BBA(), traces, video, episodes)
     network = tiny_network(lora=False, layers=1)
     config = TrainConfig(epochs=2, batch=3, precision="float32")
-    result = train(network, pool, config, folder=tmp_path, validate=None)
+    result = train(network, pool, config, folder=tmp_path)
     loaded, meta = load_checkpoint(result.best, pool_hash=pool.content_hash())
     simulator = Simulator(traces, video, episodes)
     for choose in ("argmax", "sample"):
-        policy = LLMPolicy(loaded, meta, EvalConfig(choose=choose))  # type: ignore[arg-type]
+        policy = LLMPolicy(loaded, meta, EvalConfig(choose=choose))
         together = play(policy, simulator)
         alone = pd.concat([play(policy, Simulator(traces, video, episodes.rows([i]))) for i in range(3)])
         assert len(together) == 3 * 48
         assert together["return_to_go"].isna().sum() == 3  # the first chunk is the protocol's
         pd.testing.assert_frame_equal(together, alone.reset_index(drop=True), atol=1e-4, check_exact=False)
-    assert validator(simulator, meta)(loaded) == pytest.approx(
+    assert validator(simulator, meta, EvalConfig())(loaded) == pytest.approx(
         qoe.summarise(play(LLMPolicy(loaded, meta), simulator)).reward, abs=1e-6
     )
 

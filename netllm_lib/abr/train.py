@@ -173,7 +173,11 @@ def train(
     run = _Run(network, windows, config, folder)
     if (folder / RESULT).is_file():
         return run.read_back()
-    keep_rng: Any = contextlib.nullcontext() if config.shuffle == "torch" else torch.random.fork_rng(range(torch.cuda.device_count()))
+    keep_rng: Any = (
+        contextlib.nullcontext()
+        if config.shuffle == "torch"
+        else torch.random.fork_rng(range(torch.cuda.device_count()))
+    )
     with keep_rng:
         if (folder / STATE).is_file():
             run.resume()
@@ -192,7 +196,7 @@ class _Run:
         self.plan = Plan(config, len(windows))
         self.meta = checkpoint.describe(network, windows.scale, config.w, runs.plain(config))
         # where the PLM lies and runs may differ between two sittings; the numbers that decide the result may not
-        free = {"source": "", "device": "cpu", "gradient_checkpointing": False}
+        free: dict[str, Any] = {"source": "", "device": "cpu", "gradient_checkpointing": False}
         plm: Any = [network.plm.identity, network.plm.layers, dataclasses.replace(network.plm.config, **free)]
         self.key = runs.content_hash([config, windows.scale, network.config, plm])
         self.parameters = network.trainable()
