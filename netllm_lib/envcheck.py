@@ -383,7 +383,7 @@ def _plm_shape(plm: str) -> tuple[int, int] | None:
     if plm == "smollm2":
         return SMOLLM2_SHAPE
     if plm == "tiny-llama":
-        return (2, 64)
+        return (2, 192)
     try:
         folder = find_plm(plm)
     except (FileNotFoundError, ValueError):
