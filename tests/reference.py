@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from netllm_lib.abr.traces import Trace, Video
+from netllm_lib.abr.qoe import LEVELS
+from netllm_lib.abr.traces import CHUNKS, Trace, Video
 
 
 class Chunk(NamedTuple):
@@ -21,7 +23,12 @@ class Chunk(NamedTuple):
 class ReferenceEnvironment:
     """One client. `download(level)` once per chunk."""
 
-    def __init__(self, trace: Trace, video: Video, start_ptr: int, noise: np.ndarray | None = None):
+    def __init__(
+        self, trace: Trace, video: Video, start_ptr: int, noise: np.ndarray | None = None, as_original: bool = False
+    ):
+        """`as_original` takes maxima by NumPy and lists the next sizes at every chunk, as the original does; for benchmarks."""
+        self.maximum: Callable = np.maximum if as_original else max
+        self.as_original = as_original
         self.time_s, self.mbps = trace.time_s.tolist(), trace.mbps.tolist()
         self.sizes = video.sizes_bytes.tolist()
         self.noise = noise
@@ -54,8 +61,8 @@ class ReferenceEnvironment:
         delay = delay * 1000.0 + 80.0
         if self.noise is not None:
             delay *= float(self.noise[self.chunk])
-        rebuffer = max(delay - self.buffer_ms, 0.0)
-        self.buffer_ms = max(self.buffer_ms - delay, 0.0) + 4000.0
+        rebuffer = self.maximum(delay - self.buffer_ms, 0.0)
+        self.buffer_ms = self.maximum(self.buffer_ms - delay, 0.0) + 4000.0
         sleep = 0.0
         if self.buffer_ms > 60000.0:
             sleep = math.ceil((self.buffer_ms - 60000.0) / 500.0) * 500.0
@@ -68,4 +75,7 @@ class ReferenceEnvironment:
                 sleep -= interval * 1000.0
                 self._next_interval()
         self.chunk += 1
+        if self.as_original:
+            following = self.chunk if self.chunk < CHUNKS else 0
+            self.next_sizes = [self.sizes[i][following] for i in range(LEVELS)]
         return Chunk(delay, sleep, self.buffer_ms / 1000.0, rebuffer / 1000.0, size)
