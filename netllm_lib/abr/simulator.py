@@ -110,22 +110,23 @@ def _replay(
     levels: Array, sizes_bytes: Array, noise: Array, trace_index: Array, offsets: Array, time_s: Array, mbps: Array,
     ptr: Array, now_s: Array, buffer_ms: Array, out: Array,
 ) -> None:  # fmt: skip
-    """All chunks of `levels` [N, chunks]; `out` [chunks, 5, N]."""
-    for chunk in range(levels.shape[1]):
-        _step(
-            levels[:, chunk],
-            chunk,
-            sizes_bytes,
-            noise,
-            trace_index,
-            offsets,
-            time_s,
-            mbps,
-            ptr,
-            now_s,
-            buffer_ms,
-            out[chunk],
-        )
+    """All chunks of `levels` [N, chunks], one client after the other; `out` [5, N, chunks]."""
+    for i in range(levels.shape[0]):
+        first, last = offsets[trace_index[i]], offsets[trace_index[i] + 1]
+        trace_time_s, trace_mbps = time_s[first:last], mbps[first:last]
+        position, clock_s, video_ms = ptr[i], now_s[i], buffer_ms[i]
+        for chunk in range(levels.shape[1]):
+            delay_ms, rebuffer_ms, video_ms, sleep_ms, residual_ms, position, clock_s = _download_chunk(
+                sizes_bytes[levels[i, chunk], chunk],
+                noise[i, chunk],
+                trace_time_s,
+                trace_mbps,
+                position,
+                clock_s,
+                video_ms,
+            )
+            out[0, i, chunk], out[1, i, chunk], out[2, i, chunk] = delay_ms, rebuffer_ms, video_ms
+            out[3, i, chunk], out[4, i, chunk] = sleep_ms, residual_ms
 
 
 @njit(cache=True)
@@ -233,10 +234,10 @@ class Simulator:
         offsets, time_s, mbps = self.traces.packed
         ptr = self.episodes.start_ptr.astype(np.int64)
         now_s, buffer_ms = time_s[offsets[self._trace] + ptr - 1], np.zeros(len(self))
-        out = np.empty((chunks, 5, len(self)))
+        out = np.empty((5, len(self), chunks))
         _replay(levels, self._sizes, self._noise, self._trace, offsets, time_s, mbps, ptr, now_s, buffer_ms, out)
         previous = np.concatenate([np.zeros((len(self), 1), dtype=np.int64), levels[:, :-1]], axis=1)
-        return self._outcome(levels, previous, self._sizes[levels, np.arange(chunks)], out.transpose(1, 2, 0))
+        return self._outcome(levels, previous, self._sizes[levels, np.arange(chunks)], out)
 
     def observe(self) -> Observation:
         """What a policy may know now. After the last chunk the "next" sizes are those of chunk 0, as in the original."""
