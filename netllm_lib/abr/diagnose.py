@@ -49,9 +49,8 @@ class Evidence:
     run: str  # the policy that is diagnosed
     handicapped: tuple[str, ...] = ()  # policies of `tables` that are known to play below their own algorithm
     pool: ExperiencePool | None = None
-    training: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # steps, warmup_steps, lr, lr_peak, final_loss, crossing, windows
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Of the notebook 04: steps, warmup_steps, lr, lr_peak, final_loss, crossing, windows."""
     clean: np.ndarray | None = None  # [traces] bool: the trace shares no content with the training traces
     setting: Mapping[str, Any] = field(default_factory=dict)  # traces, video, seed, how the run was tested
 

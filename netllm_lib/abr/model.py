@@ -18,14 +18,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.plm import PLM, TokenCache
 
 if TYPE_CHECKING:
     from netllm_lib.abr.windows import Batch
 
-LEVELS = 6
 TOKENS_PER_STEP = 8
-HISTORY = 6  # columns of the state
+FEATURES = HISTORY = 6  # rows and columns of the state
 TAPS = 4  # width of the convolutions over past throughput and delay
 
 
@@ -34,9 +34,8 @@ class NetworkConfig:
     """Sizes of the network around the PLM."""
 
     state_feature_dim: int = 256
-    max_timestep: int = (
-        46  # largest timestep in training; the table has two rows more, one for the original's extra step
-    )
+    max_timestep: int = 46
+    """Largest timestep in training; the table has two rows more, one for the original's extra step."""
     timestep_init: float = 1.0
     """Standard deviation of the initial timestep embeddings. At 1, as in the original, they swamp the small state embeddings at
     first; 0.02 helps at a learning rate of 1e-3 for all, and hurts with 1e-2 for the modules around the PLM."""
@@ -51,10 +50,8 @@ class StateEncoder(nn.Module):
         self.dim = dim
         self.fc1 = nn.Sequential(nn.Linear(1, dim), nn.LeakyReLU())  # level of the last chunk
         self.fc2 = nn.Sequential(nn.Linear(1, dim), nn.LeakyReLU())  # buffer
-        self.conv3 = nn.Sequential(
-            nn.Conv1d(1, dim, TAPS), nn.LeakyReLU(), nn.Flatten()
-        )  # throughput of the last chunks
-        self.conv4 = nn.Sequential(nn.Conv1d(1, dim, TAPS), nn.LeakyReLU(), nn.Flatten())  # their delays
+        self.conv3 = nn.Sequential(nn.Conv1d(1, dim, TAPS), nn.LeakyReLU(), nn.Flatten())  # past throughput
+        self.conv4 = nn.Sequential(nn.Conv1d(1, dim, TAPS), nn.LeakyReLU(), nn.Flatten())  # past delays
         self.conv5 = nn.Sequential(nn.Conv1d(1, dim, HISTORY), nn.LeakyReLU(), nn.Flatten())  # sizes of the next chunk
         self.fc6 = nn.Sequential(nn.Linear(1, dim), nn.LeakyReLU())  # chunks remaining
 
@@ -121,7 +118,7 @@ class PolicyNetwork(nn.Module):
         # In half precision a return-to-go would have two digits: these small layers stay in float32.
         with torch.autocast(self.device.type, enabled=False):
             time = self.embed_timestep(timesteps)  # [batch, steps, hidden]
-            features = self.state_encoder(states.reshape(batch * steps, LEVELS, HISTORY).float())
+            features = self.state_encoder(states.reshape(batch * steps, FEATURES, HISTORY).float())
             embedders = [getattr(self, f"embed_state{i}") for i in range(1, 7)]
             tokens = [
                 self.embed_return(returns.float().unsqueeze(-1)),

@@ -28,14 +28,11 @@ class Episodes:
     trace_index: np.ndarray  # [N] index into TraceSet.traces
     start_ptr: np.ndarray  # [N] index of the first trace sample that is used, 1..len-1
     noise: np.ndarray | None  # [N, chunks] factor on every download delay; None: no noise
-    action_draws: (
-        np.ndarray
-    )  # [N, chunks] integers 1..999, one per decision, for policies that sample (Pensieve family)
+    action_draws: np.ndarray  # [N, chunks] integers 1..999, one per decision, for policies that sample as Pensieve does
     seed: int  # for policies that draw from a stream of their own
     fixed: bool  # fixed trace order and no noise
-    running_clock: bool = (
-        False  # time_s goes on over all episodes, as the original's does, and under-counts sleeps as it does
-    )
+    running_clock: bool = False
+    """time_s goes on over all episodes, as the original's does, and under-counts waits as it does."""
 
     def __len__(self) -> int:
         return len(self.trace_index)

@@ -19,6 +19,7 @@ from netllm_lib.abr.model import TOKENS_PER_STEP, PolicyNetwork
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Episodes, Observation, Policy
 from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.traces import CHUNKS
 from netllm_lib.plm import InferenceWeights, TokenCache, arithmetic_dtype
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def validator(
     return validate
 
 
-def _uniform_draws(draws: str, episodes: Episodes, decisions: int = 48) -> np.ndarray:
+def _uniform_draws(draws: str, episodes: Episodes, decisions: int = CHUNKS) -> np.ndarray:
     """Float64 [trace, decision] in [0, 1)."""
     if draws == "stream":
         stream = random.Random(episodes.seed)

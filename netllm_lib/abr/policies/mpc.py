@@ -30,12 +30,10 @@ class MPCConfig:
     robust: bool = True  # divide the harmonic mean by 1 + the largest recent relative error
     window: int = 5  # throughput samples in the harmonic mean
     error_window: int = 5  # errors in the maximum
-    carry_history: bool = (
-        False  # keep estimates and errors from trace to trace, so that trace order matters, as the original does
-    )
-    float32_throughput: Literal["none", "first-trace", "all"] = (
-        "none"  # traces whose throughput samples are rounded to float32
-    )
+    carry_history: bool = False
+    """Keep estimates and errors from trace to trace, so that the order of the traces matters, as the original does."""
+    float32_throughput: Literal["none", "first-trace", "all"] = "none"
+    """The traces whose throughput samples are rounded to float32."""
 
     @classmethod
     def upstream(cls, pool: bool = False) -> MPCConfig:
