@@ -1,0 +1,667 @@
+"""Runs of the original become run folders of the companion: whole ones, parts of them, several at once, broken ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conftest import GOLDEN
+from llm_fixtures import toy_pool
+from netllm_lib import runs
+from netllm_lib.abr import qoe
+from netllm_lib.abr import upstream_logs as logs
+from netllm_lib.abr.checkpoint import read_meta
+from netllm_lib.abr.importing import as_tested, import_run, remake_pool, replay
+from netllm_lib.abr.pool import ExperiencePool, concatenate, load_pool
+from netllm_lib.abr.traces import SAMPLE, Registry
+from netllm_lib.abr.upstream import read_pool, write_pool
+from netllm_lib.abr.upstream_runs import discover
+from netllm_lib.cli import main
+from netllm_lib.runs import read_json
+from upstream_tree import PARTS, SETTINGS, Tree, arguments_line, console_text, remove, write_results, write_tree
+
+RUNS = sorted(path.parent.name for path in GOLDEN.glob("upstream_run/*/run.json")) or ["absent"]
+TERMINAL = "the terminal's first lines"
+WRITES = {"console": "console.json", "losses": "history.parquet", "results": "tables/results.parquet"}
+"""What an import writes for a part of the run."""
+SAYS = {
+    "console": "console log", "losses": "train_losses.txt", "results": "result files", "pool": "training pool", "plm": "PLM",
+    "best_model": "fine-tuned weights",
+}  # fmt: skip
+"""How a part that is missing is called."""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """A whole run on the bundled sample."""
+    return write_tree(tmp_path_factory.mktemp("upstream") / "NetLLM")
+
+
+@pytest.fixture
+def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No PLM, data or report folder of the machine is seen by accident."""
+    monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path / "reports"))
+    monkeypatch.setenv("NETLLM_PLMS", str(tmp_path / "no_plms"))
+    monkeypatch.delenv("NETLLM_DATA", raising=False)
+    return tmp_path / "reports"
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def told(run: runs.Run, name: str = "settings.json") -> Any:
+    return read_json(run.folder / name)
+
+
+# --- a whole run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_tree(tree: Tree, reports: Path) -> None:
+    run = import_run(tree.root, data=SAMPLE)
+    assert run.folder.parent == reports / "runs" / "import"
+    assert run.folder.name.startswith("llama_tiny-bba-rank_4-")
+    assert run.done
+    policy = {f"policy/{name}" for name in ("config.json", "modules.safetensors", "adapter_config.json")}
+    assert files(run.folder) == {
+        *("config.json", "manifest.json", "metrics.json", "settings.json", "missing.json", "console.json"),
+        *("history.parquet", "tables/results.parquet", "policy/adapter_model.safetensors"),
+        *policy,
+    }
+    table = pd.read_parquet(run.folder / "tables" / "results.parquet")
+    assert qoe.summarise(table).reward == pytest.approx(tree.mean_reward, abs=1e-12)
+    assert set(table["trace"]) <= set(Registry(SAMPLE).trace_set("sample-test").names)
+    history = pd.read_parquet(run.folder / "history.parquet")
+    assert history.columns.tolist() == ["micro_step", "loss"]
+    np.testing.assert_array_equal(history["loss"], logs.train_losses(tree.losses).values)
+    console = told(run, "console.json")
+    assert [epoch["epoch"] for epoch in console["epochs"]] == [0, 1, 2]
+    settings = told(run)
+    known = {key: value for key, value in SETTINGS.items() if not key.startswith(("test_", "target_"))}
+    assert runs.plain(known).items() <= settings["settings"].items()
+    assert (settings["settings"]["eval_per_epoch"], settings["settings"]["lora_alpha"]) == (2, 32)
+    assert settings["contradictions"] == []
+    assert settings["pool"]["pool_differs"] is False
+    assert settings["pool"]["origin"] == "found"
+    assert settings["weights"] == {"folder": str(tree.best_model), "kind": "best_model", "epoch": 2}
+    assert [line.split(" (")[0] for line in told(run, "missing.json")] == [TERMINAL]
+    assert told(run, "metrics.json")["mean_reward"] == {"results": pytest.approx(tree.mean_reward)}
+    inputs = told(run, "manifest.json")["inputs"]
+    assert inputs["pool"] == inputs["pool that the folder names"] == load_pool(tree.pool).content_hash()
+    assert {"results results", "console log", "training losses", "weights", "plm"} < inputs.keys()
+
+
+def test_the_test_is_reproduced_from_the_import(tree: Tree, reports: Path) -> None:
+    """From the run folder alone, the pool and the original's files being gone."""
+    run = import_run(tree.root, data=SAMPLE)
+    table = replay(run, "results", Registry(SAMPLE))
+    imported = pd.read_parquet(run.folder / "tables" / "results.parquet")
+    np.testing.assert_array_equal(table["level"], imported["level"])
+    pd.testing.assert_frame_equal(table[imported.columns.tolist()], imported, rtol=1e-9)
+    meta = read_meta(run.folder / "policy")
+    assert meta.w == 5
+    assert meta.pool_hash == load_pool(tree.pool).content_hash()
+    with pytest.raises(FileNotFoundError, match=r"no result set 'other' \(there: results\)"):
+        replay(run, "other", Registry(SAMPLE))
+
+
+def test_importing_again_changes_nothing(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    run = import_run(tree.root, data=SAMPLE)
+    before = {name: (run.folder / name).stat().st_mtime_ns for name in files(run.folder)}
+    assert import_run(tree.root, data=SAMPLE).folder == run.folder
+    moved = tree.copy(tmp_path / "elsewhere")
+    assert import_run(moved.root, data=SAMPLE).folder == run.folder  # the same content
+    assert {name: (run.folder / name).stat().st_mtime_ns for name in files(run.folder)} == before
+    logs.write_train_losses(moved.losses, [1.0, 2.0])
+    other = import_run(moved.root, data=SAMPLE)
+    assert other.folder != run.folder
+    assert {name: (run.folder / name).stat().st_mtime_ns for name in files(run.folder)} == before
+    assert len(list((reports / "runs" / "import").iterdir())) == 2
+
+
+def test_an_import_that_was_interrupted_is_done_again(
+    tree: Tree, reports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from netllm_lib.abr import checkpoint
+
+    def full(*args: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint, "save_checkpoint", full)
+        with pytest.raises(OSError, match="disk full"):
+            import_run(tree.root, data=SAMPLE)
+    (folder,) = (reports / "runs" / "import").iterdir()
+    assert not runs.Run(folder).done
+    run = import_run(tree.root, data=SAMPLE)
+    assert run.folder == folder
+    assert run.done
+
+
+@pytest.mark.parametrize("changes", [{"rank": -1}, {"early_stop": 0}, {"plm_type": "t5-lm", "sample_step": 2}], ids=str)
+def test_other_kinds_of_runs(tmp_path: Path, reports: Path, changes: dict[str, Any]) -> None:
+    tree = write_tree(tmp_path / "NetLLM", **changes)
+    run = import_run(tree.root, data=SAMPLE)
+    assert (
+        told(run)["contradictions"] == told(run)["notes"][:-1] == []
+    )  # the last note says which test the log ends with
+    table = replay(run, "results", Registry(SAMPLE))
+    imported = pd.read_parquet(run.folder / "tables" / "results.parquet")
+    np.testing.assert_array_equal(table["level"], imported["level"])
+    assert read_meta(run.folder / "policy").layers == (1 if "early_stop" in changes else 2)
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+SUBSETS = [
+    *[[part] for part in PARTS if part not in ("pool", "plm")],
+    *[[other for other in PARTS if other != part] for part in PARTS],
+    ["console", "results"],
+    ["losses", "results", "plm"],
+    ["best_model", "pool"],
+    ["checkpoint", "pool", "plm"],
+]
+
+
+@pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
+def test_any_part_of_a_tree(tree: Tree, reports: Path, tmp_path: Path, parts: list[str]) -> None:
+    """Without data, so that a missing pool cannot be made anew."""
+    some = tree.copy(tmp_path / "some", parts)
+    nowhere = tmp_path / "data"
+    (nowhere / "traces").mkdir(parents=True)
+    run = import_run(some.root, data=nowhere)
+    assert run.done
+    present = files(run.folder)
+    for part, written in WRITES.items():
+        assert (written in present) == (part in parts), part
+    weights = "best_model" in parts or "checkpoint" in parts
+    assert ("policy/config.json" in present) == (weights and {"pool", "plm"} <= set(parts))
+    missing = told(run, "missing.json")
+    for part, name in SAYS.items():
+        there = weights if part == "best_model" else part in parts
+        assert any(line.startswith(name) for line in missing) == (not there), (part, missing)
+    assert told(run)["contradictions"] == []
+    if set(parts) & {"console", "losses", "best_model", "checkpoint"}:
+        assert told(run)["settings"]["lr"] == 0.0001
+    if parts == ["checkpoint", "pool", "plm"]:
+        assert any("checkpoint of epoch 2" in note for note in told(run)["notes"])
+
+
+def test_a_part_given_by_its_own_place(tree: Tree, reports: Path) -> None:
+    """The names of the folders above tell the settings nevertheless."""
+    for place in (tree.console, tree.run, tree.best_model, tree.checkpoint, tree.losses):
+        found = discover(place)
+        assert found.settings["warmup_steps"] == 2000, place
+        assert found.name == "llama_tiny-bba-rank_4", place
+    found = discover(tree.results)
+    assert (found.settings["rank"], found.results[0].name) == (4, "results")
+    assert found.results[0].settings["test_trace_num"] == 3
+    found = discover(tree.console)
+    assert found.console is not None
+    assert (found.losses, found.weights, found.results) == (None, (), ())
+
+
+def test_files_without_any_telling_name(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    mail = tmp_path / "from a user"
+    shutil.copytree(tree.results, mail / "my results")
+    shutil.copytree(tree.best_model, mail / "weights")
+    (mail / "what it printed.txt").write_text("They wrote:\n" + tree.console.read_text()[200:])
+    shutil.copy(tree.losses, mail)
+    found = discover(mail)
+    assert (found.console_file, found.losses) == (mail / "what it printed.txt", mail / "train_losses.txt")
+    assert [result.name for result in found.results] == ["my_results"]
+    assert found.settings["lr"] == 0.0001  # from the paths that the log prints
+    run = import_run(mail, data=SAMPLE, pool=tree.pool, plm=tree.plm)
+    assert told(run)["pool"]["pool_differs"] is False
+    assert (run.folder / "policy" / "config.json").is_file()
+    table = pd.read_parquet(run.folder / "tables" / "my_results.parquet")
+    assert set(table["trace"]) <= set(Registry(SAMPLE).trace_set("sample-test").names)  # told by the files' names
+    with pytest.raises(ValueError, match="do not tell test_traces"):
+        as_tested(told(run)["results"]["my_results"]["settings"])
+
+
+def test_a_bare_console_log(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    log = tmp_path / "nohup.out"
+    log.write_text("\n".join(tree.console.read_text().splitlines()[5:30]) + "\n")
+    run = import_run(log, data=SAMPLE)
+    assert files(run.folder) == {
+        *("config.json", "manifest.json", "metrics.json", "settings.json", "missing.json", "console.json"),
+    }
+    assert any("only a part" in note or "ends after" in note for note in told(run)["notes"])
+
+
+def test_baselines_come_along(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    some = tree.copy(tmp_path / "some", ["results"])
+    table = logs.read_results(some.results, "sample-test")
+    test = some.results.parents[1]
+    write_results(test / "mpc" / "seed_1", table, "sample-test", blank_line=True)
+    write_results(test / "udr_1" / "seed_1", table, "sample-test", blank_line=True)
+    write_results(test / "udr_1" / "seed_2", table, "sample-test", blank_line=True)
+    found = discover(some.root)
+    assert {(r.name, r.baseline) for r in found.results} == {
+        *(("results", None), ("results-mpc", "mpc")),
+        *(("results-udr_1-test_seed_1", "udr_1"), ("results-udr_1-test_seed_2", "udr_1")),
+    }
+    run = import_run(some.root, data=SAMPLE)
+    assert len(list((run.folder / "tables").iterdir())) == 4
+    only = discover(test / "mpc")
+    assert [r.baseline for r in only.results] == ["mpc"]
+    assert any(line.startswith("result files") for line in only.missing)
+
+
+# --- several runs ---------------------------------------------------------------------------------------------------
+
+
+def second_run(tree: Tree, root: Path, **changes: Any) -> Tree:
+    """A copy of the tree with a second training run in it."""
+    both = tree.copy(root)
+    settings = {**tree.settings, **changes}
+    other = both.run.parents[2] / logs.model_path(settings)
+    shutil.copytree(both.run, other)
+    console = next(other.glob("*console.log"))
+    console.write_text(console_text(settings, np.full((3, 10), 1.5)))
+    return both
+
+
+def test_several_runs_are_listed_and_chosen_from(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    both = second_run(tree, tmp_path / "both", lr=0.001)
+    with pytest.raises(ValueError, match=r"2 runs in it, choose one.*_lr_0\.0001_.*; .*_lr_0\.001_"):
+        discover(both.root)
+    with pytest.raises(ValueError, match=r"no run 'lr_0\.1' in it, there are: .*lr_0\.0001"):
+        discover(both.root, "lr_0.1")
+    with pytest.raises(ValueError, match="2 runs in it"):
+        discover(both.root, "rank_4")
+    found = discover(both.root, "_lr_0.001_")
+    assert found.settings["lr"] == 0.001
+    assert discover(both.root, found.run) == found
+    assert any("may belong to another run" in note for note in found.notes)  # of the same name
+    assert discover(both.run).settings["lr"] == 0.0001
+
+
+def test_results_of_another_run_are_left_out(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    both = second_run(tree, tmp_path / "both", rank=16)
+    other = discover(both.root, "rank_16")
+    assert other.results == ()
+    assert any(line.startswith("result files") for line in other.missing)
+    assert [r.name for r in discover(both.root, "rank_4").results] == ["results"]
+    alone = tree.copy(tmp_path / "alone")
+    moved = alone.results.with_name(alone.results.name.replace("rank_4", "rank_64"))
+    alone.results.rename(moved)
+    found = discover(alone.root)
+    assert found.results == ()
+    assert any("belongs to another run (rank 64 instead of 4)" in note for note in found.notes)
+
+
+def test_several_logs_and_several_results_alone(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    for name in ("a.log", "b.log"):
+        (tmp_path / "logs" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(tree.console, tmp_path / "logs" / name)
+    with pytest.raises(ValueError, match=r"2 runs in it.*a\.log; b\.log"):
+        discover(tmp_path / "logs")
+    assert discover(tmp_path / "logs", "a.log").console_file == tmp_path / "logs" / "a.log"
+    some = tree.copy(tmp_path / "some", ["results"])
+    shutil.copytree(some.results, some.results.with_name(some.results.name.replace("rank_4", "rank_64")))
+    with pytest.raises(ValueError, match="2 runs in it"):
+        discover(some.root)
+    assert discover(some.root, "rank_64").settings["rank"] == 64
+    shutil.copytree(some.results, some.results.with_name(some.results.name.replace("seed_1", "seed_2")))
+    found = discover(some.root, "rank_4")
+    assert [r.name for r in found.results] == ["results-test_seed_1", "results-test_seed_2"]
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_contradictions_are_reported(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    odd = tree.copy(tmp_path / "odd")
+    edit_json(odd.best_model / "adapter_config.json", r=8, base_model_name_or_path="../downloaded_plms/opt/xs")
+    found = discover(odd.root)
+    assert found.settings["rank"] == 4
+    assert "rank: 4 (folder names), 8 (adapter_config.json)" in found.contradictions
+    assert any(line.startswith("plm_type: llama (folder names), opt") for line in found.contradictions)
+
+
+def test_arguments_of_the_terminal(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    some = tree.copy(tmp_path / "some", ["console", "results"])
+    line = arguments_line({**tree.settings, "lr": 0.5}, "artifacts/exp_pools/exp_pool.pkl")
+    other = arguments_line(tree.settings, tree.pool, adapt=False)
+    some.console.write_text(line + some.console.read_text() + other)
+    found = discover(some.root)
+    assert (found.settings["grad_accum_steps"], found.settings["scale"]) == (32, 1000)
+    assert "lr: 0.0001 (folder names), 0.5 (arguments in the console log)" in found.contradictions
+    assert any(
+        line.startswith("pool: sample-train_sample") and "artifacts_exp_pools" in line for line in found.contradictions
+    )
+    assert found.settings["test_pool"] == tree.settings["pool"]
+    assert not any(line.startswith(TERMINAL) for line in found.missing)
+
+
+def test_notes_on_what_does_not_fit_together(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    odd = tree.copy(tmp_path / "odd")
+    remove(logs.result_files(odd.results)[0])
+    values = logs.train_losses(odd.losses).values
+    logs.write_train_losses(odd.losses, [*values[:-1], values[-1] + 50])
+    odd.console.write_text(odd.console.read_text().replace(str(tree.mean_reward), "0.5"))
+    notes = "\n".join(told(import_run(odd.root, data=SAMPLE))["notes"])
+    assert "2 result files, the name says 3" in notes
+    assert "they are of two runs" in notes
+    assert "not the 0.500000 of the console log, so another test" in notes
+    logs.write_train_losses(odd.losses, values[:-3])
+    odd.losses.write_text(odd.losses.read_text() + "1.2")
+    text = odd.console.read_text()
+    odd.console.write_text(text[: text.index("Training Iteration #2")])
+    notes = "\n".join(told(import_run(odd.root, data=SAMPLE))["notes"])
+    assert "the last line is cut and left out" in notes
+    assert "ends after epoch 2 of 3" in notes
+    logs.write_train_losses(odd.losses, [*values[:-3], float("nan")])
+    notes = "\n".join(told(import_run(odd.root, data=SAMPLE))["notes"])
+    assert f"not finite from micro-step {len(values) - 3} on" in notes
+    assert "it is not the training pool, or training was not finished" in notes
+
+
+# --- the pool -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_is_made_anew_where_the_data_are(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    some = tree.copy(tmp_path / "some", [part for part in PARTS if part != "pool"])
+    run = import_run(some.root, data=SAMPLE)
+    assert told(run)["pool"] == {
+        "origin": "made anew",
+        "path": None,
+        "hash": load_pool(tree.pool).content_hash(),
+        "named": tree.settings["pool"],
+        "named_hash": load_pool(tree.pool).content_hash(),
+        "pool_differs": False,
+    }
+    assert (run.folder / "policy" / "config.json").is_file()
+    assert not any(line.startswith("training pool") for line in told(run, "missing.json"))
+
+
+def test_another_pool_than_the_one_named(tree: Tree, reports: Path) -> None:
+    pool = toy_pool()
+    run = import_run(tree.root, data=SAMPLE, pool=pool)
+    assert told(run)["pool"]["pool_differs"] is True
+    assert told(run)["pool"]["hash"] == pool.content_hash() != told(run)["pool"]["named_hash"]
+    assert read_meta(run.folder / "policy").pool_hash == pool.content_hash()
+    assert any("it is not the training pool" in note for note in told(run)["notes"])
+    with pytest.raises(ValueError, match="not the training pool"):
+        import_run(tree.root, data=SAMPLE, pool=toy_pool(length=30))
+
+
+def test_pools_in_the_tree(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    some = tree.copy(tmp_path / "some")
+    other = some.pool.parents[2] / "sample-train_sample" / "mpc" / some.pool.parent.name / "exp_pool.pkl"
+    write_pool(toy_pool(), other)
+    assert discover(some.root).pools == (some.pool,)  # the one of the run's name
+    remove(some.pool)
+    found = discover(some.root)
+    assert found.pools == ()
+    assert any("none of the 1 pools here is sample-train_sample_bba" in note for note in found.notes)
+    for name in ("a.pkl", "b.pkl"):
+        write_pool(toy_pool(), some.root / name)
+    assert len(discover(some.root).pools) == 2
+    (some.root / "other.pkl").write_bytes(b"something else")
+    assert len(discover(some.root).pools) == 2
+    nowhere = tmp_path / "data"
+    (nowhere / "traces").mkdir(parents=True)
+    run = import_run(some.root, data=nowhere)
+    assert any("2 pools here, name one with --pool" in line for line in told(run, "missing.json"))
+
+
+def test_remaking_pools_of_several_policies() -> None:
+    registry = Registry(SAMPLE)
+
+    def made(*models: str, count: int = -1, fixed: bool = False) -> ExperiencePool:
+        return remake_pool({**SETTINGS, "pool_models": models, "pool_trace_num": count, "pool_fixed": fixed}, registry)
+
+    bba, mpc = made("bba", count=5, fixed=True), made("mpc", count=5, fixed=True)
+    together = made("bba", "mpc", count=5, fixed=True)
+    assert together.content_hash() == concatenate([bba, mpc]).content_hash()
+    assert len(made("bba")) == len(made("bba", count=1000)) == 60 * 47
+    assert made("bba").content_hash() == made("bba", count=60, fixed=True).content_hash()
+    with pytest.raises(ValueError, match="several policies and a random order"):
+        made("bba", "mpc", count=5)
+    with pytest.raises(ValueError, match="mine is not a policy of the original"):
+        made("mine")
+    with pytest.raises(ValueError, match="nothing tells train_traces, train_video"):
+        remake_pool({"pool": "artifacts_exp_pools"}, registry)
+    with pytest.raises(FileNotFoundError, match="trace set 'fcc-train' not found"):
+        remake_pool({**SETTINGS, "train_traces": "fcc-train"}, registry)
+
+
+@pytest.mark.golden
+def test_pools_of_the_original_are_made_anew(golden: Path, real_data: Path) -> None:
+    registry = Registry(real_data)
+    made = remake_pool(logs.settings_of("fcc-train_video1_mpc_seed_1_trace_num_100_fixed_False_ss_5"), registry)
+    assert made.content_hash() == read_pool(golden / "plm" / "mpc100_exp_pool.pkl").content_hash()
+    for name, how in read_json(golden / "abr" / "pools" / "summary.json").items():
+        settings = {
+            "train_traces": how["traces"], "train_video": how["video"], "pool_models": (how["policy"],),
+            "pool_trace_num": how["trace_num"], "pool_fixed": how["fixed"], "pool_seed": how["seed"],
+        }  # fmt: skip
+        try:
+            made = remake_pool(settings, registry)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        np.testing.assert_array_equal(made.actions, np.load(golden / "abr" / "pools" / f"{name}.npz")["actions"])
+
+
+# --- broken files ---------------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"<!doctype html><p>503")
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, ("ran",))
+
+
+def hostile(path: Path) -> None:
+    torch.save({"weight": Evil()}, path)
+
+
+BROKEN: list[tuple[str, str, Callable[[Path], None]]] = [
+    ("results", "result_sim_abr_sample-test_*", cut),
+    ("results", "result_sim_abr_sample-test_*", garbage),
+    ("losses", "", garbage),
+    ("console", "", garbage),
+    ("best_model", "adapter_model.bin", cut),
+    ("best_model", "adapter_model.bin", hostile),
+    ("best_model", "modules_except_plm.bin", cut),
+    ("best_model", "modules_except_plm.bin", hostile),
+    ("best_model", "adapter_config.json", cut),
+    ("pool", "", cut),
+]
+
+
+@pytest.mark.parametrize(("part", "pattern", "how"), BROKEN)
+def test_a_broken_file_is_refused_by_name(
+    tree: Tree,
+    reports: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    pattern: str,
+    how: Callable[[Path], None],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    some = tree.copy(tmp_path / "some")
+    path = Path(getattr(some, part))
+    path = next(path.glob(pattern)) if pattern else path
+    how(path)
+    with pytest.raises(ValueError, match=path.name) as refused:
+        import_run(some.root, data=SAMPLE)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_broken_things_that_were_given_or_only_found(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    some = tree.copy(tmp_path / "some")
+    (weights,) = some.plm.glob("*.safetensors")
+    cut(weights)
+    run = import_run(some.root, data=SAMPLE)
+    assert any(line.startswith("PLM") and "model.safetensors" in line for line in told(run, "missing.json"))
+    assert not (run.folder / "policy").exists()
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        import_run(some.root, data=SAMPLE, plm=some.plm)
+    with pytest.raises(FileNotFoundError, match="no PLM"):
+        import_run(some.root, data=SAMPLE, plm=str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match="no such experience pool"):
+        import_run(some.root, data=SAMPLE, pool=tmp_path / "nothing.pkl")
+    (some.best_model / "modules_except_plm.bin").unlink()
+    found = discover(some.root)
+    assert found.best is not None
+    assert found.best.kind == "checkpoint"
+    shutil.rmtree(some.checkpoint)
+    assert any(
+        "in early_stop_-1_best_model modules_except_plm.bin is missing" in line for line in discover(some.root).missing
+    )
+
+
+def test_a_plm_that_the_weights_do_not_fit(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    other = write_tree(tmp_path / "other", plm_type="gpt2")
+    with pytest.raises(ValueError, match="LoRA targets"):
+        import_run(tree.root, data=SAMPLE, plm=other.plm)
+    some = tree.copy(tmp_path / "some")  # where the original would load the adapter without a word
+    for name in ("adapter_config.json", "adapter_model.bin"):
+        shutil.copy(other.best_model / name, some.best_model)
+    run = import_run(some.root, data=SAMPLE)
+    assert "LoRA targets" in told(run)["policy_problem"]
+    assert not (run.folder / "policy").exists()
+    assert any("the weights cannot be used" in line for line in told(run, "missing.json"))
+    assert (run.folder / "tables" / "results.parquet").is_file()
+
+
+def test_a_run_that_diverged(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    some = tree.copy(tmp_path / "some")
+    path = some.best_model / "modules_except_plm.bin"
+    weights = torch.load(path, weights_only=True)
+    weights["1.weight"][0, 0] = float("nan")
+    torch.save(weights, path)
+    for given in ({}, {"pool": tree.pool, "plm": tree.plm}):
+        run = import_run(some.root, data=SAMPLE, **given)  # type: ignore[arg-type]
+        assert "1.weight holds NaN" in told(run)["policy_problem"]
+        assert not (run.folder / "policy").exists()
+
+
+def test_folders_without_anything(tmp_path: Path, tree: Tree, reports: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder or file"):
+        discover(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "readme.txt").write_text("hello")
+    with pytest.raises(FileNotFoundError, match="nothing that the original leaves behind"):
+        discover(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="nothing that the original leaves behind"):
+        discover(import_run(tree.root, data=SAMPLE).folder)  # the companion's own
+    with pytest.raises(ValueError, match=r"readme\.txt: no line that the original prints"):
+        discover(tmp_path / "empty" / "readme.txt")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def netllm(*words: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(words))
+    return int(stopped.value.code or 0)
+
+
+def test_command_line(tree: Tree, reports: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert netllm("import", str(tree.root), "--data", str(SAMPLE), "--json") == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    result = json.loads(lines[-1])
+    assert result["mean_reward"] == {"results": pytest.approx(tree.mean_reward)}
+    assert result["console_mean_reward"] == pytest.approx(tree.mean_reward)
+    assert result["policy"] is True
+    assert Path(result["run"]).is_dir()
+    assert [line.split(" (")[0] for line in result["missing"]] == [TERMINAL]
+    assert f"run folder: {result['run']}" in lines
+    assert any(f"mean reward {tree.mean_reward:.6f}" in line for line in lines)
+    some = tree.copy(tmp_path / "some", ["results"])
+    assert netllm("import", str(some.root), "--data", str(SAMPLE)) == 0
+    out = capsys.readouterr().out
+    assert "missing:\n  console log" in out
+    both = second_run(tree, tmp_path / "both", lr=0.001)
+    assert netllm("import", str(both.root)) == 2
+    assert "2 runs in it, choose one with --run" in capsys.readouterr().err
+    words = ["--run", "lr_0.001", "--pool", str(tree.pool), "--plm", str(tree.plm), "--data", str(SAMPLE), "--json"]
+    assert netllm("import", str(both.root), *words) == 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["pool_differs"] is False
+    assert netllm("import", str(tmp_path / "nothing")) == 2
+
+
+def test_an_imported_policy_can_be_played(tree: Tree, reports: Path, capsys: pytest.CaptureFixture) -> None:
+    run = import_run(tree.root, data=SAMPLE)
+    words = ["--policy", str(run.folder), "--preset", "upstream", "--traces", "sample-test", "--trace-num", "3"]
+    assert netllm("play", *words, "--seed", "1", "--data", str(SAMPLE), "--json") == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result["mean_reward"] == pytest.approx(tree.mean_reward, abs=1e-9)
+
+
+# --- the original ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", RUNS)
+def test_complete_runs_of_the_original(golden: Path, reports: Path, tmp_path: Path, name: str) -> None:
+    folder = golden / "upstream_run" / name
+    described = read_json(folder / "run.json")
+    nowhere = tmp_path / "data"
+    (nowhere / "traces").mkdir(parents=True)
+    run = import_run(folder, pool=folder / described["pool"], data=nowhere)
+    means = told(run, "metrics.json")["mean_reward"]
+    assert means == {
+        "results": pytest.approx(described["mean"], abs=1e-12),
+        "results_test_alone": pytest.approx(described["mean_alone"], abs=1e-12),
+    }
+    settings = told(run)["settings"]
+    assert (settings["plm_type"], settings["seed"]) == (described["plm_type"], described["seed"])
+    assert told(run)["contradictions"] == []
+    assert any(note.startswith("results: the test in the console log") for note in told(run)["notes"])
+    assert any(note.startswith("results_test_alone: mean") for note in told(run)["notes"])
+    assert not any("not the training pool" in note or "two runs" in note for note in told(run)["notes"])
+    assert read_meta(run.folder / "policy").pool_hash == read_pool(folder / described["pool"]).content_hash()
+    test = as_tested(told(run)["results"]["results_test_alone"]["settings"])
+    assert (test.traces, test.video, test.trace_num) == (
+        described["traces"],
+        described["video"],
+        described["trace_num"],
+    )
+    assert [line.split(" (")[0] for line in told(run, "missing.json")] == [TERMINAL]
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_the_originals_test_is_reproduced_through_the_import(
+    golden: Path, real_data: Path, reports: Path, name: str
+) -> None:
+    """The pool made anew or given, the weights converted: the same level on every chunk of every trace, the same mean."""
+    folder = golden / "upstream_run" / name
+    described = read_json(folder / "run.json")
+    run = import_run(folder, pool=folder / described["pool"], data=real_data)
+    assert told(run)["pool"]["pool_differs"] in (False, None)  # None where an actor cannot be read
+    table = replay(run, "results_test_alone", Registry(real_data))
+    imported = pd.read_parquet(run.folder / "tables" / "results_test_alone.parquet")
+    np.testing.assert_array_equal(table["level"], imported["level"])
+    pd.testing.assert_frame_equal(table[imported.columns.tolist()], imported, rtol=1e-9)
+    assert qoe.summarise(table).reward == pytest.approx(described["mean_alone"], abs=1e-12)
