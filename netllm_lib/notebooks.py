@@ -341,8 +341,9 @@ def run_notebook(
     is reused, unless `force`, which empties it first. An unfinished one is continued: the notebook finds what it left
     there. `echo` gets one line at a time: the notebook's standard output as it appears.
 
-    Raises FileNotFoundError (no such notebook), ValueError (parameters) before anything runs, and NotebookError when a
-    cell fails, the time is up, or a promised file is missing; the notebook so far is in the run folder then.
+    Raises FileNotFoundError (no such notebook), ValueError (parameters) and runs.Busy (another process is at it) before
+    anything runs, and NotebookError when a cell fails, the time is up, or a promised file is missing; the notebook so far
+    is in the run folder then.
     """
     source, declared, notebook = open_notebook(path)
     fitted = fit_parameters(declared, parameters or {}, source.stem)
@@ -357,39 +358,41 @@ def run_notebook(
         }
         inputs = _inputs(notebook, fitted)
         run = runs.open_run(source.stem, name, config, inputs)
-        if force and run.done:
-            shutil.rmtree(run.folder)
-            run = runs.open_run(source.stem, name, config, inputs)
-        if run.done and not _missing(run.folder, [*promised, REPORT]):
+        if not force and run.done and not _missing(run.folder, [*promised, REPORT]):
             seconds = float(runs.read_json(run.folder / runs.MANIFEST).get("seconds", 0.0))
             executed, report = run.folder / source.name, run.folder / REPORT
             return NotebookRun(run.folder, executed, report, _metrics(run.folder), seconds, reused=True)
         folder = run.folder
     else:
         folder = Path(run_dir).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
     executed = folder / source.name
     if executed.resolve() == source:
         raise ValueError(f"{source}: a notebook is never run in place; give another run folder")
 
-    for stale in ("metrics.json", source.name, REPORT):  # those of an earlier attempt would pass for ours
-        (folder / stale).unlink(missing_ok=True)
-    started = time.monotonic()
-    try:
-        _execute(source, executed, {**fitted, "run_dir": str(folder)}, kernel, timeout_s, echo)
-        if missing := _missing(folder, promised):
-            raise NotebookError(f"{source.stem} ran, but did not write {', '.join(missing)} to {folder}", executed)
-        metrics = _metrics(folder)
-    except NotebookError as error:
-        _note(folder, status="failed", error=str(error))
-        raise
-    finally:
-        if executed.is_file():
-            export_html(executed, folder / REPORT)
-    seconds = time.monotonic() - started
-    if run_dir is None:
-        _note(folder, seconds=round(seconds, 1), error=None)
-        runs.Run(folder).finish()
+    with runs.lock(folder), runs.storage_errors(folder):
+        if run_dir is None and force and run.done:
+            (folder / runs.MANIFEST).unlink()  # first: half-emptied, the folder must not pass for a finished run
+            shutil.rmtree(folder)
+            runs.open_run(source.stem, name, config, inputs)
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in ("metrics.json", source.name, REPORT):  # those of an earlier attempt would pass for ours
+            (folder / stale).unlink(missing_ok=True)
+        started = time.monotonic()
+        try:
+            _execute(source, executed, {**fitted, "run_dir": str(folder)}, kernel, timeout_s, echo)
+            if missing := _missing(folder, promised):
+                raise NotebookError(f"{source.stem} ran, but did not write {', '.join(missing)} to {folder}", executed)
+            metrics = _metrics(folder)
+        except NotebookError as error:
+            _note(folder, status="failed", error=str(error))
+            raise
+        finally:
+            if executed.is_file():
+                export_html(executed, folder / REPORT)
+        seconds = time.monotonic() - started
+        if run_dir is None:
+            _note(folder, seconds=round(seconds, 1), error=None)
+            runs.Run(folder).finish()
     return NotebookRun(folder, executed, folder / REPORT, metrics, seconds, reused=False)
 
 

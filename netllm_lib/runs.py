@@ -7,22 +7,32 @@ ever overwritten by a different run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
+import mmap
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 PROJECT = Path(__file__).resolve().parents[1]
 """The checkout: bundled data, notebooks and the default reports folder are found from here."""
@@ -72,8 +82,33 @@ def array_hash(*arrays: np.ndarray, digits: int = 16) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        for _, part in blocks(array):
+            digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()[:digits]
+
+
+def blocks(array: np.ndarray, size_bytes: int = 2**23) -> Iterator[tuple[int, np.ndarray]]:
+    """(index of the first row, rows) of an array, in blocks of about `size_bytes`.
+
+    Of a memory-mapped array, the pages of a block leave this process when the next one is asked for, so that a walk over an
+    array of any size holds one block. (They stay in the system's file cache while there is room.)
+    """
+    rows = max(1, size_bytes // max(1, array[:1].nbytes)) if array.ndim else 1
+    for first in range(0, len(array) if array.ndim else 1, rows):
+        yield first, array[first : first + rows] if array.ndim else array
+        give_back(array)
+
+
+def give_back(array: np.ndarray) -> None:
+    """Let the pages of a read-only memory-mapped array leave this process; they are read again when they are used again.
+
+    Nothing happens to an array in memory, or where the system has no such call.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray) and not array.flags.writeable:
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def file_hash(path: Path, digits: int = 16) -> str:
@@ -94,33 +129,221 @@ def tree_hash(folder: Path, pattern: str = "**/*", digits: int = 16) -> str:
 # --- atomic writes ------------------------------------------------------------------------------------------------------
 
 
+class StorageError(OSError):
+    """The disk is full, or a folder cannot be written to. The message names the folder; nothing that was there is lost."""
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` to write to; it takes the place of `path` only when the block ends without an error.
 
-    The block may create a file or a folder. Files are flushed to disk before the rename, so a crash leaves either the old
-    content or the new one, never a half-written one. A folder replaces an existing folder.
+    The block may create a file or a folder. What it wrote is flushed to disk before the rename and the rename before this
+    returns, so a crash leaves either the old content or the new one, never a half-written one. A folder replaces an existing
+    folder. What a killed process left beside `path` is cleaned up first. Raises StorageError when the disk is full or the folder
+    cannot be written to.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    with storage_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clean_up(path)
+        aside = aside_of(path)
+        try:
+            yield aside
+            _flush(aside)
+            if aside.is_dir() and path.is_dir():
+                old = aside.with_suffix(".old")
+                os.replace(path, old)
+                try:
+                    os.replace(aside, path)
+                except OSError:
+                    os.replace(old, path)
+                    raise
+                flush_folder(path.parent)
+                shutil.rmtree(old)
+            else:
+                os.replace(aside, path)
+                flush_folder(path.parent)
+        finally:
+            _remove(aside)
+
+
+def clean_up(path: Path, alone: bool = False) -> None:
+    """Remove what killed processes left of writing `path` with `atomic_path`; a folder that one had moved aside comes back.
+
+    What another process may be writing now stays, unless the caller is known to be `alone`, by a lock.
+    """
+    pattern = re.compile(
+        rf"\.{re.escape(path.name)}\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{{8}}\.(?P<kind>partial|old)"
+    )
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for name in os.listdir(path.parent):
+            if name.startswith(f".{path.name}.") and (match := pattern.fullmatch(name)):
+                if not alone and (match["host"] != _host() or _alive(int(match["pid"]))):
+                    continue
+                if match["kind"] == "old" and not path.exists():
+                    os.replace(path.parent / name, path)
+                else:
+                    _remove(path.parent / name)
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Errors of a full or unwritable disk inside the block, as one StorageError that names `folder` and says what to do."""
     try:
-        yield aside
-        for file in [aside] if aside.is_file() else [p for p in aside.rglob("*") if p.is_file()]:
-            with open(file, "rb") as stream:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:  # what failed later because of it may have come on top
+            if problem := _storage_problem(cause, folder):
+                raise StorageError(f"{folder}: {problem}") from error
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+FULL = "the disk is full; what was there before is unchanged, free some space and run the same again"
+UNWRITABLE = "this folder cannot be written to; make it writable, or name another one in $NETLLM_REPORTS"
+
+
+def _storage_problem(error: BaseException, folder: Path) -> str | None:
+    codes = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EROFS: UNWRITABLE}
+    if isinstance(error, PermissionError):
+        inside = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder)
+        return UNWRITABLE if inside else None
+    if isinstance(error, OSError) and error.errno is not None:
+        return codes.get(error.errno)
+    # libraries that write in C++ or Rust tell it in words, or only that writing failed
+    text = str(error)
+    if "No space left on device" in text:
+        return FULL
+    if "Read-only file system" in text:
+        return UNWRITABLE
+    failed = isinstance(error, RuntimeError) and ("write failed" in text or "iostream error" in text)
+    return FULL if failed and shutil.disk_usage(folder).free < 2**20 else None
+
+
+def flush_folder(folder: Path) -> None:
+    """Make what was renamed or created in a folder last through a crash; where folders cannot be flushed, nothing happens."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _flush(path: Path) -> None:
+    for place in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if place.is_dir():
+            flush_folder(place)
+        else:
+            with open(place, "rb") as stream:
                 os.fsync(stream.fileno())
-        if aside.is_dir() and path.is_dir():
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-            os.replace(path, old)
-            os.replace(aside, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return content_hash(platform.node(), 4)
+
+
+def aside_of(path: Path) -> Path:
+    """A name beside `path` to write to before it takes its place; it says who writes, so that `clean_up` knows what to leave."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+# --- one process at a time ----------------------------------------------------------------------------------------------
+
+
+class Busy(OSError):
+    """Another process is writing the same files. The message names them and the process."""
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Only one process at a time is inside this block for `path`, a run folder or a single file.
+
+    A second one gets `Busy` at once, in one line that names the path and the process that has it. The lock is the system's, on
+    a file beside `path`, and ends with its process, however that ends. Whoever gets it removes what killed processes have
+    left half-written in the folder, or beside the file. Where the system or the file system has no such locks, a
+    warning says so and the work goes on.
+    """
+    path = Path(path).absolute()
+    beside = path.with_name(f".{path.name}.lock")
+    with storage_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _take(beside, path)
+    try:
+        clean_up(path, alone=True)
+        if path.is_dir():
+            for name in {match[1] for entry in path.iterdir() if (match := _ASIDE.fullmatch(entry.name))}:
+                clean_up(path / name, alone=True)
+        yield
     finally:
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink(missing_ok=True)
+        if handle is not None:
+            beside.unlink(missing_ok=True)
+            os.close(handle)
+
+
+_ASIDE = re.compile(r"\.(.+)\.[^.]*-\d+-[0-9a-f]{8}\.(?:partial|old)")
+
+
+def _take(beside: Path, path: Path) -> int | None:
+    """An open handle that holds the lock file `beside`; None where there are no locks. Raises Busy."""
+    if fcntl is None:
+        warnings.warn(f"{path}: no file locks on this system; never let two processes write it at once", stacklevel=4)
+        return None
+    while True:
+        handle = os.open(beside, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = _owner(handle)
+            os.close(handle)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise Busy(
+                    f"{path}: process {owner} is writing it; wait until it is done, or end that process"
+                ) from None
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            warnings.warn(f"{path}: no file locks on this disk; never let two processes write it at once", stacklevel=4)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(beside).st_ino == os.fstat(handle).st_ino:
+                break
+        os.close(handle)  # its owner removed it between our opening and our locking it
+    with contextlib.suppress(OSError):  # on a full disk the lock holds as well, but not the number
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+    return handle
+
+
+def _owner(handle: int) -> str:
+    """The process number in a lock file; it is written just after the lock is taken."""
+    for _ in range(20):
+        if text := os.pread(handle, 32, 0).decode(errors="replace").strip():
+            return text
+        time.sleep(0.01)
+    return "(unknown)"
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -133,7 +356,7 @@ def read_json(path: Path) -> Any:
     """The JSON value in `path`. Raises FileNotFoundError or ValueError (with the file's name)."""
     try:
         return json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not text, not JSON, nested without end
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
@@ -191,7 +414,8 @@ def open_run(
 def output_folder(run_dir: str, notebook: str) -> Path:
     """Where a notebook writes: the run folder that the runner names, or `reports/runs/<notebook>/interactive` for a person."""
     folder = Path(run_dir) if run_dir else reports_root() / "runs" / notebook / "interactive"
-    folder.mkdir(parents=True, exist_ok=True)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

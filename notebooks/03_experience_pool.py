@@ -32,7 +32,7 @@ run_dir: str = ""  # where results go; filled in by `netllm run`
 import matplotlib.pyplot as plt
 
 from netllm_lib import runs
-from netllm_lib.abr import diagnose, plots, pool
+from netllm_lib.abr import diagnosis, plots, pool
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.policies.catalogue import make_policy
@@ -51,25 +51,29 @@ plt.show()
 # ## Play
 # Each policy plays the same episodes. With `preset` "upstream" the pool is the original's, transition by transition: all traces
 # of the set in its order, with its random stream. The validation traces are then part of it, and `seed` has no effect, as there.
+#
+# Every thousand episodes go to disk; when the run is interrupted, the next one goes on from there.
 
 
 # %%
-def played(part, count):
+def sound(part, count):
     repeats = -(-count // len(part))
     chosen = sound_episodes(part, seed=seed, repeats=repeats, noise=noise).rows(range(count))
-    return pool.concatenate([pool.generate_pool(maker, part, clip, chosen) for maker in makers])
+    return [(maker, chosen) for maker in makers]
 
 
-def played_upstream(maker):
-    chosen = upstream_episodes(trace_set, trace_num=episodes, draws_actions=maker.draws_actions, pool=True)
-    return pool.generate_pool(maker, trace_set, clip, chosen)
+def original(maker):
+    return upstream_episodes(trace_set, trace_num=episodes, draws_actions=maker.draws_actions, pool=True)
 
 
 # %%
 makers = [make_policy(name, clip, registry, preset, pool=True) for name in policies]
 upstream = preset == "upstream"
-training = pool.concatenate([played_upstream(m) for m in makers]) if upstream else played(train_part, episodes)
-validation = played(validation_part, len(validation_part))
+parts = [(maker, original(maker)) for maker in makers] if upstream else sound(train_part, episodes)
+whole = trace_set if upstream else train_part
+training = pool.generate_mix(parts, whole, clip, path=out / "pool.npz", progress=runs.progress("pool"))
+held = sound(validation_part, len(validation_part))
+validation = pool.generate_mix(held, validation_part, clip, path=out / "validation_pool.npz")
 print(training.describe())
 
 # %%
@@ -83,12 +87,10 @@ plt.show()
 # what usually follows the previous level. A trained model must come out below the last one.
 
 # %%
-entropy, conditional = diagnose.behaviour_entropy(training)
-print(f"chance {diagnose.CHANCE:.3f}   H(a) {entropy:.3f}   H(a | previous level) {conditional:.3f}   nats")
+entropy, conditional = diagnosis.behaviour_entropy(training)
+print(f"chance {diagnosis.CHANCE:.3f}   H(a) {entropy:.3f}   H(a | previous level) {conditional:.3f}   nats")
 
 # %%
-training.save(out / "pool.npz")
-validation.save(out / "validation_pool.npz")
 split = {"traces": trace_set.name, "video": clip.name, "train": train_part.names, "validation": validation_part.names}
 runs.write_json(out / "split.json", split)
 metrics = {"transitions": len(training), "episodes": len(training.episode_starts), "hash": training.content_hash()}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,18 @@ def golden() -> Path:
 def real_data() -> Path:
     """The original's `data/` folder; skips loudly when it is absent."""
     return _require(REAL_DATA, "NETLLM_DATA", "the original's data")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte; skips where this process may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this process may not mount a file system: a full disk is only simulated, in another test")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

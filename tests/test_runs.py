@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from netllm_lib import runs
+from netllm_lib import npz, runs
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,179 @@ def test_a_killed_writer_leaves_no_half_written_file(tmp_path: Path) -> None:
     assert "writing" in done.stdout
     assert done.returncode == -signal.SIGKILL
     assert target.read_text() == "old"
+
+
+# --- one process at a time ----------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, pathlib
+from netllm_lib import runs
+with runs.lock(pathlib.Path(sys.argv[1])):
+    print("holding", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(path: Path) -> subprocess.Popen[str]:
+    """Another process that holds the lock on `path` until its input is closed."""
+    command = [sys.executable, "-c", HOLD, str(path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=runs.PROJECT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "holding\n"
+    return process
+
+
+def test_a_second_process_is_told_who_is_first(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    first = holder(folder)
+    with pytest.raises(runs.Busy) as refused, runs.lock(folder):
+        pass
+    assert str(refused.value) == (
+        f"{folder}: process {first.pid} is writing it; wait until it is done, or end that process"
+    )
+    with runs.lock(tmp_path / "another run"):
+        pass
+    first.communicate()
+    with runs.lock(folder):
+        assert (tmp_path / ".run.lock").read_text() == f"{os.getpid()}\n"
+        with pytest.raises(runs.Busy, match=f"process {os.getpid()} "), runs.lock(folder):
+            pass  # not twice in one process either
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    first = holder(tmp_path / "run")
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert (tmp_path / ".run.lock").exists()
+    with runs.lock(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_file_locks_there_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "fcntl", None)
+    with pytest.warns(UserWarning, match="no file locks on this system"), runs.lock(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def killed_while_writing(path: Path, before: str = "pass") -> None:
+    """A process that is killed between writing beside `path` and the rename."""
+    code = f"""
+        import os, pathlib, signal
+        from netllm_lib import runs
+        path = pathlib.Path({str(path)!r})
+        def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+        {before}
+        with runs.atomic_path(path) as aside:
+            aside.mkdir()
+            (aside / "x").write_text("new")
+            if not {before != "pass"}: die()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=runs.PROJECT, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+SWAP = "rename = os.replace; os.replace = lambda a, b: die() if str(b) == str(path) else rename(a, b)"
+"""Killed in the middle of replacing a folder: the old one is moved away, the new one not in place yet."""
+
+
+def test_leftovers_of_killed_writers_go(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    killed_while_writing(path)
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.name.endswith(".partial")
+    with runs.atomic_path(path) as aside:
+        aside.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    (path / "y").write_text("old")
+    killed_while_writing(path, SWAP)
+    assert not path.exists()
+    runs.clean_up(path)
+    assert (path / "y").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    killed_while_writing(path / "inner")
+    with runs.lock(path):
+        assert [path.name for path in path.iterdir()] == ["y"]
+
+
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    path = tmp_path / "f.txt"
+    with runs.atomic_path(path) as first:
+        first.write_text("first")
+        with runs.atomic_path(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+
+
+# --- full and read-only disks -------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_old_content(small_disk: Path) -> None:
+    import torch
+    from safetensors.numpy import save_file
+
+    target, data = small_disk / "f", np.zeros(2**21, np.uint8)
+    target.write_text("old")
+    writers = {
+        "bytes": lambda aside: aside.write_bytes(data),
+        "npz": lambda aside: npz.write(aside, {"data": data}, ""),
+        "torch": lambda aside: torch.save({"data": torch.from_numpy(data)}, aside),
+        "safetensors": lambda aside: save_file({"data": data}, aside),
+    }
+    for name, write in writers.items():
+        with pytest.raises(runs.StorageError) as refused, runs.atomic_path(target) as aside:
+            write(aside)
+        assert str(refused.value).startswith(f"{small_disk}: the disk is full"), name
+        assert "\n" not in str(refused.value)
+        assert [path.name for path in small_disk.iterdir()] == ["f"], name
+        assert target.read_text() == "old"
+
+
+def test_a_read_only_disk_is_named(small_disk: Path) -> None:
+    runs.write_json(small_disk / "f.json", 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for attempt in (
+        lambda: runs.write_json(small_disk / "f.json", 2),
+        lambda: runs.write_json(small_disk / "new" / "f.json", 2),
+        lambda: runs.open_run("kind", "name", {}, root=small_disk),
+        lambda: runs.output_folder(str(small_disk / "new"), "x"),
+        lambda: runs.lock(small_disk / "run").__enter__(),
+    ):
+        with pytest.raises(runs.StorageError, match=f"^{small_disk}.*cannot be written to; make it writable"):
+            attempt()
+    assert runs.read_json(small_disk / "f.json") == 1
+
+
+@pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "cannot be written")])
+def test_errors_of_the_disk_in_one_line(tmp_path: Path, code: int, message: str) -> None:
+    runs.write_json(tmp_path / "f.json", 1)
+    with pytest.raises(runs.StorageError, match=f"^{tmp_path}: .*{message}"), runs.atomic_path(tmp_path / "f.json"):
+        try:
+            raise OSError(code, os.strerror(code))
+        finally:
+            raise ValueError("and then it could not be closed")
+    with pytest.raises(PermissionError), runs.atomic_path(tmp_path / "f.json"):
+        raise PermissionError(errno.EACCES, "denied", "/somewhere/else")  # no matter of this folder
+    assert runs.read_json(tmp_path / "f.json") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_a_walk_over_a_mapped_array_gives_its_pages_back(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random(4_000_000)  # 32 MB
+    values.tofile(tmp_path / "values")
+    mapped = np.memmap(tmp_path / "values", np.float64, "r")
+    assert runs.array_hash(mapped) == runs.array_hash(values)
+    assert sum(part.sum() for _, part in runs.blocks(mapped)) == pytest.approx(values.sum())
+    maps = Path("/proc/self/smaps")
+    if maps.exists():  # how much of the map is in memory now
+        after = maps.read_text().split(str(tmp_path / "values"), 1)[1]
+        assert int(after.split("Rss:", 1)[1].split()[0]) == 0
+    for shape in ((0,), (3, 0), ()):
+        assert runs.array_hash(np.zeros(shape)) != runs.array_hash(np.zeros((2, *shape)))
 
 
 def test_broken_json_names_the_file(tmp_path: Path) -> None:

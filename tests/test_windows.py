@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_fixtures import toy_pool
-from netllm_lib.abr.pool import ExperiencePool
+from netllm_lib.abr.pool import ExperiencePool, load_pool
 from netllm_lib.abr.upstream import read_pool
 from netllm_lib.abr.windows import WindowConfig, Windows, make_windows, return_to_go
 from netllm_lib.runs import read_json
@@ -37,6 +37,48 @@ def test_return_to_go_by_hand() -> None:
     assert (scale.min_reward, scale.max_reward, scale.target_return, scale.max_timestep) == (-2, 2, 0.15, 2)
     discounted, _ = return_to_go(rewards_pool([-2.0, 2.0, 0.0]), gamma=0.5, scale=1)
     np.testing.assert_allclose(discounted, [0 + 0.5 * (1 + 0.5 * 0.5), 1.25, 0.5])
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.97])
+def test_return_to_go_equals_a_plain_loop_to_the_bit(gamma: float) -> None:
+    rng = np.random.default_rng(3)
+    pool = rewards_pool(*(rng.normal(size=length).tolist() for length in (47, 1, 30, 47, 300)))
+    returns, scale = return_to_go(pool, gamma, scale=100)
+    normalised = (pool.rewards - scale.min_reward) / (scale.max_reward - scale.min_reward)
+    expected, running = np.empty(len(pool)), 0.0
+    for step in reversed(range(len(pool))):
+        running = normalised[step] + gamma * (0.0 if pool.dones[step] else running)
+        expected[step] = running / 100
+    np.testing.assert_array_equal(returns, expected)
+
+
+@pytest.mark.parametrize("config", [WindowConfig(w=7), WindowConfig("stride", w=7, stride=3)])
+def test_windows_of_uneven_episodes_are_those_of_each_episode(config: WindowConfig) -> None:
+    lengths = [9, 3, 20, 7, 9, 1, 20]
+    pool = rewards_pool(*(np.arange(length, dtype=float).tolist() for length in lengths))
+    windows, expected = make_windows(pool, config), []
+    for begin, length in zip(np.cumsum([0, *lengths]), lengths, strict=False):
+        alone = make_windows(rewards_pool([float(i) for i in range(max(length, 2))]), config) if length > 1 else None
+        expected += [int(begin) + int(start) for start in (alone.starts if alone else [0])]
+    assert windows.starts.tolist() == expected
+    assert windows.lengths.tolist() == [
+        min(config.w, int(end - start))
+        for start, end in zip(
+            windows.starts,
+            np.cumsum(lengths)[np.searchsorted(np.cumsum(lengths), windows.starts, side="right")],
+            strict=True,
+        )
+    ]
+
+
+def test_a_mapped_pool_gives_the_same_windows_and_stays_on_disk(tmp_path: Path) -> None:
+    pool = toy_pool(5)
+    mapped = load_pool(pool.save(tmp_path / "pool.npz"), mmap=True)
+    windows = make_windows(mapped)
+    assert windows.states is mapped.states
+    for ours, theirs in zip(windows.batch([0, 3, 9]), make_windows(pool).batch([0, 3, 9]), strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)  # type: ignore[arg-type]
+    assert windows.scale == make_windows(pool).scale
 
 
 def test_reward_in_a_test_is_clipped_to_the_pool() -> None:

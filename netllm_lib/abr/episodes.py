@@ -19,20 +19,25 @@ def sound_episodes(traces: TraceSet, *, seed: int = 0, repeats: int = 1, noise: 
 
     The first repeat starts at the pointer file's positions where there is one; all other starts are random.
     """
-    start, noises, draws = [], [], []
-    for repeat in range(repeats):
-        for index, trace in enumerate(traces.traces):
-            rng = np.random.default_rng([seed, repeat, index])
-            fixed = traces.start_ptrs[index] if traces.start_ptrs is not None and repeat == 0 else None
-            pointer = int(rng.integers(1, len(trace.mbps)))
-            start.append(pointer if fixed is None else int(fixed))
-            noises.append(rng.uniform(NOISE_LOW, NOISE_HIGH, CHUNKS))
-            draws.append(rng.integers(1, DRAWS, CHUNKS))
+    count = len(traces)
+    start = np.empty(repeats * count, dtype=np.int64)
+    noises = np.empty((repeats * count, CHUNKS)) if noise else None
+    draws = np.empty((repeats * count, CHUNKS), dtype=np.int64)
+    for row in range(repeats * count):
+        repeat, index = divmod(row, count)
+        rng = np.random.default_rng([seed, repeat, index])
+        fixed = traces.start_ptrs[index] if traces.start_ptrs is not None and repeat == 0 else None
+        pointer = int(rng.integers(1, len(traces.traces[index].mbps)))
+        start[row] = pointer if fixed is None else int(fixed)
+        noise_of_episode = rng.uniform(NOISE_LOW, NOISE_HIGH, CHUNKS)
+        if noises is not None:
+            noises[row] = noise_of_episode
+        draws[row] = rng.integers(1, DRAWS, CHUNKS)
     return Episodes(
-        trace_index=np.tile(np.arange(len(traces)), repeats),
-        start_ptr=np.array(start),
-        noise=np.array(noises) if noise else None,
-        action_draws=np.array(draws),
+        trace_index=np.tile(np.arange(count), repeats),
+        start_ptr=start,
+        noise=noises,
+        action_draws=draws,
         seed=seed,
         fixed=not noise,
     )

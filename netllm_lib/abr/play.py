@@ -5,7 +5,7 @@ Baselines, pool generation, tests and diagnosis are all this loop with another p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from netllm_lib.abr.policies.base import Episodes, Policy
 from netllm_lib.abr.simulator import Outcome, Simulator
 from netllm_lib.abr.traces import CHUNKS
 
-Progress = Callable[[int, int], None]  # (chunks played, chunks in all), of one lock-step or of all traces in turn
+Progress = Callable[[int, int], None]  # (chunks played, chunks in all), over all episodes
 FIRST_LEVEL = 0  # of every episode; chosen by the protocol, not by the policy
 
 
@@ -77,59 +77,109 @@ class Rollout:
 
 
 def rollout(
-    policy: Policy, simulator: Simulator, *, keep_states: bool = False, progress: Progress | None = None
+    policy: Policy,
+    simulator: Simulator,
+    *,
+    block: int | None = None,
+    keep_states: bool = False,
+    progress: Progress | None = None,
 ) -> Rollout:
     """Play all episodes of the simulator with a policy.
 
-    In lock-step over all episodes; a policy that carries state from trace to trace is played one episode after the other
-    and reset once. `keep_states` keeps the states that decisions were made from (for pools).
+    In lock-step, at most `block` episodes at once (None: the policy's own `block`, which for most is all of them); a policy that
+    carries state from trace to trace is played one episode after the other and reset once. The result does not depend on
+    the block: every random number belongs to an episode. `keep_states` keeps the states that decisions were made from (for pools).
     """
     policy.reset(simulator.episodes)
-    if policy.carries_state:
-        count = len(simulator)
-        parts = []
-        for done, single in enumerate(simulator.each()):
-            parts.append(_lockstep(policy, single, keep_states, None))
-            if progress:
-                progress((done + 1) * CHUNKS, count * CHUNKS)
-    else:
-        parts = [_lockstep(policy, simulator, keep_states, progress)]
-    outcomes, states, extras = zip(*parts, strict=True)
-    fields = {name: np.concatenate([part[name] for part in outcomes]) for name in outcomes[0]}
-    return Rollout(
-        simulator.episodes,
-        simulator.traces.names,
-        **fields,
-        states=np.concatenate(states) if keep_states else None,
-        extras={name: np.concatenate([part[name] for part in extras]) for name in extras[0]},
-    )
+    tape = _Tape(len(simulator), keep_states)
+    for rows in _in_turn(policy, len(simulator), block):
+        _lockstep(policy, simulator.part(rows), tape, rows, progress)
+    return tape.rollout(simulator)
 
 
-def play(policy: Policy, simulator: Simulator, *, progress: Progress | None = None) -> pd.DataFrame:
+def rollout_blocks(
+    policy: Policy,
+    simulator: Simulator,
+    block: int,
+    *,
+    first: int = 0,
+    keep_states: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Rollout]:
+    """`rollout` as a stream of its parts, `block` episodes each, so that no more than one of them is in memory.
+
+    Within a part as many episodes are played at once as the policy's own `block` allows. `first` skips as many parts. A policy
+    that carries state from trace to trace cannot skip: it raises ValueError.
+    """
+    if first and policy.carries_state:
+        raise ValueError(f"{policy.name} carries state from trace to trace: it cannot begin at block {first}")
+    policy.reset(simulator.episodes)
+    for start in range(first * block, len(simulator), block):
+        part = simulator.part(range(start, min(start + block, len(simulator))))
+        tape = _Tape(len(part), keep_states)
+        report = None if progress is None else shifted(progress, start * CHUNKS, len(simulator) * CHUNKS)
+        for rows in _in_turn(policy, len(part), None):
+            _lockstep(policy, part.part(rows), tape, rows, report)
+        yield tape.rollout(part)
+
+
+def shifted(progress: Progress, earlier: int, total: int) -> Progress:
+    """`progress` for a part of the work: `earlier` chunks were played before it, of `total`."""
+    return lambda done, _: progress(earlier + done, total)
+
+
+def play(
+    policy: Policy, simulator: Simulator, *, block: int | None = None, progress: Progress | None = None
+) -> pd.DataFrame:
     """`rollout` as a table: one row per episode × chunk (see `Rollout.table`)."""
-    return rollout(policy, simulator, progress=progress).table()
+    return rollout(policy, simulator, block=block, progress=progress).table()
 
 
-def _lockstep(
-    policy: Policy, simulator: Simulator, keep_states: bool, progress: Progress | None
-) -> tuple[dict[str, np.ndarray], np.ndarray | None, dict[str, np.ndarray]]:
+def _in_turn(policy: Policy, episodes: int, block: int | None) -> Iterator[range]:
+    """The rows that are played together, one group after the other."""
+    size = 1 if policy.carries_state else block or policy.block or episodes
+    if size < 1:
+        raise ValueError(f"block={size}: at least one episode has to be played at once")
+    for first in range(0, episodes, size):
+        yield range(first, min(first + size, episodes))
+
+
+class _Tape:
+    """What is recorded while playing: arrays [episodes, chunks], filled group by group."""
+
+    def __init__(self, episodes: int, keep_states: bool):
+        self.shape = (episodes, CHUNKS)
+        self.fields: dict[str, np.ndarray] = {}
+        self.extras: dict[str, np.ndarray] = {}
+        self.states = np.empty((*self.shape, 6, 6), dtype=np.float32) if keep_states else None
+
+    def record(self, rows: slice, chunk: int, outcome: Outcome) -> None:
+        for name in Outcome.__dataclass_fields__:
+            values = getattr(outcome, name)
+            if name not in self.fields:
+                self.fields[name] = np.empty(self.shape, dtype=values.dtype)
+            self.fields[name][rows, chunk] = values
+
+    def rollout(self, simulator: Simulator) -> Rollout:
+        return Rollout(
+            simulator.episodes, simulator.traces.names, **self.fields, states=self.states, extras=self.extras
+        )
+
+
+def _lockstep(policy: Policy, simulator: Simulator, tape: _Tape, group: range, progress: Progress | None) -> None:
+    """Play the simulator's episodes together and record them as the rows `group` of `tape`."""
     simulator.reset()
-    rows = len(simulator)
-    outcomes: list[Outcome] = []
-    states = np.empty((rows, CHUNKS, 6, 6), dtype=np.float32) if keep_states else None
-    extras: dict[str, np.ndarray] = {}
-    levels = np.full(rows, FIRST_LEVEL)
+    rows = slice(group.start, group.stop)
+    levels = np.full(len(simulator), FIRST_LEVEL)
     for chunk in range(CHUNKS):
-        outcomes.append(simulator.step(levels))
+        tape.record(rows, chunk, simulator.step(levels))
         observation = simulator.observe()
-        if states is not None:
-            states[:, chunk] = observation.state
+        if tape.states is not None:
+            tape.states[rows, chunk] = observation.state
         if chunk + 1 < CHUNKS or policy.acts_after_last:
             levels = policy.act(observation)
         if chunk + 1 < CHUNKS:
             for name, values in policy.extras().items():
-                extras.setdefault(name, np.full((rows, CHUNKS), np.nan))[:, chunk + 1] = values
+                tape.extras.setdefault(name, np.full(tape.shape, np.nan))[rows, chunk + 1] = values
         if progress:
-            progress(chunk + 1, CHUNKS)
-    fields = {name: np.stack([getattr(o, name) for o in outcomes], axis=1) for name in Outcome.__dataclass_fields__}
-    return fields, states, extras
+            progress(group.start * CHUNKS + (chunk + 1) * len(group), tape.shape[0] * CHUNKS)

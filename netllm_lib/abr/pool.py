@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from netllm_lib.abr.play import Progress, Rollout, rollout
+from netllm_lib import npz
+from netllm_lib.abr.play import Progress, Rollout, rollout_blocks, shifted
 from netllm_lib.abr.policies.base import Episodes, Policy
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import TraceSet, Video
-from netllm_lib.runs import array_hash, atomic_path, read_json, write_json
+from netllm_lib.abr.traces import CHUNKS, TraceSet, Video
+from netllm_lib.runs import (
+    array_hash,
+    atomic_path,
+    blocks,
+    clean_up,
+    content_hash,
+    lock,
+    plain,
+    read_json,
+    storage_errors,
+    write_json,
+)
+
+KINDS: dict[str, tuple[type, tuple[int, ...]]] = {
+    "states": (np.float32, (6, 6)),
+    "actions": (np.int8, ()),
+    "rewards": (np.float64, ()),
+    "dones": (np.bool_, ()),
+}
+"""Number type and shape of a transition in files; in memory levels are int64."""
+ARRAYS = tuple(KINDS)
+BLOCK = 1024
+"""Episodes that are played before they are written to disk: about 7 MB of a pool."""
 
 
 class PoolError(ValueError):
@@ -47,11 +73,11 @@ class ExperiencePool:
                 )
         if count == 0:
             raise PoolError("pool: it holds no transitions")
-        if bad := _first(~np.isfinite(self.states).all(axis=(1, 2))):
+        if bad := _first_bad(self.states, lambda states: ~np.isfinite(states).all(axis=(1, 2))):
             raise PoolError(f"pool: transition {bad[0]} has a state that is not finite ({bad[1]} such transitions)")
-        if bad := _first(~np.isfinite(self.rewards)):
+        if bad := _first_bad(self.rewards, lambda rewards: ~np.isfinite(rewards)):
             raise PoolError(f"pool: transition {bad[0]} has a reward that is not finite ({bad[1]} such transitions)")
-        if bad := _first((self.actions < 0) | (self.actions >= LEVELS)):
+        if bad := _first_bad(self.actions, lambda levels: (levels < 0) | (levels >= LEVELS)):
             raise PoolError(f"pool: transition {bad[0]} has level {self.actions[bad[0]]}, outside 0..{LEVELS - 1}")
         if not self.dones[-1]:
             raise PoolError("pool: the last transition is not marked as the end of an episode (done)")
@@ -100,22 +126,29 @@ class ExperiencePool:
         )
 
     def save(self, path: Path) -> Path:
-        """Write `path` (.npz) and beside it `<stem>.json` with the source and the content hash; both atomically."""
-        path = Path(path).with_suffix(".npz")
-        with atomic_path(path) as aside, open(aside, "wb") as stream:
-            np.savez_compressed(
-                stream, states=self.states, actions=self.actions.astype(np.int8), rewards=self.rewards, dones=self.dones
-            )
-        write_json(
-            path.with_suffix(".json"), {"hash": self.content_hash(), "transitions": len(self), "source": self.source}
-        )
-        return path
+        """Write `path` (.npz) and beside it `<stem>.json` with the source and the content hash; both atomically.
+
+        The .npz is not packed, so that it can be memory-mapped, and holds the .json's content too.
+        """
+        return _save(self, Path(path).with_suffix(".npz"))
 
 
-def load_pool(path: Path) -> ExperiencePool:
+def _save(pool: ExperiencePool, path: Path, **about: Any) -> Path:
+    about = {"hash": pool.content_hash(), "transitions": len(pool), "source": pool.source, **about}
+    arrays = {name: getattr(pool, name) for name in ARRAYS} | {"actions": pool.actions.astype(np.int8)}
+    with atomic_path(path) as aside:
+        npz.write(aside, arrays, json.dumps(plain(about), indent=1, allow_nan=False) + "\n")
+        path.with_suffix(".json").unlink(missing_ok=True)  # it describes the pool that is now replaced
+    write_json(path.with_suffix(".json"), about)
+    return path
+
+
+def load_pool(path: Path, mmap: bool | None = None) -> ExperiencePool:
     """Read a pool saved by `ExperiencePool.save`, or the original's pickle (by its ending .pkl).
 
-    Raises PoolError for anything that is not a sound pool; nothing in the file is executed.
+    With `mmap`, by default for pools above 32 MB, states and rewards stay on disk and are read when they are used; packed files
+    (older ones) are unpacked into memory. Raises PoolError for anything that is not a sound pool; nothing in the file is
+    executed.
     """
     path = Path(path)
     if not path.exists():
@@ -124,23 +157,39 @@ def load_pool(path: Path) -> ExperiencePool:
         from netllm_lib.abr.upstream import read_pool
 
         return read_pool(path)
+    return _load(path, mmap)[0]
+
+
+def _load(path: Path, mmap: bool | None) -> tuple[ExperiencePool, dict[str, Any]]:
+    """A saved pool, and what its description says."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            values = {name: arrays[name] for name in ("states", "actions", "rewards", "dones")}
-    except Exception as error:
+        values, text = npz.read(path, ARRAYS, mmap)
+        inside = json.loads(text) if text else {}
+    except Exception as error:  # whatever a broken file provokes is a broken file
         raise PoolError(f"{path}: not a pool saved by this library ({type(error).__name__}: {error})") from None
-    manifest = path.with_suffix(".json")
-    described = read_json(manifest) if manifest.exists() else {}
+    beside = path.with_suffix(".json")
+    described = [_description(path, inside)]
+    if beside.exists():
+        described.append(_description(beside, read_json(beside)))
     try:
         actions = _integers(values["actions"])
-        pool = ExperiencePool(
-            values["states"], actions, values["rewards"], values["dones"], described.get("source", {})
-        )
+        source = described[-1].get("source", {})
+        pool = ExperiencePool(values["states"], actions, values["rewards"], values["dones"], source)
     except PoolError as error:
         raise PoolError(f"{path}: {error}") from None
-    if "hash" in described and described["hash"] != pool.content_hash():
-        raise PoolError(f"{path}: content does not match the hash in {manifest.name}; generate or copy the pool again")
-    return pool
+    digest = pool.content_hash()
+    for about in described:
+        if about.get("hash", digest) != digest:
+            raise PoolError(
+                f"{path}: content does not match the hash in {beside.name}; generate or copy the pool again"
+            )
+    return pool, described[-1]
+
+
+def _description(path: Path, described: Any) -> dict[str, Any]:
+    if not isinstance(described, dict) or not isinstance(described.get("source", {}), dict):
+        raise PoolError(f"{path}: not the description of a pool; delete it or copy it again")
+    return described
 
 
 def from_rollout(played: Rollout, source: dict[str, Any] | None = None) -> ExperiencePool:
@@ -166,10 +215,44 @@ def generate_pool(
     episodes: Episodes,
     source: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    *,
+    path: Path | None = None,
+    block: int = BLOCK,
 ) -> ExperiencePool:
-    """Play `episodes` with a behaviour policy and keep the transitions. Mix policies with `concatenate`."""
-    played = rollout(policy, Simulator(traces, video, episodes), keep_states=True, progress=progress)
-    described = {
+    """Play `episodes` with a behaviour policy and keep the transitions; see `generate_mix`."""
+    return generate_mix([(policy, episodes)], traces, video, source, progress, path=path, block=block)
+
+
+def generate_mix(
+    parts: Sequence[tuple[Policy, Episodes]],
+    traces: TraceSet,
+    video: Video,
+    source: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    *,
+    path: Path | None = None,
+    block: int = BLOCK,
+) -> ExperiencePool:
+    """Play every behaviour policy's episodes and keep all transitions, one policy after the other; `source` adds to the pool's.
+
+    In blocks of `block` episodes. With `path` every block goes to disk, into a folder beside the .npz to be, so that no more
+    than one is in memory; the finished pool is memory-mapped if it is large. A generation that was killed goes on after its
+    last block when it is called again with the same arguments, to the same bytes, and one that is finished is read back; both only
+    if playing the last block again gives what is on disk, or it starts anew. A policy that carries state from trace
+    to trace is played again from its first trace. Raises runs.Busy while another process writes the same pool.
+    """
+    described = [_described(policy, traces, video, episodes) for policy, episodes in parts]
+    about = (described[0] if len(parts) == 1 else _mixed(described)) | (source or {})
+    play = _Play(parts, traces, video, block, progress)
+    if path is None or not play.transitions:
+        return _in_memory(play, about)
+    path = Path(path).with_suffix(".npz")
+    with lock(path), storage_errors(path.parent):
+        return _on_disk(play, about, path)
+
+
+def _described(policy: Policy, traces: TraceSet, video: Video, episodes: Episodes) -> dict[str, Any]:
+    return {
         "policies": [policy.name],
         "traces": traces.name,
         "traces_hash": traces.content_hash,
@@ -178,7 +261,179 @@ def generate_pool(
         "seed": episodes.seed,
         "fixed": episodes.fixed,
     }
-    return from_rollout(played, described | (source or {}))
+
+
+def _mixed(sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    policies = [policy for source in sources for policy in source.get("policies", ["unknown"])]
+    return {"policies": policies, "mix": list(sources)}
+
+
+class _Play:
+    """The blocks of a generation, counted over all its policies."""
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[Policy, Episodes]],
+        traces: TraceSet,
+        video: Video,
+        block: int,
+        progress: Progress | None,
+    ):
+        if block < 1:
+            raise ValueError(f"block={block}: at least one episode has to be played at once")
+        self.parts, self.traces, self.video, self.block, self.progress = parts, traces, video, block, progress
+        sizes = [min(block, len(e) - first) for _, e in parts for first in range(0, len(e), block)]
+        self.ends = np.cumsum(sizes) * (CHUNKS - 1)  # [blocks] transitions in all blocks up to each one
+        self.transitions = int(self.ends[-1]) if sizes else 0
+
+    @property
+    def key(self) -> str:
+        """What is played, as far as it can be told without playing."""
+        parts = [[policy.name, _numbers_of(episodes)] for policy, episodes in self.parts]
+        return content_hash([parts, self.traces.content_hash, self.video.content_hash, self.block], digits=16)
+
+    def start_before(self, done: int) -> int:
+        """The block to begin with so that the last of `done` blocks is played again: that one, or its policy's first one."""
+        first = 0
+        for policy, episodes in self.parts:
+            count = -(-len(episodes) // self.block)
+            if done <= first + count:
+                return first if policy.carries_state else max(done - 1, 0)
+            first += count
+        return first
+
+    def blocks(self, first: int) -> Iterator[tuple[int, ExperiencePool]]:
+        """(number, transitions) of the blocks from `first` on."""
+        number = earlier = 0
+        chunks = sum(len(episodes) for _, episodes in self.parts) * CHUNKS
+        for policy, episodes in self.parts:
+            count = -(-len(episodes) // self.block)
+            if number + count > first:
+                skip = max(first - number, 0)
+                report = None if self.progress is None else shifted(self.progress, earlier, chunks)
+                simulator = Simulator(self.traces, self.video, episodes)
+                played = rollout_blocks(policy, simulator, self.block, first=skip, keep_states=True, progress=report)
+                for offset, part in enumerate(played, start=number + skip):
+                    yield offset, from_rollout(part)
+            number += count
+            earlier += len(episodes) * CHUNKS
+
+
+def _numbers_of(episodes: Episodes) -> str:
+    noise = np.zeros(0) if episodes.noise is None else episodes.noise
+    numbers = array_hash(episodes.trace_index, episodes.start_ptr, noise, episodes.action_draws)
+    return content_hash([numbers, episodes.seed, episodes.fixed, episodes.running_clock])
+
+
+def _in_memory(play: _Play, source: dict[str, Any]) -> ExperiencePool:
+    arrays: dict[str, np.ndarray] = {
+        name: np.empty((play.transitions, *shape), np.int64 if name == "actions" else kind)
+        for name, (kind, shape) in KINDS.items()
+    }
+    for number, part in play.blocks(0):
+        rows = slice(play.ends[number] - len(part), play.ends[number])
+        for name, values in arrays.items():
+            values[rows] = getattr(part, name)
+    return ExperiencePool(**arrays, source=source)
+
+
+def _on_disk(play: _Play, source: dict[str, Any], path: Path) -> ExperiencePool:
+    key = content_hash([play.key, source], digits=16)
+    work = _Work(path.with_name(f".{path.name}.blocks"), key)
+    finished = _finished(path, key)
+    done = len(play.ends) if finished is not None else work.resume(play.ends)
+    there = work.arrays() if finished is None else {name: getattr(finished, name) for name in ARRAYS}
+    try:
+        for number, part in play.blocks(play.start_before(done)):
+            if number >= done:
+                work.append(part, number + 1)
+            elif not _same(part, there, play.ends[number] - len(part)):
+                raise _AnotherPool
+    except _AnotherPool:
+        finished = None
+        work.clear()
+        for number, part in play.blocks(0):
+            work.append(part, number + 1)
+    if finished is None:
+        _save(ExperiencePool(**work.arrays(), source=source), path, made_from=key)
+    elif not path.with_suffix(".json").exists():  # killed between the two files
+        _save(finished, path, made_from=key)
+    work.clear()
+    return load_pool(path)
+
+
+class _AnotherPool(Exception):
+    """What is on disk is not what the policies play."""
+
+
+def _finished(path: Path, key: str) -> ExperiencePool | None:
+    """The pool in `path` if it was generated from the same things, whole and sound."""
+    if not path.exists():
+        return None
+    try:
+        pool, about = _load(path, None)
+    except PoolError:
+        return None
+    return pool if about.get("made_from") == key else None
+
+
+def _same(part: ExperiencePool, there: dict[str, np.ndarray], first: int) -> bool:
+    rows = slice(first, first + len(part))
+    return all(np.array_equal(getattr(part, name), there[name][rows]) for name in ARRAYS)
+
+
+class _Work:
+    """A pool in the making: raw arrays in a folder, appended block by block; `progress.json` says how much of them counts."""
+
+    def __init__(self, folder: Path, key: str):
+        self.folder, self.key = folder, key
+        self.transitions = 0
+
+    def resume(self, ends: np.ndarray) -> int:
+        """How many blocks are there, whole; whatever belongs to another generation is removed."""
+        progress = self.folder / "progress.json"
+        clean_up(progress, alone=True)
+        if progress.is_file():
+            found = read_json(progress)
+            done = found["blocks"] if found["key"] == self.key else 0
+            self.transitions = int(ends[done - 1]) if done else 0
+            if done and all(self._file(name).stat().st_size >= self._bytes(name) for name in KINDS):
+                return done
+        self.clear()
+        return 0
+
+    def append(self, part: ExperiencePool, blocks_done: int) -> None:
+        self.folder.mkdir(exist_ok=True)
+        for name, (kind, _) in KINDS.items():
+            with open(self._file(name), "r+b" if self._file(name).exists() else "w+b") as stream:
+                stream.truncate(self._bytes(name))  # what a kill left of a block
+                stream.seek(0, os.SEEK_END)
+                stream.write(np.ascontiguousarray(getattr(part, name), kind).data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        write_json(self.folder / "progress.json", {"key": self.key, "blocks": blocks_done})
+        self.transitions += len(part)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The transitions so far, as maps of the files; the levels in memory."""
+        if not self.transitions:
+            return {}
+        arrays: dict[str, np.ndarray] = {
+            name: np.memmap(self._file(name), kind, "r", shape=(self.transitions, *shape))
+            for name, (kind, shape) in KINDS.items()
+        }
+        return arrays | {"actions": arrays["actions"].astype(np.int64)}
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.transitions = 0
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.bin"
+
+    def _bytes(self, name: str) -> int:
+        kind, shape = KINDS[name]
+        return self.transitions * np.dtype(kind).itemsize * int(np.prod(shape))
 
 
 def concatenate(pools: Sequence[ExperiencePool]) -> ExperiencePool:
@@ -189,13 +444,7 @@ def concatenate(pools: Sequence[ExperiencePool]) -> ExperiencePool:
         name: np.concatenate([getattr(pool, name) for pool in pools])
         for name in ("states", "actions", "rewards", "dones")
     }
-    return ExperiencePool(
-        **arrays,
-        source={
-            "policies": [policy for pool in pools for policy in pool.source.get("policies", ["unknown"])],
-            "mix": [pool.source for pool in pools],
-        },
-    )
+    return ExperiencePool(**arrays, source=_mixed([pool.source for pool in pools]))
 
 
 def _integers(values: np.ndarray) -> np.ndarray:
@@ -204,9 +453,14 @@ def _integers(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def _first(bad: np.ndarray) -> tuple[int, int] | None:
-    """(index of the first True, how many), or None."""
-    return (int(bad.argmax()), int(bad.sum())) if bad.any() else None
+def _first_bad(values: np.ndarray, bad: Callable[[np.ndarray], np.ndarray]) -> tuple[int, int] | None:
+    """(index of the first bad transition, how many), or None; block by block, so that a mapped array stays on disk."""
+    first, count = -1, 0
+    for start, part in blocks(values):
+        if (found := bad(part)).any():
+            first = start + int(found.argmax()) if count == 0 else first
+            count += int(found.sum())
+    return (first, count) if count else None
 
 
 def _quantiles(values: np.ndarray, quantiles: Sequence[float]) -> str:

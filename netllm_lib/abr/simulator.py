@@ -10,7 +10,7 @@ video; above 60 s the client sleeps in steps of 500 ms, which does advance the t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -190,12 +190,11 @@ class Simulator:
     def __len__(self) -> int:
         return len(self.episodes)
 
-    def each(self) -> Iterator[Simulator]:
-        """The same episodes as simulators of one, for policies that carry state from trace to trace."""
-        for row in range(len(self)):
-            single = Simulator(self.traces, self.video, self.episodes.rows([row]))
-            single._rows = self._rows[[row]]
-            yield single
+    def part(self, rows: Sequence[int]) -> Simulator:
+        """Some of the episodes; what a policy observes still says which of all of them they are."""
+        part = Simulator(self.traces, self.video, self.episodes.rows(rows))
+        part._rows = self._rows[rows]
+        return part
 
     def reset(self) -> None:
         """Before the first chunk: start pointers, empty buffers, zero states."""

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numba import njit
+
+from netllm_lib.runs import give_back
 
 if TYPE_CHECKING:
     from netllm_lib.abr.pool import ExperiencePool
@@ -63,9 +66,12 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Windows:
-    """All windows of a pool; they share the pool's arrays, so many overlapping windows cost nothing."""
+    """All windows of a pool; they share the pool's arrays, so many overlapping windows cost nothing.
 
-    states: torch.Tensor  # float32 [transitions, 6, 6]
+    Only `batch` touches the states: those of a memory-mapped pool stay on disk until then.
+    """
+
+    states: np.ndarray  # float32 [transitions, 6, 6], the pool's own
     actions: torch.Tensor  # int64 [transitions]
     returns: torch.Tensor  # float32 [transitions]
     timesteps: torch.Tensor  # int64 [transitions]
@@ -92,9 +98,11 @@ class Windows:
         """The windows with these numbers. Padding repeats the window's last transition."""
         numbers = np.asarray(numbers, dtype=np.int64)
         offsets, lengths = np.arange(self.w), self.lengths[numbers][:, None]
-        rows = torch.from_numpy(self.starts[numbers][:, None] + np.minimum(offsets, lengths - 1))
+        index = self.starts[numbers][:, None] + np.minimum(offsets, lengths - 1)
         mask = torch.from_numpy(offsets < lengths)
-        tensors = (self.states[rows], self.actions[rows], self.returns[rows], self.timesteps[rows])
+        states, rows = torch.from_numpy(self.states[index]), torch.from_numpy(index)
+        give_back(self.states)  # a page of a mapped pool comes with a megabyte around it
+        tensors = (states, self.actions[rows], self.returns[rows], self.timesteps[rows])
         return Batch(*tensors, mask=None if bool(mask.all()) else mask)
 
     def __repr__(self) -> str:
@@ -115,13 +123,20 @@ def return_to_go(pool: ExperiencePool, gamma: float = 1.0, scale: float = 1000.0
     normalised = (rewards - lowest) / (highest - lowest)
     ends = _episode_ends(pool)
     returns = np.empty_like(normalised)
-    for start, end in zip(np.r_[0, ends[:-1]], ends, strict=True):
-        running = 0.0
-        for step in range(end - 1, start - 1, -1):
-            running = normalised[step] + gamma * running
-            returns[step] = running / scale
+    _sum_backwards(normalised, ends, gamma, scale, returns)
     longest = int(np.diff(np.r_[0, ends]).max())
     return returns, ReturnScale(lowest, highest, float(returns.max()), longest - 1, gamma, scale, pool.content_hash())
+
+
+@njit(cache=True)
+def _sum_backwards(rewards: np.ndarray, ends: np.ndarray, gamma: float, scale: float, returns: np.ndarray) -> None:
+    start = 0
+    for end in ends:
+        running = 0.0
+        for step in range(end - 1, start - 1, -1):
+            running = rewards[step] + gamma * running
+            returns[step] = running / scale
+        start = end
 
 
 def make_windows(
@@ -148,7 +163,7 @@ def make_windows(
     timesteps = np.arange(len(returns)) - np.repeat(begins, ends - begins)
     starts, lengths = _cut(config, begins, ends)
     return Windows(
-        states=torch.from_numpy(np.ascontiguousarray(pool.states, dtype=np.float32)),
+        states=pool.states,
         actions=torch.from_numpy(np.ascontiguousarray(pool.actions, dtype=np.int64)),
         returns=torch.from_numpy(returns.astype(np.float32)),
         timesteps=torch.from_numpy(timesteps.astype(np.int64)),
@@ -169,14 +184,14 @@ def _cut(config: WindowConfig, begins: np.ndarray, ends: np.ndarray) -> tuple[np
     if config.windows not in ("episode", "stride"):
         raise ValueError(f'windows={config.windows!r}: use "episode", "stride" or "upstream"')
     starts_of: list[np.ndarray] = []
-    for begin, end in zip(begins, ends, strict=True):
-        last = max(0, end - begin - w)  # offset of the window that ends with the episode
+    for length in np.unique(ends - begins):
+        last = max(0, length - w)  # offset of the window that ends with the episode
         if config.windows == "episode":
-            offsets = np.rint(np.linspace(0, last, -(-int(end - begin) // w)))
+            offsets = np.rint(np.linspace(0, last, -(-int(length) // w)))
         else:
             offsets = np.unique(np.r_[np.arange(0, last + 1, stride), last])
-        starts_of.append(begin + offsets.astype(np.int64))
-    starts = np.concatenate(starts_of)
+        starts_of.append((begins[ends - begins == length][:, None] + offsets.astype(np.int64)).ravel())
+    starts = np.sort(np.concatenate(starts_of))
     end_of = ends[np.searchsorted(ends, starts, side="right")]
     return starts, np.minimum(w, end_of - starts).astype(np.int64)
 

@@ -1,0 +1,118 @@
+"""A pool of a million transitions: generated, saved, loaded and trained on, from disk and in memory.
+
+MPC, BBA and random levels in equal parts, on the bundled training traces from other starting points. Each figure is from a
+process of its own on one thread; memory is what the work adds to what the process held after its imports and a small warm-up.
+Writes reports/benchmarks/pool.md.
+
+    python tests/bench/bench_pool.py [TRANSITIONS]
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import numpy as np
+from measured import MB, in_child, measured
+
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.policies.bba import BBA
+from netllm_lib.abr.policies.mpc import RobustMPC
+from netllm_lib.abr.policies.simple import Random
+from netllm_lib.abr.pool import ExperiencePool, generate_mix, load_pool
+from netllm_lib.abr.traces import CHUNKS, SAMPLE, Registry
+from netllm_lib.abr.train import TrainConfig, train
+from netllm_lib.runs import PROJECT, atomic_path
+
+PHASES = {
+    "generate": "generate and save",
+    "load": "load and check",
+    "copy": "save again",
+    "train": "cut windows, 20 training steps of 8 windows",
+}
+
+
+def generate(count: int, path: Path | None) -> ExperiencePool:
+    registry = Registry(SAMPLE)
+    traces, video = registry.trace_set(registry.default_traces("train")), registry.video(registry.default_video())
+    policies = (RobustMPC(video), BBA(), Random())
+    share = -(-count // (len(policies) * (CHUNKS - 1)))
+    episodes = sound_episodes(traces, repeats=-(-share // len(traces))).rows(range(share))
+    return generate_mix([(policy, episodes) for policy in policies], traces, video, path=path)
+
+
+def child(phase: str, folder: Path, mapped: bool, count: int) -> None:
+    path = folder / f"{'mapped' if mapped else 'memory'}.npz"
+    if phase == "generate":
+        generate(47, None)  # compiles
+        with measured() as found:
+            pool = generate(count, path if mapped else None)
+            if not mapped:
+                pool.save(path)
+    elif phase == "load":
+        with measured() as found:
+            pool = load_pool(path, mmap=mapped)
+    elif phase == "copy":
+        with measured() as found:
+            pool = load_pool(path, mmap=mapped)
+            pool.save(folder / "copy.npz")
+    else:
+        from llm_fixtures import tiny_network, toy_pool
+
+        network, draws = tiny_network(lora=False), np.random.default_rng(0)
+        train(network, toy_pool(4), TrainConfig(epochs=1, precision="float32"), folder=folder / f"warm-up-{mapped}")
+        with measured() as found:
+            pool = load_pool(path, mmap=mapped)
+            config = TrainConfig(epochs=1, precision="float32")
+            order = tuple(draws.integers(0, len(config.cut(pool)), 160).tolist())
+            config = TrainConfig(epochs=1, precision="float32", order=(order,))
+            train(network, pool, config, folder=folder / f"training-{mapped}")
+    print(json.dumps(found | {"transitions": len(pool), "hash": pool.content_hash(), "bytes": path.stat().st_size}))
+
+
+def main(count: int = 1_000_000) -> None:
+    rows, hashes = [], set()
+    with tempfile.TemporaryDirectory() as scratch:
+        for phase, title in PHASES.items():
+            found = {mapped: in_child(__file__, phase, scratch, int(mapped), count) for mapped in (True, False)}
+            hashes |= {row["hash"] for row in found.values()}
+            cells = [
+                f"{found[mapped][key]:.{digits}f}"
+                for mapped in (True, False)
+                for key, digits in (("seconds", 1), ("anonymous_mb", 0), ("peak_mb", 0))
+            ]
+            rows.append(f"| {title} | {' | '.join(cells)} |")
+            transitions, size = found[True]["transitions"], found[True]["bytes"] / MB
+    if len(hashes) != 1:
+        raise SystemExit(f"the pools differ: {hashes}")
+    lines = [
+        f"# A pool of {transitions:,} transitions",
+        "",
+        f"MPC, BBA and random levels in equal parts on the bundled training traces; the file has {size:.0f} MB. Each figure from a",
+        f"process of its own, one thread, {platform.machine()}, Python {platform.python_version()}. "
+        "Command: `python tests/bench/bench_pool.py`.",
+        "",
+        "Memory is the peak above what the process held after imports and a small warm-up, in MB: first its own (anonymous)",
+        "memory, then with pages of mapped files, which the system takes back when there is no room. Both ways make the same",
+        "pool, to the bit.",
+        "",
+        "| | on disk: s | own | with pages | in memory: s | own | with pages |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+    text = "\n".join(lines) + "\n"
+    with atomic_path(PROJECT / "reports" / "benchmarks" / "pool.md") as aside:
+        aside.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        child(sys.argv[1], Path(sys.argv[2]), bool(int(sys.argv[3])), int(sys.argv[4]))
+    else:
+        main(*map(int, sys.argv[1:]))

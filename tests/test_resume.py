@@ -1,0 +1,257 @@
+"""Killing real processes at any moment: the next one goes on, and the end is the same to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import resume_worker
+from llm_fixtures import tiny_network
+from netllm_lib import runs
+from netllm_lib.abr.checkpoint import read_meta
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.policies.bba import BBA
+from netllm_lib.abr.pool import generate_pool, load_pool
+from netllm_lib.abr.synthetic import generate_traces, generate_video
+from netllm_lib.abr.train import train
+
+TIMES = ("seconds", "started", "finished")
+"""What may differ between two runs."""
+
+
+class Worker:
+    """A process that does jobs in processes of its own, see resume_worker.py."""
+
+    def __init__(self) -> None:
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        self.process = subprocess.Popen(
+            [sys.executable, resume_worker.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | one_thread,
+        )
+        assert self._line() == "ready"
+
+    def start(self, job: str, path: Path, die_at: int = 0) -> int:
+        """Process number of the job."""
+        assert self.process.stdin is not None
+        print(job, path, die_at, file=self.process.stdin, flush=True)
+        return int(self._line())
+
+    def end(self) -> int:
+        """Waits for the job; its exit code, negative for a signal."""
+        return int(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    worker = Worker()
+    yield worker
+    worker.process.communicate(timeout=60)
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Every file by name: its bytes, or for tables and JSON what is in it besides times."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".json":
+            found[name] = without_times(runs.read_json(path))
+        elif path.suffix == ".parquet":
+            found[name] = pd.read_parquet(path).drop(columns=list(TIMES), errors="ignore").to_csv()
+        elif path.is_file():
+            found[name] = path.read_bytes()
+    return found
+
+
+def assert_whole(folder: Path) -> int:
+    """Everything under its final name can be read, whenever the kill came. Returns how far training is."""
+    step = 0
+    for path in folder.rglob("*"):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue  # still beside its place
+        if path.suffix == ".json":
+            runs.read_json(path)
+        elif path.suffix == ".parquet":
+            pd.read_parquet(path)
+        elif path.suffix == ".safetensors":
+            load_file(path)
+            read_meta(path.parent)
+        elif path.suffix == ".npz":
+            load_pool(path)
+        elif path.name == "state.pt":
+            step = torch.load(path, weights_only=True)["step"]
+    return step
+
+
+def survive(worker: Worker, job: str, tmp_path: Path, kills: int, seed: int) -> None:
+    """Do a job with `kills` kills, half of them at a random time, half at a random call that changes files."""
+    rng = np.random.default_rng(seed)
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    started = time.monotonic()
+    worker.start(job, undisturbed)
+    assert worker.end() == 0
+    seconds, expected = time.monotonic() - started, content(undisturbed)
+    assert expected
+
+    done = attempts = 0
+    while done < kills:
+        attempts += 1
+        folder = tmp_path / f"disturbed{attempts}"
+        folder.mkdir()
+        step = 0
+        while True:
+            from_outside = (done + seed) % 2 == 0
+            process = worker.start(job, folder, 0 if from_outside or done >= kills else int(rng.integers(1, 60)))
+            if from_outside and done < kills:
+                time.sleep(float(rng.uniform(0, 0.7 * seconds)))
+                os.kill(process, signal.SIGKILL)
+            code = worker.end()
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL
+            done += 1
+            reached = assert_whole(folder)
+            assert reached >= step or (folder / "result.json").exists()
+            step = reached
+        assert content(folder) == expected
+    worker.start(job, folder)  # what is finished is left alone
+    assert worker.end() == 0
+    assert content(folder) == expected
+
+
+@pytest.mark.parametrize("job", list(resume_worker.JOBS))
+def test_the_end_is_the_same_after_two_kills(worker: Worker, tmp_path: Path, job: str) -> None:
+    survive(worker, job, tmp_path, kills=2, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("job", list(resume_worker.JOBS))
+def test_the_end_is_the_same_after_many_kills(worker: Worker, tmp_path: Path, job: str, seed: int) -> None:
+    survive(worker, job, tmp_path, kills=12, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("job", "every"), [("train", 5), ("pool", 5), ("run", 1)])
+def test_a_kill_at_each_step_of_writing(worker: Worker, tmp_path: Path, job: str, every: int) -> None:
+    """One kill for every (fifth) call that flushes, renames or removes, in order, until the job needs no more of them."""
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    worker.start(job, undisturbed)
+    assert worker.end() == 0
+    expected, kills = content(undisturbed), 0
+    for call in range(1, 1000, every):
+        folder = tmp_path / f"{call}"
+        folder.mkdir()
+        worker.start(job, folder, call)
+        if (code := worker.end()) == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+        assert_whole(folder)
+        worker.start(job, folder)
+        assert worker.end() == 0
+        assert content(folder) == expected
+    assert code == 0
+    assert kills > 20
+
+
+def test_two_at_once_are_refused(worker: Worker, tmp_path: Path) -> None:
+    with runs.lock(tmp_path / "pool.npz"):
+        worker.start("pool", tmp_path)
+        assert worker.end() == 1  # its error is in the captured output
+    worker.start("pool", tmp_path)
+    assert worker.end() == 0
+
+
+# --- a disk that fills up -----------------------------------------------------------------------------------------------
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def test_generation_goes_on_when_there_is_room_again(small_disk: Path) -> None:
+    traces, video = generate_traces("t", 5, 8), generate_video("v", 1)
+    episodes = sound_episodes(traces, seed=2, repeats=40)
+    with pytest.raises(runs.StorageError, match=f"^{small_disk}: the disk is full"):
+        generate_pool(BBA(), traces, video, episodes, path=small_disk / "pool.npz", block=10)
+    assert [path.name for path in small_disk.iterdir()] == [".pool.npz.blocks"]
+    remount(small_disk, "size=16m")
+    generated: list[int] = []
+    pool = generate_pool(
+        BBA(), traces, video, episodes, path=small_disk / "pool.npz", block=10,
+        progress=lambda done, total: generated.append(done),
+    )  # fmt: skip
+    assert min(generated) > 100 * 48  # it did not begin from the start
+    assert pool.content_hash() == generate_pool(BBA(), traces, video, episodes).content_hash()
+
+
+def test_training_goes_on_when_there_is_room_again(small_disk: Path, tmp_path: Path) -> None:
+    remount(small_disk, "size=64m")
+    config = dataclasses.replace(resume_worker.CONFIG, epochs=1)
+    undisturbed, network = (tiny_network(rank=4, lora=False, layers=1) for _ in range(2))
+    train(undisturbed, resume_worker.POOL, config, folder=tmp_path / "undisturbed")
+
+    def fill(done: int, *_: Any) -> None:
+        if done == 3:
+            with contextlib.suppress(OSError), open(small_disk / "ballast", "wb") as stream:
+                while True:
+                    stream.write(bytes(2**20))
+
+    folder = small_disk / "training"
+    with pytest.raises(runs.StorageError, match=f"^{folder}: the disk is full"):
+        train(network, resume_worker.POOL, config, folder=folder, progress=fill)
+    assert [path.name for path in folder.iterdir()] == ["state.pt"]
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
+    (small_disk / "ballast").unlink()
+    train(network, resume_worker.POOL, config, folder=folder)
+    for name, parameter in network.trainable().items():
+        assert torch.equal(parameter, undisturbed.trainable()[name]), name
+
+
+def test_a_finished_training_is_read_from_a_read_only_disk(small_disk: Path) -> None:
+    remount(small_disk, "size=64m")
+    config, folder = dataclasses.replace(resume_worker.CONFIG, epochs=1), small_disk / "training"
+    first = train(tiny_network(rank=4, lora=False, layers=1), resume_worker.POOL, config, folder=folder)
+    remount(small_disk, "ro")
+    again = train(tiny_network(rank=4, lora=False, layers=1), resume_worker.POOL, config, folder=folder)
+    pd.testing.assert_frame_equal(first.history, again.history)
+    other = dataclasses.replace(config, seed=9)
+    with pytest.raises(runs.StorageError, match=f"^{small_disk}: this folder cannot be written to"):
+        train(tiny_network(rank=4, lora=False, layers=1), resume_worker.POOL, other, folder=small_disk / "other")
+
+
+def test_what_a_kill_just_before_the_end_leaves_goes(tmp_path: Path) -> None:
+    config = dataclasses.replace(resume_worker.CONFIG, epochs=1)
+    train(tiny_network(rank=4, lora=False, layers=1), resume_worker.POOL, config, folder=tmp_path)
+    (tmp_path / "state.pt").write_bytes(b"of the run that is finished")
+    train(tiny_network(rank=4, lora=False, layers=1), resume_worker.POOL, config, folder=tmp_path)
+    assert not (tmp_path / "state.pt").exists()
