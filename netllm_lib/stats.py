@@ -51,6 +51,46 @@ def bootstrap(
     return Interval(float(measure(values)), float(low), float(high))
 
 
+def bootstrap_runs(
+    values: np.ndarray,
+    minus: np.ndarray | None = None,
+    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap over traces and over training seeds.
+
+    `values` [seeds, traces] holds one row per run of the same recipe, all over the same traces. Each resample draws traces, the
+    same ones for all rows, and rows; the statistic (the mean by default) is that of the traces' means over the drawn rows. With
+    `minus` [other seeds, traces] it is that of the differences, trace by trace; its rows are drawn by themselves, and there may
+    be fewer, down to the one of a baseline without a seed. The interval then says how well another seed on other traces would do,
+    not only these. A single row is `bootstrap` over traces: nothing can be said of the seeds.
+    """
+    runs = [np.asarray(sample, dtype=float) for sample in (values, minus) if sample is not None]
+    for sample in runs:
+        if sample.ndim != 2 or sample.size == 0 or sample.shape[1] != runs[0].shape[1]:
+            shapes = " and ".join(str(sample.shape) for sample in runs)
+            raise ValueError(f"figures [seeds, traces] over the same traces are needed, got arrays of shape {shapes}")
+        if not np.isfinite(sample).all():
+            raise ValueError(f"{(~np.isfinite(sample)).sum()} of {sample.size} figures are not finite")
+    measure = statistic or (lambda sample: sample.mean(axis=-1))
+    signs = (1, -1)
+    traces = runs[0].shape[1]
+    whole = float(measure(sum(sign * run.mean(axis=0) for sign, run in zip(signs, runs, strict=False))))
+    if traces == 1:
+        return Interval(whole, float("nan"), float("nan"))
+    rng = np.random.default_rng(seed)
+    index = rng.integers(0, traces, (RESAMPLES, traces))
+    means = np.zeros((RESAMPLES, traces))
+    for sign, run in zip(signs, runs, strict=False):
+        weights = rng.multinomial(len(run), np.full(len(run), 1 / len(run)), RESAMPLES) / len(run)  # [resamples, seeds]
+        means += sign * (weights @ run)
+    resampled = measure(np.take_along_axis(means, index, axis=1))
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(whole, float(low), float(high))
+
+
 def worst_mean(share: float) -> Callable[[np.ndarray], np.ndarray]:
     """Statistic: mean of the worst `share` of traces (at least one), for the tail that the mean hides."""
 

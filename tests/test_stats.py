@@ -45,3 +45,54 @@ def test_tail_and_middle() -> None:
     assert stats.worst_mean(0.25)(values) == -4.5
     assert stats.interquartile_mean(values) == 3.5
     assert stats.worst_mean(0.5)(np.stack([values, values + 1])).tolist() == [-1.0, 0.0]
+
+
+def test_one_seed_is_the_bootstrap_over_traces() -> None:
+    values = np.random.default_rng(2).normal(size=30)
+    assert stats.bootstrap_runs(values[None]) == pytest.approx(stats.bootstrap(values))
+    other = np.random.default_rng(3).normal(size=30)
+    assert stats.bootstrap_runs(values[None], other[None]) == pytest.approx(stats.bootstrap(values - other))
+    tail = stats.worst_mean(0.1)
+    assert stats.bootstrap_runs(values[None], statistic=tail) == pytest.approx(stats.bootstrap(values, tail))
+
+
+def test_equal_traces_leave_the_seeds_and_equal_seeds_leave_the_traces() -> None:
+    """By hand: two seeds of 0 and 1 on any number of equal traces are drawn as 0 0, 0 1, 1 0, 1 1."""
+    interval = stats.bootstrap_runs(np.array([[0.0] * 50, [1.0] * 50]))
+    assert interval == (0.5, 0.0, 1.0)
+    values = np.random.default_rng(4).normal(size=30)
+    assert stats.bootstrap_runs(np.tile(values, (5, 1))) == pytest.approx(stats.bootstrap(values))
+
+
+def test_seeds_that_differ_widen_the_interval_and_it_covers_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pooling the seeds' traces as if they were independent would cover far too rarely."""
+    monkeypatch.setattr(stats, "RESAMPLES", 1000)
+    rng = np.random.default_rng(5)
+    covered = pooled = 0
+    for i in range(150):
+        values = 1 + rng.normal(0, 0.5, (8, 1)) + rng.normal(0, 1, (1, 40)) + rng.normal(0, 0.3, (8, 40))
+        interval, naive = stats.bootstrap_runs(values, seed=i), stats.bootstrap(values.ravel(), seed=i)
+        covered += interval.low <= 1 <= interval.high
+        pooled += naive.low <= 1 <= naive.high
+        assert interval.high - interval.low > naive.high - naive.low
+    assert 0.87 <= covered / 150 <= 0.99
+    assert pooled / 150 < 0.75
+
+
+def test_runs_are_paired_by_trace_whatever_their_seeds() -> None:
+    rng = np.random.default_rng(6)
+    traces = rng.normal(0, 5, 60)
+    ours, other = traces + 0.3 + rng.normal(0, 0.2, (4, 60)), traces + rng.normal(0, 0.2, (2, 60))
+    difference = stats.bootstrap_runs(ours, other)
+    assert difference.excludes_zero
+    assert difference.mean == pytest.approx(ours.mean() - other.mean())
+    assert stats.bootstrap_runs(ours).low < stats.bootstrap_runs(other).high
+    assert stats.bootstrap_runs(ours, traces[None]).excludes_zero
+    assert stats.bootstrap_runs(ours, other) == difference
+    assert np.isnan(stats.bootstrap_runs(ours[:, :1]).low)
+    with pytest.raises(ValueError, match=r"\(4, 60\) and \(2, 50\)"):
+        stats.bootstrap_runs(ours, other[:, :50])
+    with pytest.raises(ValueError, match=r"shape \(60,\)"):
+        stats.bootstrap_runs(traces)
+    with pytest.raises(ValueError, match="1 of 60 figures are not finite"):
+        stats.bootstrap_runs(np.where(np.arange(60) == 3, np.nan, traces)[None])

@@ -72,13 +72,22 @@ class Policy:
     """True if it takes one action draw of the protocol per decision (the Pensieve family does)."""
     acts_after_last: bool = False
     """True if it is also asked after the last chunk (chunk = 48), as the original's loops do; the answer is not played."""
+    block: int | None = None
+    """How many episodes are played at once, the next ones afterwards; None: all. Bounds the memory of large policies."""
 
     def reset(self, episodes: Episodes) -> None:
         """Called before the first chunk of all episodes."""
 
     def act(self, observation: Observation) -> np.ndarray:
-        """Levels [N], integers 0..5."""
+        """Levels [N], integers 0..5.
+
+        When episodes are played in blocks, N are those of one block and `observation.episode` says which; memory of earlier
+        decisions begins anew at `observation.chunk` 1.
+        """
         raise NotImplementedError
+
+    def played(self, levels: np.ndarray) -> None:
+        """Told after `act` which levels [N] were played, if they are not all its own: for policies that remember their actions."""
 
     def extras(self) -> Mapping[str, np.ndarray]:
         """Further columns of the table for the decision just taken, each [N]; for example probabilities."""

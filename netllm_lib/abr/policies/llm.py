@@ -82,6 +82,8 @@ class EvalConfig:
 class LLMPolicy(Policy):
     """A `PolicyNetwork` that chooses levels. `meta` says how it was trained: window, reward range, target return."""
 
+    block = 512  # the cache of as many episodes is in memory at once
+
     def __init__(
         self, network: PolicyNetwork, meta: CheckpointMeta, config: EvalConfig | None = None, name: str = "llm"
     ):
@@ -94,6 +96,7 @@ class LLMPolicy(Policy):
         self.config = config
         self.w = config.w or meta.w
         self.carries_state = config.context == "leak"
+        self._check_length()
         self.acts_after_last = config.extra_step
         self._weights: InferenceWeights | None = None
         self._target = np.zeros(0)  # [N] return-to-go that the next decision is conditioned on
@@ -132,12 +135,28 @@ class LLMPolicy(Policy):
         self._actions[-1] = torch.from_numpy(levels)
         return levels
 
+    def played(self, levels: np.ndarray) -> None:
+        """What the next decision remembers as the last action."""
+        self._actions[-1] = torch.from_numpy(np.asarray(levels, dtype=np.int64))
+
     def extras(self) -> Mapping[str, np.ndarray]:
         """Probabilities p0 … p5 and the return-to-go that the decision was conditioned on."""
         columns = {f"p{level}": self.probabilities[:, level] for level in range(self.probabilities.shape[1])}
         return {**columns, "return_to_go": self._target}
 
     # --- context
+
+    def _check_length(self) -> None:
+        """Refuse a PLM that has too few positions, opt for one, before anything is played."""
+        decisions = self.network.config.max_timestep + 1 + self.config.extra_step
+        remedy = 'use context_window="rolling", which needs fewer, or another PLM'
+        if self.config.context_window == "rolling":
+            decisions = self.w + 1 if self.carries_state else min(self.w + 1, decisions)
+            remedy = "use a smaller w or another PLM"
+        tokens = TOKENS_PER_STEP * decisions - 1  # the last action is what is asked for
+        if self.config.cut_to_hidden:
+            tokens = min(tokens, self.network.plm.hidden_size)
+        self.network.plm.check_length(tokens, remedy)
 
     def _clear(self) -> None:
         self._states: list[torch.Tensor] = []  # [N, 6, 6] each, oldest first

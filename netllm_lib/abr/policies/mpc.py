@@ -115,6 +115,29 @@ def _plan_all(
         )
 
 
+@njit(cache=True, error_model="numpy")
+def _predict(
+    past_mb_per_s: np.ndarray, estimate: np.ndarray, errors: np.ndarray, call: int, error_window: int, out: np.ndarray
+) -> None:
+    """The throughput of the next chunks, `out` [N]; updates `estimate` [N] and column `call` of `errors` [N, calls].
+
+    The harmonic mean of `past_mb_per_s` [N, samples], by 1 + the largest relative error of the last `error_window` estimates.
+    """
+    samples = past_mb_per_s.shape[1]
+    for i in range(len(out)):
+        newest = past_mb_per_s[i, samples - 1]
+        if call > 0:
+            errors[i, call] = abs(estimate[i] - newest) / newest
+        inverse = 0.0
+        for j in range(samples):  # left to right, as the original sums
+            inverse += 1 / past_mb_per_s[i, j]
+        estimate[i] = 1.0 / (inverse / samples)
+        worst = 0.0
+        for j in range(max(0, call + 1 - error_window), call + 1):
+            worst = max(worst, errors[i, j])
+        out[i] = estimate[i] / (1 + worst)
+
+
 class RobustMPC(Policy):
     """Robust model-predictive control for one video."""
 
@@ -133,30 +156,27 @@ class RobustMPC(Policy):
         self._bitrates = BITRATES_KBPS.astype(np.float64)
 
     def reset(self, episodes: Episodes) -> None:
-        rows = 1 if self.config.carry_history else len(episodes)
-        calls = CHUNKS * (len(episodes) if self.config.carry_history else 1)
+        self._begin(1, CHUNKS * (len(episodes) if self.config.carry_history else 1))
+
+    def _begin(self, rows: int, calls: int) -> None:
         self._errors = np.zeros((rows, calls))
         self._estimate = np.zeros(rows)  # the last harmonic mean, not discounted
         self._calls = 0
 
     def act(self, observation: Observation) -> np.ndarray:
         config = self.config
-        past = observation.state[:, 2, -min(config.window, observation.chunk) :]  # MB/s
+        if observation.chunk == 1 and not config.carry_history:
+            self._begin(len(observation.episode), CHUNKS)
+        past = np.ascontiguousarray(observation.state[:, 2, -min(config.window, observation.chunk) :])  # MB/s
         first_trace = bool(observation.episode[0] == 0)
         if config.float32_throughput == "all" or (config.float32_throughput == "first-trace" and first_trace):
             past = past.astype(np.float32).astype(np.float64)
 
-        if self._calls:
-            self._errors[:, self._calls] = np.abs(self._estimate - past[:, -1]) / past[:, -1]
-        inverse = np.zeros(len(past))
-        for sample in past.T:  # left to right, as the original sums
-            inverse += 1 / sample
-        self._estimate = 1.0 / (inverse / past.shape[1])
+        prediction = np.empty(len(past))
+        _predict(
+            past, self._estimate, self._errors, self._calls, config.error_window if config.robust else 0, prediction
+        )
         self._calls += 1
-        prediction = self._estimate
-        if config.robust:
-            recent = self._errors[:, max(0, self._calls - config.error_window) : self._calls]
-            prediction = prediction / (1 + recent.max(axis=1))
 
         horizon = min(config.horizon, CHUNKS - observation.chunk)
         start = observation.chunk + self._late

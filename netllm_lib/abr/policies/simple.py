@@ -1,6 +1,8 @@
-"""Reference policies: one constant level, and uniformly random levels."""
+"""Reference policies: one constant level, random levels, given levels, and given levels that another policy goes on from."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -42,3 +44,37 @@ class Replay(Policy):
 
     def act(self, observation: Observation) -> np.ndarray:
         return self.levels[observation.episode, observation.chunk]
+
+
+class Prefixed(Policy):
+    """Given levels [episodes, 48] up to a chunk, then another policy, which has seen everything since the episode began.
+
+    `start` is the first chunk that the inner policy chooses, one for all episodes or [episodes]; from `CHUNKS` on it only watches.
+    A given level of -1 leaves that chunk to it, too. What it would have chosen is in the extra column "wanted".
+    """
+
+    def __init__(self, policy: Policy, levels: np.ndarray, start: int | np.ndarray):
+        self.policy, self.levels = policy, np.asarray(levels)
+        self.start = np.broadcast_to(np.asarray(start), len(self.levels))
+        self.name, self.block = policy.name, policy.block
+        self.carries_state, self.acts_after_last = policy.carries_state, policy.acts_after_last
+        self._wanted = np.zeros(0)
+
+    def reset(self, episodes: Episodes) -> None:
+        if len(episodes) != len(self.levels):
+            raise ValueError(f"levels of {len(self.levels)} episodes were given, {len(episodes)} are played")
+        self.policy.reset(episodes)
+
+    def act(self, observation: Observation) -> np.ndarray:
+        rows, chunk = observation.episode, observation.chunk
+        wanted = self.policy.act(observation)
+        if chunk >= CHUNKS:  # after the last chunk nothing is played
+            return wanted
+        self._wanted = wanted
+        given = self.levels[rows, chunk]
+        levels = np.where((chunk < self.start[rows]) & (given >= 0), given, wanted)
+        self.policy.played(levels)
+        return levels
+
+    def extras(self) -> Mapping[str, np.ndarray]:
+        return {**self.policy.extras(), "wanted": self._wanted}
