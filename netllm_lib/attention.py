@@ -1,36 +1,51 @@
-"""Attention over a cache of earlier tokens: memory allocated once, grouped heads that share their keys."""
+"""What makes a PLM fast without changing what it computes: a cache of earlier tokens whose memory is allocated once, grouped
+heads that share their keys, and a last layer that computes only at the tokens whose hidden states are read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 ATTENTION = "netllm_grouped_sdpa"
+LAST_LAYER_PARTS = {
+    "llama": ("self_attn.q_proj", "self_attn.o_proj", "mlp"),
+    "mistral": ("self_attn.q_proj", "self_attn.o_proj", "mlp"),
+    "qwen2": ("self_attn.q_proj", "self_attn.o_proj", "mlp"),
+    "gpt2": ("attn.c_proj", "mlp"),
+}
+"""By `model_type`, what a decoder layer does to each token alone and no later token sees, if the layer is the last one."""
 
 
 class TokenCache:
     """Keys and values of the tokens so far, for N sequences of equal length.
 
-    Memory is allocated once, for `max_tokens`, so that a step copies its own tokens only; concatenation, which
-    transformers does, copies everything at every step. With `attend_tokens` a new token sees at most so many of the latest
-    tokens (counting those that come with it).
+    Memory is allocated once, so that a step copies its own tokens only; concatenation, which transformers does, copies
+    everything at every step. With `attend_tokens` a new token sees at most so many of the latest tokens (counting those
+    that come with it), and memory is for these and a few more, not for `max_tokens`: now and then the latest move to the front.
     """
+
+    SLACK = 64  # tokens between two moves
 
     def __init__(self, layers: int, max_tokens: int, attend_tokens: int | None = None):
         from transformers.cache_utils import Cache, DynamicLayer
 
+        room = max_tokens if attend_tokens is None else min(max_tokens, attend_tokens + self.SLACK)
+
         class Preallocated(DynamicLayer):
-            seen = 0
+            seen = 0  # tokens so far
+            held = 0  # of them, in memory
             keys: Any
             values: Any
 
             def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
                 batch, heads, _, _ = key_states.shape
                 self.dtype, self.device = key_states.dtype, key_states.device
-                self.keys = key_states.new_empty(batch, heads, max_tokens, key_states.shape[-1])
-                self.values = value_states.new_empty(batch, heads, max_tokens, value_states.shape[-1])
+                self.keys = key_states.new_empty(batch, heads, room, key_states.shape[-1])
+                self.values = value_states.new_empty(batch, heads, room, value_states.shape[-1])
                 self.is_initialized = True
 
             def update(
@@ -38,13 +53,23 @@ class TokenCache:
             ) -> tuple[torch.Tensor, torch.Tensor]:
                 if not self.is_initialized:
                     self.lazy_initialization(key_states, value_states)
-                start, self.seen = self.seen, self.seen + key_states.shape[2]
+                new = key_states.shape[2]
+                self.seen += new
                 if self.seen > max_tokens:
                     raise ValueError(f"the cache holds {max_tokens} tokens a sequence and got {self.seen}")
-                self.keys[:, :, start : self.seen] = key_states
-                self.values[:, :, start : self.seen] = value_states
-                first = self.first_attended(self.seen)
-                return self.keys[:, :, first : self.seen], self.values[:, :, first : self.seen]
+                if new > room:
+                    raise ValueError(f"the cache has room for {room} tokens and got {new} at once: give it fewer")
+                if self.held + new > room:
+                    assert attend_tokens is not None  # otherwise there is room for all
+                    kept = max(0, attend_tokens - new)
+                    for store in (self.keys, self.values):
+                        store[:, :, :kept] = store[:, :, self.held - kept : self.held].clone()
+                    self.held = kept
+                start, self.held = self.held, self.held + new
+                self.keys[:, :, start : self.held] = key_states
+                self.values[:, :, start : self.held] = value_states
+                first = self.held - (self.seen - self.first_attended(self.seen))
+                return self.keys[:, :, first : self.held], self.values[:, :, first : self.held]
 
             def first_attended(self, seen: int) -> int:
                 return 0 if attend_tokens is None else max(0, seen - attend_tokens)
@@ -58,7 +83,21 @@ class TokenCache:
 
         self.tokens = 0
         """How many tokens each sequence has so far."""
-        self.states = Cache(layers=[Preallocated() for _ in range(layers)])
+        self.room = room
+        self._layers: list[Any] = [Preallocated() for _ in range(layers)]
+        self.states = Cache(layers=self._layers)
+
+    def skip(self, tokens: int) -> None:
+        """Go on as if so many tokens had been seen, their keys and values left as they are: for measuring."""
+        self.tokens += tokens
+        for layer in self._layers:
+            layer.seen += tokens
+            layer.held = min(layer.held + tokens, max(0, self.room - self.SLACK))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is allocated."""
+        return sum(t.nbytes for layer in self._layers if layer.is_initialized for t in (layer.keys, layer.values))
 
 
 def _grouped_sdpa(
@@ -121,3 +160,35 @@ def choose_attention(hf_config: Any, kind: str) -> str | None:
     AttentionInterface.register(ATTENTION, _grouped_sdpa)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     return ATTENTION
+
+
+class LastLayer:
+    """Lets the last layer compute only at some tokens.
+
+    The keys and values that a layer makes of a token matter to all later tokens, but nothing comes after the last layer: there
+    queries, output projection and MLP are needed only where a hidden state is read. One of eight tokens is, so this saves most of a
+    layer, in training and at test. What is read stays the same up to rounding; elsewhere the hidden states mean nothing.
+    """
+
+    def __init__(self, layer: nn.Module, parts: tuple[str, ...]):
+        self.read: slice | None = None
+        """The tokens that are computed; None: all."""
+        for name in parts:
+            part = layer.get_submodule(name)
+            part.forward = partial(self._at_read_tokens, part.forward)
+
+    def _at_read_tokens(self, forward: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any) -> torch.Tensor:
+        if self.read is None:
+            return forward(x, *args)
+        # contiguous: PyTorch would otherwise multiply sequence by sequence
+        computed = forward(x[:, self.read].contiguous(), *args)
+        whole = computed.new_zeros(*x.shape[:2], computed.shape[-1])
+        whole[:, self.read] = computed
+        return whole
+
+
+def last_layer(model: Any) -> LastLayer | None:
+    """Prepare the last layer of a decoder; None for a family that it is not known for."""
+    parts = LAST_LAYER_PARTS.get(model.config.model_type)
+    layers = getattr(model, "layers", None) or getattr(model, "h", None)
+    return LastLayer(layers[-1], parts) if parts and layers else None

@@ -248,50 +248,34 @@ def device_checks() -> list[Check]:
     return [Check("device cpu", "pass", cpu)]
 
 
-def estimate_memory_gb(
-    layers: int,
-    hidden_size: int,
-    *,
-    rank: int = 128,
-    batch: int = 8,
-    tokens: int = 160,
-    weight_bytes: int = 4,
-    checkpointing: bool = False,
-) -> float:
-    """Peak memory of fine-tuning in GB, to about a quarter.
-
-    Weights: 12 h² parameters a layer (embeddings are not kept). LoRA on two projections: 4 r h parameters a layer,
-    each with gradient and two Adam moments in float32. Activations: 72 bytes per token, layer and hidden unit for
-    16-bit weights, twice that for 32-bit, a quarter with checkpointing; fitted to Llama-2-7B (1.5 GB a window of 160
-    tokens) and SmolLM2 (3.6 GB at 30 layers, batch 8). Half a gigabyte for the libraries.
-    """
-    weights = 12 * hidden_size**2 * layers * weight_bytes
-    lora = 4 * max(rank, 0) * hidden_size * layers * 16
-    activations = 36 * weight_bytes * batch * tokens * layers * hidden_size / (4 if checkpointing else 1)
-    return (weights + lora + activations) / GB + 0.5
-
-
 def memory_check(plm: str, layers: int | None, *, rank: int = 128, batch: int = 8) -> Check:
-    """Memory that fine-tuning `plm` with this batch would take, against the device's."""
+    """Memory that fine-tuning `plm` with this batch would take, estimated without loading it, against the device's."""
     shape = _plm_shape(plm)
     if shape is None:
         return Check("memory", "warn", f"size of {plm} unknown", "name a folder with a config.json")
     kept = min(layers or shape[0], shape[0])
-    available, total, device, weight_bytes = available_memory_gb(), psutil.virtual_memory().total / GB, "memory", 4
     try:
         import torch
 
-        if torch.cuda.is_available():
-            free, whole = torch.cuda.mem_get_info()
-            available, total, device, weight_bytes = free / GB, whole / GB, torch.cuda.get_device_name(), 2
-    except ImportError:
-        pass  # reported by the device check
-    needed = estimate_memory_gb(kept, shape[1], rank=rank, batch=batch, weight_bytes=weight_bytes)
+        from netllm_lib.abr.memory import estimate_memory
+        from netllm_lib.abr.train import TrainConfig
+        from netllm_lib.plm import PLMConfig
+    except ImportError as error:
+        return Check("memory", "warn", f"not estimated: {error}", "see the check of packages")
+    available, total, device = available_memory_gb(), psutil.virtual_memory().total / GB, "memory"
+    config = PLMConfig(plm, layers=kept, rank=rank)
+    if torch.cuda.is_available():
+        free, whole = torch.cuda.mem_get_info()
+        available, total, device = free / GB, whole / GB, torch.cuda.get_device_name()
+        config = PLMConfig(plm, layers=kept, rank=rank, device="cuda", dtype="bfloat16")
+    needed = estimate_memory(config, TrainConfig(batch=batch)).peak / GB
     found = (
-        f"about {needed:.1f} GB to train {kept} of {shape[0]} layers of {plm} (LoRA rank {rank}, batch {batch}, "
-        f"{8 * weight_bytes}-bit weights); {available:.1f} GB of {device} free"
+        f"about {needed:.1f} GB to train and test {kept} of {shape[0]} layers of {plm} (LoRA rank {rank}, batch {batch}, "
+        f"{config.dtype} weights); {available:.1f} GB of {device} free"
     )
-    advice = "fewer layers, a smaller batch, gradient_checkpointing=True, or bfloat16"
+    advice = (
+        "fewer layers, a smaller batch, bfloat16 weights, or gradient checkpointing (training turns it on when it must)"
+    )
     if needed > total:
         return Check("memory", "fail", found, advice)
     if needed > 0.9 * available:

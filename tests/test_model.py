@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conftest import GOLDEN
-from llm_fixtures import tiny_network, toy_pool, write_plm
+from llm_fixtures import stir, tiny_network, toy_pool, write_plm
 from netllm_lib.abr.checkpoint import load_upstream_checkpoint
-from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork
+from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork, action_loss
 from netllm_lib.abr.upstream import read_pool
 from netllm_lib.abr.windows import Batch, WindowConfig, make_windows, return_to_go
 from netllm_lib.plm import PLMConfig, load_plm
@@ -85,6 +85,34 @@ def test_decide_equals_forward() -> None:
             cached = network.decide(tokens[:, done:end], cache)
             torch.testing.assert_close(cached, expected[:, step], atol=1e-5, rtol=0)
             done = end
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt"])
+def test_a_last_layer_that_computes_only_what_is_read(tmp_path: Path, family: str) -> None:
+    """Logits, losses and gradients are those of the layer that computes everything, with and without a cache."""
+    folder = str(write_plm(tmp_path / family, family))
+    data, size = batch(), NetworkConfig(state_feature_dim=8)
+    fast = stir(PolicyNetwork(load_plm(PLMConfig(folder, rank=4, lora_dropout=0.0)), size))
+    plain = stir(PolicyNetwork(load_plm(PLMConfig(folder, rank=4, lora_dropout=0.0)), size))
+    plain.plm._last_layer = None  # its layers are then never told what is read
+    assert (fast.plm._last_layer is None) == (family == "opt")
+    gradients = []
+    for network in (fast, plain):
+        loss = action_loss(network, data, None)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in network.trainable().items()} | {"loss": loss.detach()})
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(*data), plain(*data), atol=1e-6, rtol=1e-5)
+        tokens = fast.embed(*data[:4])
+        whole = fast.plm(tokens)  # reading everything again
+        torch.testing.assert_close(whole, plain.plm(tokens), atol=1e-5, rtol=1e-5)
+        cache = fast.plm.new_cache(80)
+        for end in (7, 15, 40):
+            start = cache.tokens
+            read = fast.plm(tokens[:, start:end], cache=cache, read=slice(-1, None))
+            torch.testing.assert_close(read, whole[:, end - 1 : end], atol=1e-5, rtol=1e-5)
 
 
 def test_lora_is_applied_and_starts_from_the_plm() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import nn
 
 from conftest import GOLDEN
 from llm_fixtures import tiny_network, toy_pool
-from netllm_lib.abr import preflight as planning
 from netllm_lib.abr.checkpoint import load_checkpoint, load_upstream_checkpoint, read_meta
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
 from netllm_lib.abr.preflight import Plan
@@ -88,13 +88,6 @@ def test_preflight_tells_what_is_wrong() -> None:
     sound = preflight(TrainConfig(epochs=40, batch=8), toy_pool(20), network, measure=False)
     assert sound.lr_peak == 1e-3
     assert (sound.crossing, sound.warnings, sound.seconds) == (0, (), None)
-
-
-def test_memory_estimate_grows_with_what_is_asked() -> None:
-    network = tiny_network(lora=False)
-    sizes = [planning._memory_bytes(network, TrainConfig(batch=batch)) for batch in (1, 8, 64)]
-    assert sizes == sorted(sizes)
-    assert sizes[2] - sizes[1] == pytest.approx(8 * (sizes[1] - sizes[0]))
 
 
 @pytest.mark.parametrize(
@@ -296,6 +289,39 @@ def test_best_checkpoint_is_that_of_the_best_score(tmp_path: Path) -> None:
     final, _ = load_checkpoint(result.final)
     assert all(torch.equal(value, weights(best)[name]) for name, value in kept[1].items())
     assert all(torch.equal(value, weights(final)[name]) for name, value in weights(network).items())
+
+
+def test_validations_come_when_the_original_has_them(tmp_path: Path) -> None:
+    """After epochs 0, k, 2k, …: after the first always, after the last only by chance."""
+    scores = iter([1.0, 2.0, 3.0, 4.0])
+    for epochs, every, expected in ((4, 2, [1, 3]), (3, 2, [1, 3]), (2, 5, [1])):
+        config = dataclasses.replace(FAST, epochs=epochs, validate_epochs=every, validate_when="upstream")
+        _, result = run(tmp_path / f"{epochs}-{every}", config, validate=lambda _: next(scores, 0.0))
+        assert result.evaluations["epoch"].tolist() == expected
+        assert read_meta(result.best).step == 8 * result.evaluations["epoch"][result.evaluations["score"].argmax()]
+    assert TrainConfig.upstream().validates_after(1)
+    assert not TrainConfig(epochs=4, validate_epochs=2).validates_after(1)
+
+
+LOGS = sorted(p.relative_to(GOLDEN) for p in GOLDEN.glob("upstream_run/*/ft_plm/*/*/*console.log")) or [Path("absent")]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", LOGS, ids=lambda path: path.parts[1] if len(path.parts) > 1 else "absent")
+def test_validations_of_a_recorded_run(golden: Path, path: Path) -> None:
+    """The epochs after which its log has an evaluation are those of the preset, and of no other spacing."""
+    sections = re.split(r"=+ Training Iteration #(\d+) =+", (golden / path).read_text())[1:]
+    numbers = [int(number) for number in sections[::2]]
+    evaluated = [number + 1 for number, text in zip(numbers, sections[1::2], strict=True) if "time/evaluation" in text]
+    assert numbers == list(range(len(numbers)))
+    fitting = [
+        every
+        for every in range(1, len(numbers) + 1)
+        for config in [TrainConfig.upstream(epochs=len(numbers), validate_epochs=every)]
+        if [epoch for epoch in range(1, len(numbers) + 1) if config.validates_after(epoch)] == evaluated
+    ]
+    assert fitting == [evaluated[1] - evaluated[0]]
+    assert evaluated[0] == 1
 
 
 def test_what_cannot_be_trained(tmp_path: Path) -> None:

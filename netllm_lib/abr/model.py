@@ -139,15 +139,15 @@ class PolicyNetwork(nn.Module):
         """Logits of the action of every step, given the steps up to it."""
         tokens = self.embed(states, actions, returns, timesteps)
         token_mask = None if mask is None else mask.repeat_interleave(TOKENS_PER_STEP, dim=1)
-        hidden = self.plm(tokens, token_mask=token_mask)
-        return self._head(hidden[:, TOKENS_PER_STEP - 2 :: TOKENS_PER_STEP])
+        read = slice(TOKENS_PER_STEP - 2, None, TOKENS_PER_STEP)
+        return self._head(self.plm(tokens, token_mask=token_mask, read=read))
 
     def decide(self, tokens: torch.Tensor, cache: TokenCache | None = None) -> torch.Tensor:
         """Logits [batch, 6] of the decision after `tokens` [batch, n, hidden], which end with the last state token.
 
         With a cache, `tokens` are only those that came since the previous decision.
         """
-        return self._head(self.plm(tokens, cache=cache)[:, -1])
+        return self._head(self.plm(tokens, cache=cache, read=slice(-1, None))[:, 0])
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, enabled=False):

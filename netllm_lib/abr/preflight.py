@@ -12,13 +12,18 @@ import numpy as np
 import pandas as pd
 import torch
 
+from netllm_lib.abr.memory import Memory, estimate_memory
 from netllm_lib.abr.model import TOKENS_PER_STEP, PolicyNetwork, action_loss
 from netllm_lib.abr.windows import Windows
+from netllm_lib.placement import devices_of
 from netllm_lib.plm import arithmetic_dtype
 
 if TYPE_CHECKING:
     from netllm_lib.abr.pool import ExperiencePool
     from netllm_lib.abr.train import TrainConfig
+
+FULL = 0.95
+"""Part of a device's memory that an estimate may fill."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Preflight:
     lr_around_peak: float
     trainable: int  # parameters
     frozen: int
-    memory_bytes: float  # estimate of the peak while training
+    memory: Memory  # estimated
     device_bytes: float | None  # memory of the device, if known
     seconds: float | None  # expected, without validation; None if not measured
     warnings: tuple[str, ...]
@@ -51,26 +56,39 @@ class Preflight:
             "warm-up": f"{self.warmup_steps} steps = {self.warmup_steps / max(self.steps, 1):.0%} of them",
             "learning rate": f"peak {self.lr_peak:.2g} of {self.lr:.2g} for the PLM, {self.lr_around_peak:.2g} around it",
             "parameters": f"{self.trainable / 1e6:.2f} M trained, {self.frozen / 1e6:.2f} M frozen",
-            "memory": f"about {self.memory_bytes / 1e9:.1f} GB{device}",
+            "memory": self._memory_text() + device,
             "time": "not measured" if self.seconds is None else f"about {_duration(self.seconds)} without validation",
         }
         rows |= {f"warning {i}": text for i, text in enumerate(self.warnings, 1)}
         return pd.DataFrame({"what": rows.keys(), "value": rows.values()})
+
+    @property
+    def memory_bytes(self) -> float:
+        """Peak of training and of the tests in between."""
+        return self.memory.peak
+
+    def _memory_text(self) -> str:
+        training, testing = self.memory.train_peak / 1e9, self.memory.validate_peak / 1e9
+        how = " with gradient checkpointing" if self.memory.checkpointing else ""
+        return f"about {training:.1f} GB to train{how}, {testing:.1f} GB to play 100 traces meanwhile"
 
     def __str__(self) -> str:
         return "\n".join(f"{what:16} {value}" for what, value in self.table().itertuples(index=False))
 
 
 def preflight(config: TrainConfig, pool: ExperiencePool, network: PolicyNetwork, measure: bool = True) -> Preflight:
-    """Plan a training run. With `measure` one micro-batch is timed, forward and backward; nothing is changed by it."""
+    """Plan a training run. With `measure` one micro-batch is timed, forward and backward; nothing is changed by it.
+
+    Before anything is loaded, `PolicyNetwork(sketch_plm(...))` does for a network; it cannot be timed.
+    """
     windows = config.cut(pool)
     plan = Plan(config, len(windows))
     rates = [plan.rate(step) for step in range(plan.steps)]
     trainable = sum(p.numel() for p in network.trainable().values())
     total = sum(p.numel() for p in network.parameters())
     crossing = int(windows.crossing.sum())
-    memory = _memory_bytes(network, config)
-    device_bytes = _device_bytes(network.device)
+    memory, device_bytes = fitting_memory(network, config)
+    measure = measure and network.device.type != "meta"
     peak = max(rates, default=0.0)
     warnings = []
     if peak < 0.9:
@@ -84,9 +102,11 @@ def preflight(config: TrainConfig, pool: ExperiencePool, network: PolicyNetwork,
         warnings.append(f"{crossing / len(windows):.0%} of the windows span two episodes")
     if plan.short_steps and config.last_group == "upstream":
         warnings.append(f"{plan.short_steps} steps are incomplete and count for less than the others")
-    if device_bytes is not None and memory > 0.95 * device_bytes:
+    if device_bytes is not None and memory.peak > FULL * device_bytes:
         warnings.append(
-            "the memory estimate exceeds the device: fewer windows a batch, bfloat16, or gradient checkpointing"
+            f"the memory estimate exceeds the {device_bytes / 1e9:.1f} GB of the device: fewer windows a batch, fewer "
+            f"traces at once, "
+            "bfloat16 or 4-bit weights, or more devices"
         )
     return Preflight(
         windows=len(windows),
@@ -101,7 +121,7 @@ def preflight(config: TrainConfig, pool: ExperiencePool, network: PolicyNetwork,
         lr_around_peak=config.lr_around * peak,
         trainable=trainable,
         frozen=total - trainable,
-        memory_bytes=memory,
+        memory=memory,
         device_bytes=device_bytes,
         seconds=_seconds_per_micro_batch(network, windows, config) * plan.micro_batches if measure else None,
         warnings=tuple(warnings),
@@ -164,25 +184,39 @@ def _seconds_per_micro_batch(network: PolicyNetwork, windows: Windows, config: T
     return best
 
 
-def _memory_bytes(network: PolicyNetwork, config: TrainConfig) -> float:
-    """Weights, gradients, AdamW's two moments and activations. The last follow from what layers keep for their gradient:
-    about 16 hidden and 7.5 intermediate vectors a token and layer (measured: within a third on SmolLM2)."""
-    weights = sum(p.numel() * p.element_size() for p in network.parameters())
-    trained = sum(p.numel() * 12 for p in network.trainable().values())
-    hf = network.plm.base.config
-    intermediate = getattr(hf, "intermediate_size", None) or getattr(hf, "d_ff", None) or 4 * network.plm.hidden_size
-    half = arithmetic_dtype(config.precision, network.device) is not None or network.plm.config.dtype != "float32"
-    token_bytes = (16 * network.plm.hidden_size + 7.5 * intermediate) * (2.7 if half else 4)
+def fitting_memory(network: PolicyNetwork, config: TrainConfig) -> tuple[Memory, float | None]:
+    """Memory that training takes, with gradient checkpointing if it is on, or "auto" and needed, and the devices' "
+    "(None: unknown)."""
+    plm = network.plm.config
+    device_bytes = _device_bytes(plm.device)
+    memory = estimate_memory(plm, config, network.config)
+    too_much = device_bytes is not None and memory.train_peak > FULL * device_bytes
+    if too_much and plm.gradient_checkpointing == "auto":
+        memory = estimate_memory(plm, config, network.config, checkpointing=True)
+    return memory, device_bytes
+
+
+def needs_checkpointing(network: PolicyNetwork, config: TrainConfig) -> bool:
+    """Must gradient checkpointing be on, by what the PLM's config says and, if that is "auto", by the memory of its devices."""
+    plm = network.plm
+    if plm.config.gradient_checkpointing != "auto":
+        return plm.config.gradient_checkpointing
+    device_bytes = _device_bytes(plm.config.device)
+    # most PLMs here are small and most machines are not: a generous bound, several times what is kept, spares the seconds of
+    # tracing
     tokens = config.batch * config.w * TOKENS_PER_STEP
-    kept_layers = 1 + 0.1 * network.plm.layers if network.plm.config.gradient_checkpointing else network.plm.layers
-    base = 4e8 if network.device.type == "cpu" else 6e8  # Python, PyTorch, libraries
-    return base + weights + trained + tokens * kept_layers * token_bytes
+    bound = 1e9 + 16 * sum(p.numel() for p in network.parameters()) + 300.0 * tokens * plm.layers * plm.hidden_size
+    if device_bytes is None or bound < 0.5 * device_bytes:
+        return False
+    return fitting_memory(network, config)[0].checkpointing
 
 
-def _device_bytes(device: torch.device) -> float | None:
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    if device.type == "cpu" and hasattr(os, "sysconf"):
+def _device_bytes(device: str) -> float | None:
+    """Memory of all devices that a PLM is on. All of it, not what is free now: what follows from it must not depend on the hour."""
+    devices = [torch.device(name) for name in devices_of(device)]
+    if all(d.type == "cuda" for d in devices):
+        return float(sum(torch.cuda.get_device_properties(d).total_memory for d in devices))
+    if all(d.type == "cpu" for d in devices) and hasattr(os, "sysconf"):
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return None
 

@@ -24,7 +24,8 @@ from torch.nn.functional import cross_entropy
 from netllm_lib import runs
 from netllm_lib.abr import checkpoint
 from netllm_lib.abr.model import PolicyNetwork, action_loss, labelled
-from netllm_lib.abr.preflight import Plan, Preflight, preflight
+from netllm_lib.abr.peers import Peers
+from netllm_lib.abr.preflight import Plan, Preflight, needs_checkpointing, preflight
 from netllm_lib.abr.windows import ReturnScale, WindowConfig, Windows, make_windows
 from netllm_lib.plm import arithmetic_dtype
 
@@ -83,7 +84,10 @@ class TrainConfig:
 
     # --- along the way
     checkpoint_steps: int | None = None  # optimizer steps between two resume points; there is one at every epoch's end
-    validate_epochs: int = 1  # epochs between two calls of `validate`; it is always called after the last
+    validate_epochs: int = 1  # epochs between two calls of `validate`
+    validate_when: Literal["end", "upstream"] = "end"
+    """"end": after every `validate_epochs` epochs and after the last. "upstream": after epochs 0, k, 2k, … counted from 0, as the
+    original does: after the very first, and after the last only if its number happens to be a multiple of k."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "accumulation", "w", "validate_epochs"):
@@ -112,8 +116,15 @@ class TrainConfig:
             "clip": "micro",
             "precision": "float32",
             "validate_epochs": 2,
+            "validate_when": "upstream",
         }
         return cls(**(original | changes))
+
+    def validates_after(self, epochs: int) -> bool:
+        """Is there a validation when so many epochs are done."""
+        if self.validate_when == "upstream":
+            return (epochs - 1) % self.validate_epochs == 0
+        return epochs % self.validate_epochs == 0 or epochs == self.epochs
 
     def cut(self, pool: ExperiencePool, like: ReturnScale | None = None) -> Windows:
         """The pool's training windows; a validation pool's with `like`, the training windows' scale."""
@@ -153,14 +164,17 @@ def train(
     folder: Path,
     validate: Validate | None = None,
     progress: Progress | None = None,
+    peers: Peers | None = None,
 ) -> TrainResult:
     """Fine-tune `network` on `pool`; everything it leaves behind is in `folder`.
 
-    `validate(network)` returns a score, higher is better; it is called every `validate_epochs` epochs and decides which
-    checkpoint is the best. `progress(done_steps, total_steps, info)` is called after every optimizer step. A run that was
-    killed goes on from its last resume point when called again with the same arguments, to the same result bit by bit
-    on a CPU; one that is finished is read back. Raises ValueError if `folder` holds another run, if the pool's episodes are
-    longer than the network's timestep table, or if the loss is no longer finite.
+    `validate(network)` returns a score, higher is better; it is called every `validate_epochs` epochs (see `validate_when`)
+    and decides which checkpoint is the best. `progress(done_steps, total_steps, info)` is called after every optimizer step.
+    A run that was killed goes on from its last resume point when called again with the same arguments, to the same result
+    bit by bit on a CPU; one that is finished is read back. `peers` are processes that call this together with equal arguments,
+    see `finetune`. Raises runs.Busy while another process trains in `folder`,
+    ValueError if `folder` holds another run, if the pool's episodes are longer than the network's timestep table, or if the
+    loss is no longer finite.
     """
     config = config or TrainConfig()
     folder = Path(folder)
@@ -170,33 +184,27 @@ def train(
             f"the pool has episodes of {windows.scale.max_timestep + 1} steps, the network was made for "
             f"{network.config.max_timestep + 1}: set NetworkConfig(max_timestep={windows.scale.max_timestep})"
         )
-    run = _Run(network, windows, config, folder)
-    if (folder / RESULT).is_file():
-        return run.read_back()
-    keep_rng: Any = (
-        contextlib.nullcontext()
-        if config.shuffle == "torch"
-        else torch.random.fork_rng(range(torch.cuda.device_count()))
-    )
-    with keep_rng:
-        if (folder / STATE).is_file():
-            run.resume()
-        else:
-            if config.shuffle == "seed":
-                torch.manual_seed(config.seed)
-            run.save()  # what it starts from: initial weights and random state
-        return run.go(validate, progress)
+    peers = peers or Peers()
+    run = _Run(network, windows, config, folder, peers)
+    if not peers.agree((folder / RESULT).is_file()):
+        with runs.lock(folder) if peers.leads else contextlib.nullcontext():
+            if not peers.agree((folder / RESULT).is_file()):  # by a process that has just ended
+                return run.start(validate, progress)
+    return run.read_back()
 
 
 class _Run:
     """A training run in progress; `state.pt` is its image on disk."""
 
-    def __init__(self, network: PolicyNetwork, windows: Windows, config: TrainConfig, folder: Path):
+    def __init__(
+        self, network: PolicyNetwork, windows: Windows, config: TrainConfig, folder: Path, peers: Peers | None = None
+    ):
         self.network, self.windows, self.config, self.folder = network, windows, config, folder
+        self.peers = peers or Peers()
         self.plan = Plan(config, len(windows))
         self.meta = checkpoint.describe(network, windows.scale, config.w, runs.plain(config))
         # where the PLM lies and runs may differ between two sittings; the numbers that decide the result may not
-        free: dict[str, Any] = {"source": "", "device": "cpu", "gradient_checkpointing": False}
+        free: dict[str, Any] = {"source": "", "device": "cpu", "placement": None, "gradient_checkpointing": False}
         plm: Any = [network.plm.identity, network.plm.layers, dataclasses.replace(network.plm.config, **free)]
         self.key = runs.content_hash([config, windows.scale, network.config, plm])
         self.parameters = network.trainable()
@@ -213,12 +221,37 @@ class _Run:
         self.rows: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
         self.seconds = 0.0
+        self.reduced: list[torch.Tensor | None] | None = (
+            None  # gradients that all peers have, while they work on new ones
+        )
+
+    def start(self, validate: Validate | None, progress: Progress | None) -> TrainResult:
+        """Train from the beginning, or from the last resume point if there is one."""
+        keep_rng: Any = (
+            contextlib.nullcontext()
+            if self.config.shuffle == "torch"
+            else torch.random.fork_rng(range(torch.cuda.device_count()))
+        )
+        self.network.plm.set_checkpointing(needs_checkpointing(self.network, self.config))
+        with keep_rng:
+            if self.peers.agree((self.folder / STATE).is_file()):
+                self.resume()
+                self.peers.agree(None)  # all have read it before it changes
+            else:
+                if self.config.shuffle == "seed":
+                    torch.manual_seed(self.config.seed)
+                self.save()  # what it starts from: initial weights and random state
+            if not self.peers.leads:  # dropout of one's own
+                torch.manual_seed(
+                    int(np.random.SeedSequence([self.config.seed, self.peers.rank, self.step]).generate_state(1)[0])
+                )
+            return self.go(validate, progress)
 
     def go(self, validate: Validate | None, progress: Progress | None) -> TrainResult:
         config, group = self.config, self.config.batch * self.config.accumulation
         while self.epoch < config.epochs:
             if self.order is None:
-                self.order = self.plan.order_of(self.epoch)
+                self.order = self.peers.agree(self.plan.order_of(self.epoch))
             self.network.train()
             while self.step_in_epoch < self.plan.steps_of[self.epoch]:
                 start = time.perf_counter()
@@ -233,9 +266,10 @@ class _Run:
                     self.save()
             self.network.eval()
             self.epoch, self.step_in_epoch, self.order = self.epoch + 1, 0, None
-            if validate is not None and (self.epoch % config.validate_epochs == 0 or self.epoch == config.epochs):
+            if validate is not None and config.validates_after(self.epoch):
                 self._validate(validate)
             self.save()
+        self.network.eval()  # also when only the end was left to do
         return self._finish(validate is not None)
 
     def _optimizer_step(self, numbers: np.ndarray, start: float) -> None:
@@ -247,14 +281,16 @@ class _Run:
         labels = int(self.windows.lengths[numbers].sum())
         self.optimizer.zero_grad(set_to_none=True)
         for i, micro in enumerate(micro_batches):
-            batch = self.windows.batch(micro).to(self.network.device)
-            loss = action_loss(self.network, batch, arithmetic_dtype(config.precision, self.network.device))
-            share = int(self.windows.lengths[micro].sum()) / labels
-            (loss * share if config.last_group == "mean" else loss / config.accumulation).backward()
+            last = i == len(micro_batches) - 1
+            share = (
+                int(self.windows.lengths[micro].sum()) / labels
+                if config.last_group == "mean"
+                else 1 / config.accumulation
+            )
+            value = self._backward(micro, share, reduce=config.clip == "micro" or last)
             norm = math.nan
-            if config.clip == "micro" or (config.clip == "step" and i == len(micro_batches) - 1):
+            if config.clip == "micro" or (config.clip == "step" and last):
                 norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm))
-            value = float(loss.detach())
             if not math.isfinite(value):
                 raise ValueError(
                     f"the loss is {value} at optimizer step {self.step}: lower the learning rate, or use float32"
@@ -273,25 +309,70 @@ class _Run:
             )
         self.optimizer.step()
 
+    def _backward(self, micro: np.ndarray, share: float, reduce: bool) -> float:
+        """Add a micro-batch's gradient, times `share`, to what is there; returns its mean loss.
+
+        With peers each does its windows of the micro-batch; `reduce` adds up what they have found since the last time.
+        """
+        mine = micro[self.peers.rank :: self.peers.size]
+        device, lengths = self.network.device, self.windows.lengths
+        value = torch.zeros((), device=device)
+        if self.peers.size > 1 and self.reduced is None:
+            self.reduced = [p.grad for p in self.parameters.values()]
+            for parameter in self.parameters.values():
+                parameter.grad = None
+        if len(mine):
+            batch = self.windows.batch(mine).to(device)
+            loss = action_loss(self.network, batch, arithmetic_dtype(self.config.precision, device))
+            part = int(lengths[mine].sum()) / int(lengths[micro].sum())
+            (loss * (part * share)).backward()
+            value = loss.detach() * part
+        if self.peers.size > 1:
+            self.peers.add_up([value])
+            if reduce:
+                self._add_up_gradients()
+        return float(value)
+
+    def _add_up_gradients(self) -> None:
+        """Sum the peers' new gradients and add them to the sum so far."""
+        assert self.reduced is not None
+        parameters = list(self.parameters.values())
+        # the leading process has windows in every micro-batch: what has no gradient there has none at all
+        has = self.peers.agree([p.grad is not None for p in parameters])
+        learning = [p for p, known in zip(parameters, has, strict=True) if known]
+        for parameter in learning:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.peers.add_up([p.grad for p in learning if p.grad is not None])
+        for parameter, earlier in zip(parameters, self.reduced, strict=True):
+            if earlier is not None:
+                parameter.grad = earlier if parameter.grad is None else parameter.grad + earlier
+        self.reduced = None
+
     def _validate(self, validate: Validate) -> None:
         start = time.perf_counter()
-        score = float(validate(self.network))
+        score = self.peers.agree(float(validate(self.network)) if self.peers.leads else None)
         took = time.perf_counter() - start
-        if all(score > earlier["score"] for earlier in self.evaluations):
+        if self.peers.leads and all(score > earlier["score"] for earlier in self.evaluations):
             meta = dataclasses.replace(self.meta, step=self.step, score=score)
             checkpoint.save_checkpoint(self.folder / "best", self.network, meta)
         self.evaluations.append({"step": self.step, "epoch": self.epoch, "score": score, "seconds": took})
 
     def _finish(self, validated: bool) -> TrainResult:
+        history = pd.DataFrame(self.rows)
+        if self.peers.leads:
+            self._write(history, validated)
+        self.peers.agree(None)  # the files are there for all
+        return self._result(history, validated)
+
+    def _write(self, history: pd.DataFrame, validated: bool) -> None:
         meta = dataclasses.replace(self.meta, step=self.step)
         checkpoint.save_checkpoint(self.folder / "final", self.network, meta)
-        history = pd.DataFrame(self.rows)
         with runs.atomic_path(self.folder / HISTORY) as aside:
             history.to_parquet(aside)
         result = {"key": self.key, "seconds": self.seconds, "evaluations": self.evaluations, "validated": validated}
         runs.write_json(self.folder / RESULT, result)
         (self.folder / STATE).unlink(missing_ok=True)
-        return self._result(history, validated)
 
     def _result(self, history: pd.DataFrame, validated: bool) -> TrainResult:
         evaluations = pd.DataFrame(self.evaluations, columns=["step", "epoch", "score", "seconds"])
@@ -301,6 +382,8 @@ class _Run:
     # --- to and from disk
 
     def save(self) -> None:
+        if not self.peers.leads:
+            return
         state = {
             "key": self.key,
             "step": self.step,
@@ -335,6 +418,8 @@ class _Run:
     def read_back(self) -> TrainResult:
         result = runs.read_json(self.folder / RESULT)
         self._check_key(result["key"])
+        with contextlib.suppress(OSError):  # there if it was killed just before removing it
+            (self.folder / STATE).unlink(missing_ok=True)
         checkpoint.load_weights(self.folder / "final", self.network)
         self.network.eval()
         self.evaluations, self.seconds = result["evaluations"], result["seconds"]

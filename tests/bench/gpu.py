@@ -1,0 +1,219 @@
+"""Testing and training a 7B-shaped PLM on one GPU: time, memory, and the part of the device's peak that is used.
+
+Mistral-7B's shape with random weights, made on the device in bfloat16: speed and memory do not depend on what the weights are. Prints
+a short table last; meant to finish in less than 8 minutes on one H100. With `--device cpu --small` the same on a tiny shape,
+to see that it runs.
+
+    python tests/bench/gpu.py [--device cuda:0] [--out reports/benchmarks/gpu.md]
+    python tests/bench/gpu.py --device cpu --small
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from llm_fixtures import stir
+from netllm_lib.abr.checkpoint import describe
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.memory import estimate_memory
+from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork
+from netllm_lib.abr.play import rollout
+from netllm_lib.abr.policies.bba import BBA
+from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
+from netllm_lib.abr.pool import generate_pool
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.synthetic import generate_traces, generate_video
+from netllm_lib.abr.train import TrainConfig, train
+from netllm_lib.plm import PLMConfig, load_plm
+from original_loop import OriginalPolicy, train_windows
+
+GIB = 2**30
+PEAKS_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40": 181, "4090": 165, "A10": 125}
+"""Dense bfloat16 peak of a device by its maker's data sheet (SXM), found by a part of its name."""
+LIMIT_GIB = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of the PLM and of the measurements."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    rank: int
+    traces: int
+    batches: tuple[int, ...]  # windows in a training step
+    steps: int  # optimizer steps that are timed
+    their_windows: int  # that the original's loop trains
+
+
+FULL = Size(4096, 14336, 32, 32, 8, 128, 100, (2, 4, 8), 6, 6)
+SMALL = Size(192, 256, 3, 4, 2, 4, 3, (2,), 2, 2)
+
+
+def matrix_flop(size: Size, w: int) -> float:
+    """Floating-point operations of the matrix products that training on one window needs: forward, and backward through frozen weights;
+    LoRA's own three times. What the last layer leaves out is left out, and checkpointing's second forward pass is not counted."""
+    h, kv = size.hidden, size.hidden * size.kv_heads // size.heads
+    tokens, left_out = w * TOKENS_PER_STEP, w * (TOKENS_PER_STEP - 1)
+    layer = 2 * (2 * h * h + 2 * h * kv + 3 * h * size.intermediate)
+    keys_and_values = 2 * 2 * h * kv
+    adapters, query_adapter = 2 * size.rank * (2 * h + h + kv), 2 * size.rank * 2 * h
+    frozen = tokens * size.layers * layer - left_out * (layer - keys_and_values)
+    return 2 * frozen + 3 * (tokens * size.layers * adapters - left_out * query_adapter)
+
+
+def training_flop(size: Size, w: int) -> float:
+    """The same with attention: products of every token with those up to it, and their sum; twice as much backward."""
+    tokens = w * TOKENS_PER_STEP
+    return matrix_flop(size, w) + 3 * size.layers * 2 * 2 * size.hidden * tokens * (tokens + 1) / 2
+
+
+class Clock:
+    """Seconds and peak memory of a piece of work on the device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __call__(self, work: Callable[[], Any]) -> float:
+        self.wait()
+        start = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_gib(self) -> float | None:
+        return torch.cuda.max_memory_allocated(self.device) / GIB if self.device.type == "cuda" else None
+
+
+def make(size: Size, device: torch.device, folder: Path, attention: str = "fast") -> PolicyNetwork:
+    """A PLM of this size with random weights, made where it will lie."""
+    from transformers import MistralConfig
+
+    shape: dict[str, Any] = {
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "vocab_size": 1000,  # the token embeddings are not kept
+    }
+    MistralConfig(**shape).save_pretrained(folder)
+    dtype: Any = "bfloat16"
+    config = PLMConfig(
+        str(folder), random_weights=True, rank=size.rank, dtype=dtype, device=str(device), attention=attention  # type: ignore[arg-type]
+    )
+    with device:
+        plm = load_plm(config)
+        return stir(PolicyNetwork(plm, NetworkConfig()))
+
+
+def main(arguments: list[str] | None = None) -> list[str]:
+    """The lines of the table."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", default="cuda:0")
+    options.add_argument("--small", action="store_true", help="a tiny shape, to see that it runs")
+    options.add_argument("--out", type=Path, help="write the table to this file as well")
+    given = options.parse_args(arguments)
+    device, size = torch.device(given.device), SMALL if given.small else FULL
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"no GPU here: --device {device} cannot be used (--device cpu --small shows that the script runs)")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak_tflops = next((value for part, value in PEAKS_TFLOPS.items() if part in name), None)
+    started = time.perf_counter()
+    clock = Clock(device)
+    lines: list[str] = []
+
+    def say(what: str, value: str) -> None:
+        lines.append(f"| {what} | {value} |")
+        print(f"[{time.perf_counter() - started:5.0f} s] {what}: {value}", flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        network = make(size, device, folder / "plm")
+        traces, video = generate_traces("bench", size.traces, seed=1), generate_video("clip", seed=1)
+        episodes = sound_episodes(traces, seed=1)
+        pool = generate_pool(BBA(), traces, video, episodes.rows(range(min(20, size.traces))))
+        scale = TrainConfig().cut(pool).scale
+        meta = describe(network, scale, 20)
+        say("device", f"{name}, PyTorch {torch.__version__}")
+        say("PLM", f"{size.layers} × {size.hidden}, {sum(p.numel() for p in network.parameters()) / 1e9:.2f} G parameters, bfloat16")
+
+        # --- test
+        simulator = Simulator(traces, video, episodes)
+        policy = LLMPolicy(network, meta, EvalConfig())
+        rollout(policy, Simulator(traces, video, episodes.rows(range(2))))
+        clock.reset_peak()
+        ours = statistics.median(clock(lambda: rollout(policy, simulator)) for _ in range(3))
+        peak = clock.peak_gib()
+        say(f"test of {size.traces} traces", f"{ours:.2f} s" + _gib(peak))
+        theirs = OriginalPolicy(network, scale, clear=True)
+        one = Simulator(traces, video, episodes.rows(range(1)))
+        rollout(theirs, one)
+        loop = clock(lambda: rollout(theirs, one)) * size.traces
+        say("the original's loop, scaled from one trace", f"{loop:.0f} s: {loop / ours:.1f} × as long")
+
+        # --- training
+        rates: dict[int, float] = {}
+        for batch in size.batches:
+            order = tuple(i % 20 for i in range(batch * (size.steps + 2)))
+            config = TrainConfig(epochs=1, batch=batch, precision="bfloat16", order=(order,))
+            ticks: list[float] = []
+
+            def tick(*_: Any, ticks: list[float] = ticks) -> None:
+                clock.wait()
+                ticks.append(time.perf_counter())
+
+            clock.reset_peak()
+            train(network, pool, config, folder=folder / f"train{batch}", progress=tick)
+            peak = clock.peak_gib()
+            seconds = (ticks[-1] - ticks[1]) / (len(ticks) - 2) / batch
+            rates[batch] = 1 / seconds
+            tflops = training_flop(size, config.w) / seconds / 1e12
+            share = "" if peak_tflops is None else f" = {tflops / peak_tflops:.0%} of {peak_tflops} TFLOP/s"
+            fits = "" if peak is None else f", {'within' if peak <= LIMIT_GIB else 'ABOVE'} {LIMIT_GIB} GiB"
+            say(f"training, batch {batch}", f"{1 / seconds:.1f} windows/s, {tflops:.2f} TFLOP/s{share}" + _gib(peak) + fits)
+            memory = estimate_memory(network.plm.config, config, network.config, episodes=size.traces)
+            say(f"predicted peak, batch {batch}", f"{memory.train_peak / GIB:.1f} GiB to train, {memory.test_peak / GIB:.1f} GiB to test")
+        del network, policy, theirs
+        plain = make(size, device, folder / "plm", attention="eager")
+        windows = TrainConfig.upstream().cut(pool)
+        train_windows(plain, windows, range(1))
+        loop = clock(lambda: train_windows(plain, windows, range(size.their_windows))) / size.their_windows
+        fastest = max(rates.values())
+        say("the original's loop, training (bfloat16 weights)", f"{1 / loop:.1f} windows/s; ours {fastest * loop:.1f} × as fast")
+    table = ["", "| what | measured |", "|---|---|", *lines, f"| all of this | {time.perf_counter() - started:.0f} s |"]
+    print("\n".join(table))
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text("# One GPU, 7B-shaped\n\nCommand: `python tests/bench/gpu.py`\n" + "\n".join(table) + "\n")
+    return table[1:]
+
+
+def _gib(peak: float | None) -> str:
+    return "" if peak is None else f", peak {peak:.1f} GiB allocated"
+
+
+if __name__ == "__main__":
+    main()
