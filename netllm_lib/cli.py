@@ -8,6 +8,7 @@ commands, so that `netllm --help` is quick.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -164,6 +165,106 @@ def play(
             "per_trace": {f"{trace_set.name}_{name}": mean for name, mean in qoe.per_trace(table)["reward"].items()},
         }
         print(json.dumps(result))
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A tree, run folder, result folder or console log of the original.")],
+    pool: Annotated[
+        Path | None, typer.Option(metavar="POOL", help="Training pool [the one in the folder, or made anew].")
+    ] = None,
+    plm: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The PLM [the one in the folder or in downloaded_plms].")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(metavar="PART", help="Which run, by a part of its place, if there are several.")
+    ] = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a run of the original into a run folder, whatever is there of it; say what is missing."""
+    from netllm_lib import runs
+    from netllm_lib.abr import importing
+
+    found = importing.discover(folder, run)
+    imported = importing.convert(found, pool=pool, plm=plm, data=data)
+    told = runs.read_json(imported.folder / "settings.json")
+    missing = runs.read_json(imported.folder / "missing.json")
+    has_policy = (imported.folder / "policy").is_dir()
+    print(f"{found.name}: {found.run}")
+    for name, result in told["results"].items():
+        print(f"  {name}: {result['files']} traces, mean reward {result['mean_reward']:.6f}")
+    console = found.console
+    if console is not None:
+        printed = "" if console.mean_reward is None else f", mean reward {console.mean_reward:.6f}"
+        print(f"  console log: {len(console.epochs)} epochs{printed}")
+        last = console.epochs[-1] if console.epochs else None
+        if last is not None and last.loss_mean is not None and last.loss_std is not None:
+            print(f"  last epoch: loss {last.loss_mean:.3f} ± {last.loss_std:.3f}")
+    if found.losses is not None:
+        print(f"  {found.losses.name}: in history.parquet")
+    for weights in found.weights:
+        epoch = "" if weights.epoch is None else f" of epoch {weights.epoch}"
+        print(f"  weights: {weights.kind}{epoch}" + (f", unusable: {weights.problem}" if weights.problem else ""))
+    if told["pool"]["origin"] is not None:
+        differs = {None: "", True: "; NOT the one that the run's folder names", False: ""}[told["pool"]["pool_differs"]]
+        print(f"  pool: {told['pool']['origin']}, {told['pool']['hash']}{differs}")
+    if has_policy:
+        print(f"  policy: netllm play --preset upstream --policy {imported.folder}")
+    for title, lines in (("contradictions", told["contradictions"]), ("notes", told["notes"]), ("missing", missing)):
+        if lines:
+            print(f"{title}:")
+            print("\n".join(f"  {line}" for line in lines))
+    print(f"run folder: {imported.folder}")
+    if as_json:
+        means = {name: result["mean_reward"] for name, result in told["results"].items()}
+        report = {"name": found.name, "mean_reward": means, "console_mean_reward": console and console.mean_reward}
+        report |= {"policy": has_policy, "missing": missing, "contradictions": told["contradictions"]}
+        report |= {"notes": told["notes"], "pool_differs": told["pool"]["pool_differs"], "run": str(imported.folder)}
+        print(json.dumps(report))
+
+
+@app.command()
+def diagnose(
+    folders: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FOLDER...", help="Run folders of notebooks 03, 04, 05, or anything that the original left behind."
+        ),
+    ],
+    pool: Annotated[
+        str | None, typer.Option(metavar="POOL", help="The pool that the test was given [the training's].")
+    ] = None,
+    plm: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the PLM [where the run found it].")] = None,
+    results: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which result folder, if there are several.")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(metavar="PART", help="Which run, by a part of its place, if there are several.")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For replaying the test, one switch at a time; 0: not.")
+    ] = 90.0,
+    retrain: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For training the PLM anew by the sound defaults; 0: not.")
+    ] = 0.0,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say why a run's reward is poor: findings, the first thing to fix first."""
+    # threads that wait by spinning make PyTorch many times slower beside a busy process; it reads this when it is loaded
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    from netllm_lib.abr import diagnosis
+    from netllm_lib.abr.diagnosis import sources
+
+    evidence = sources.load(*folders, pool=pool, plm=plm, data=data, results=results, run=run)
+    progress = (lambda line: print(line, file=sys.stderr, flush=True)) if sys.stderr.isatty() else None
+    found = diagnosis.diagnose(evidence, budget, retrain, progress)
+    print(found)
+    if found.waterfall is not None:
+        print(f"\n{found.waterfall.round(3).to_string(index=False)}")
+    if as_json:
+        print(json.dumps(found.plain()))
 
 
 data_app = typer.Typer(help="Trace sets and videos.", no_args_is_help=True, rich_markup_mode=None)

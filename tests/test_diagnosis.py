@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from netllm_lib.abr import report
-from netllm_lib.abr.diagnose import CHANCE, Evidence, behaviour_entropy, diagnose
-from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr import qoe
+from netllm_lib.abr.diagnosis import (
+    CHANCE,
+    Effect,
+    Evidence,
+    Finding,
+    Training,
+    behaviour_entropy,
+    diagnose,
+    ranked,
+    regret,
+)
+from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Observation, Policy
 from netllm_lib.abr.policies.bba import BBA
@@ -23,15 +36,8 @@ from netllm_lib.abr.traces import SAMPLE, Registry
 REGISTRY = Registry(SAMPLE)
 TRACES, VIDEO = REGISTRY.trace_set("sample-test"), REGISTRY.video("sample")
 EPISODES = sound_episodes(TRACES)
-HEALTHY = {
-    "steps": 600,
-    "warmup_steps": 60,
-    "lr": 1e-3,
-    "lr_peak": 1e-3,
-    "final_loss": 0.3,
-    "crossing": 0,
-    "windows": 600,
-}
+TRAIN = REGISTRY.trace_set("sample-train")
+HEALTHY = Training(steps=600, warmup_steps=60, lr=1e-3, lr_peak=1e-3, final_loss=0.3, crossing=0, windows=600)
 
 
 class Careless(Policy):
@@ -68,48 +74,179 @@ def pool() -> ExperiencePool:
     return generate_pool(RobustMPC(VIDEO), TRACES, VIDEO, EPISODES)
 
 
-def found(evidence: Evidence) -> dict:
-    return {finding.id: finding for finding in diagnose(evidence)}
+def found(evidence: Evidence) -> dict[str, Finding]:
+    return {finding.id: finding for finding in diagnose(evidence).findings}
+
+
+def evidence_of(tables: dict, policy: Policy | str, **given: Any) -> Evidence:
+    """A run beside the baselines; a name takes the baseline's own table as the run's."""
+    played = tables[policy] if isinstance(policy, str) else table(policy)
+    return Evidence({"llm": played} | tables, "llm", handicapped=("mpc (original)",), **given)
 
 
 def test_a_healthy_run_has_no_cause(tables: dict, pool: ExperiencePool) -> None:
-    twin = {"llm": tables["mpc"]} | tables
-    findings = diagnose(Evidence(twin, "llm", pool=pool, training=HEALTHY))
-    assert not [f for f in findings if f.severity != "note"]
+    findings = found(evidence_of(tables, "mpc", pool=pool, training=HEALTHY))
+    assert not [f.id for f in findings.values() if f.severity != "note"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "identity", "severity"),
+    ("changes", "identity"),
     [
-        ({"lr_peak": 3.2e-4, "warmup_steps": 2000}, "warmup-too-long", "cause"),
-        ({"final_loss": 1.7}, "undertrained", "cause"),
-        ({"final_loss": 1.0}, "undertrained", "suspect"),
-        ({"final_loss": math.nan}, "non-finite", "cause"),
-        ({"crossing": 240}, "crossing-windows", "suspect"),
+        ({"lr_peak": 3.2e-4, "warmup_steps": 2000, "final_loss": 1.7}, "warmup-too-long"),
+        ({"final_loss": 1.7}, "undertrained"),
+        ({"lr": 1e-4, "lr_peak": 1e-4, "final_loss": 1.5}, "learning-rate"),
+        ({"lr": 5e-2, "lr_peak": 5e-2, "final_loss": 1.9}, "learning-rate"),
+        ({"final_loss": math.nan}, "non-finite"),
+        ({"losses": np.r_[np.linspace(1.8, 0.9, 400), np.linspace(0.9, 2.5, 200)], "final_loss": 2.5}, "diverged"),
     ],
 )
-def test_training_findings(tables: dict, pool: ExperiencePool, changes: dict, identity: str, severity: str) -> None:
-    findings = found(Evidence({"llm": tables["mpc"]} | tables, "llm", pool=pool, training=HEALTHY | changes))
-    assert findings[identity].severity == severity
-    assert next(iter(findings)) == identity
+def test_training_causes(tables: dict, pool: ExperiencePool, changes: dict, identity: str) -> None:
+    training = replace(HEALTHY, **changes)
+    poor = diagnose(evidence_of(tables, Constant(5), pool=pool, training=training))
+    assert poor.first is not None
+    assert (poor.first.id, poor.first.severity) == (identity, "cause")
+    # the same mistake in a run that is as good as its baselines cost nothing; broken numbers stay broken
+    fine = found(evidence_of(tables, "mpc", pool=pool, training=training))
+    assert fine[identity].severity == ("cause" if identity == "non-finite" else "note")
+
+
+def test_a_few_steps_are_no_matter_of_the_warm_up(tables: dict, pool: ExperiencePool) -> None:
+    training = replace(HEALTHY, steps=8, warmup_steps=2000, lr_peak=4e-6, final_loss=1.75)
+    poor = diagnose(evidence_of(tables, Constant(5), pool=pool, training=training))
+    assert poor.first is not None
+    assert poor.first.id == "undertrained"
+    assert (
+        found(evidence_of(tables, Constant(5), pool=pool, training=training))["warmup-too-long"].severity == "suspect"
+    )
+
+
+def test_habits_of_a_learnt_policy_are_notes(tables: dict, pool: ExperiencePool) -> None:
+    training = replace(HEALTHY, clip="micro", accumulation=32, clipped=0.9, crossing=240)
+    findings = found(evidence_of(tables, "mpc", pool=pool, training=training))
+    assert findings["clipping"].severity == findings["crossing-windows"].severity == "note"
+    unlearnt = replace(training, final_loss=1.7)
+    findings = found(evidence_of(tables, Constant(5), pool=pool, training=unlearnt))
+    assert findings["clipping"].severity == findings["crossing-windows"].severity == "suspect"
 
 
 def test_reward_findings(tables: dict) -> None:
-    careless = found(Evidence({"llm": table(Careless(0.05))} | tables, "llm"))
-    assert careless["rare-bad-actions"].effect > 0.05
-    assert careless["gap-rebuffering"].evidence["baseline"] == "mpc"
-    stuck = found(Evidence({"llm": table(Constant(0))} | tables, "llm"))
+    careless = found(evidence_of(tables, Careless(0.05)))
+    assert careless["rare-bad-actions"].evidence["cost"] > 0.05
+    assert careless["gap"].evidence["rebuffering"] > careless["gap"].evidence["quality"]
+    stuck = found(evidence_of(tables, Constant(5)))
     assert stuck["level-collapse"].severity == "cause"
-    assert stuck["gap-quality"].effect > 0
+    assert stuck["level-collapse"].evidence["share"] == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "identity"),
+    [
+        ({"choose": "sample"}, "sampling"),
+        ({"context": "leak"}, "context-leak"),
+        ({"dropout": True}, "dropout-on"),
+        ({"w": 10, "train_w": 20}, "window-mismatch"),
+        ({"target_return_scale": 2.0}, "target-return"),
+        ({"train_video": "video1", "video": "video2"}, "video-shift"),
+    ],
+)
+def test_settings_are_named_and_sound_ones_are_not(tables: dict, setting: dict, identity: str) -> None:
+    assert identity in found(evidence_of(tables, Careless(0.05), setting=setting))
+    sound = {
+        "choose": "argmax",
+        "context": "clear",
+        "dropout": False,
+        "w": 20,
+        "train_w": 20,
+        "target_return_scale": 1.0,
+    }
+    assert identity not in found(
+        evidence_of(tables, Careless(0.05), setting=sound | {"train_video": "a", "video": "a"})
+    )
+
+
+def test_pool_findings(tables: dict, pool: ExperiencePool) -> None:
+    careless = Careless(0.1)
+    shifted = replace(pool, actions=np.roll(pool.actions, 1))
+    findings = diagnose(evidence_of(tables, careless, pool=shifted, training=HEALTHY)).findings
+    assert (findings[0].id, findings[0].severity) == ("label-shift", "cause")
+    assert findings[0].evidence["the_level_before"] > 0.9
+    assert "label-shift" not in found(evidence_of(tables, careless, pool=pool, training=HEALTHY))
+    few = ExperiencePool(pool.states[: 47 * 3], pool.actions[: 47 * 3], pool.rewards[: 47 * 3], pool.dones[: 47 * 3])
+    assert found(evidence_of(tables, careless, pool=few, training=HEALTHY))["pool-too-small"].severity == "cause"
+    poor = generate_pool(Constant(3), TRAIN, VIDEO, sound_episodes(TRAIN))
+    learnt = replace(HEALTHY, final_loss=0.01)  # always the same level: nothing is easier
+    weak = found(evidence_of(tables, careless, pool=poor, training=learnt, registry=REGISTRY))
+    assert weak["weak-teacher"].severity == "cause"
+    assert weak["pool-too-small"].evidence["absent"] == [0, 1, 2, 4, 5]
+    slow = replace(pool, states=(pool.states * np.where(np.arange(6) == 2, 8, 1)[:, None]).astype(np.float32))
+    assert found(evidence_of(tables, careless, pool=slow, training=HEALTHY))["trace-shift"].severity == "cause"
+
+
+def test_video_shift_is_seen_in_the_states(tables: dict, pool: ExperiencePool) -> None:
+    larger = replace(VIDEO, sizes_bytes=(VIDEO.sizes_bytes * 1.5).astype(np.int64))
+    assert "video-shift" not in found(evidence_of(tables, Careless(0.1), pool=pool, video=VIDEO))
+    shift = found(evidence_of(tables, Careless(0.1), pool=pool, video=larger))["video-shift"]
+    assert shift.severity == "cause"
+    assert shift.evidence["size_ratio"] == pytest.approx(1.5, rel=1e-2)
 
 
 def test_protocol_findings(tables: dict) -> None:
     clean = np.arange(len(TRACES)) < 10
-    twin = {"llm": tables["mpc"]} | tables
-    findings = found(Evidence(twin, "llm", handicapped=("mpc (original)",), clean=clean))
+    findings = found(evidence_of(tables, "mpc", clean=clean))
     assert findings["test-leakage"].evidence["overlapping"] == 20
     assert "mpc" in findings["too-few-traces"].evidence["undecided"]
-    assert "test-leakage" not in found(Evidence(twin, "llm", clean=np.ones(30, bool)))
+    assert "test-leakage" not in found(evidence_of(tables, "mpc", clean=np.ones(30, bool)))
+    assert "protocol-mismatch" not in findings
+
+
+@pytest.mark.parametrize("how", ["short", "twice", "half", "first level"])
+def test_results_that_cannot_be_compared(tables: dict, how: str) -> None:
+    played = table(Careless(0.05))
+    if how == "short":
+        played = played[played["chunk"] < 47]
+    elif how == "twice":
+        played = pd.concat([played, played[played["trace"] == TRACES.names[0]]])
+    elif how == "half":
+        played = played[played["trace"].isin(TRACES.names[:15])]
+    else:
+        played = played.assign(level=np.where(played["chunk"] == 0, 2, played["level"]))
+    evidence = Evidence({"llm": played} | tables, "llm", setting={"trace_num": 30})
+    assert found(evidence)["protocol-mismatch"].severity == "cause"
+
+
+def test_noise_in_the_run_alone(tables: dict) -> None:
+    pointers = replace(TRACES, start_ptrs=EPISODES.start_ptr)
+    noisy = replace(EPISODES, noise=np.random.default_rng(0).uniform(0.9, 1.1, (len(TRACES), 48)))
+    played = play(Careless(0.05), Simulator(TRACES, VIDEO, noisy))
+    evidence = Evidence({"llm": played} | tables, "llm", traces=pointers, video=VIDEO)
+    assert "noise" in found(evidence)["protocol-mismatch"].title
+    same = Evidence({"llm": table(Careless(0.05))} | tables, "llm", traces=pointers, video=VIDEO)
+    assert "protocol-mismatch" not in found(same)
+
+
+def test_logs_alone() -> None:
+    training = replace(HEALTHY, warmup_steps=2000, lr_peak=3e-4, final_loss=1.5)
+    diagnosis = diagnose(Evidence(training=training))
+    assert diagnosis.reward is None
+    assert diagnosis.first is not None
+    assert diagnosis.first.id == "warmup-too-long"
+    assert diagnose(Evidence(training=HEALTHY)).findings == ()
+
+
+def test_a_switch_that_closes_the_gap_leads() -> None:
+    effect = Effect(1.0, 0.5, 1.5, "by hand")
+    switch = Finding("sampling", "cause", "", {}, "", effect, closes=True)
+    loss = Finding("warmup-too-long", "cause", "", {}, "")
+    note = Finding("non-finite", "note", "", {}, "")
+    assert [f.id for f in ranked([note, loss, switch])] == ["sampling", "warmup-too-long", "non-finite"]
+    assert ranked([replace(switch, closes=False, severity="suspect"), loss])[0] is loss
+    assert Effect(0.1, -0.1, 0.3, "").noise
+    assert not effect.noise
+
+
+def test_unknown_findings_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown finding"):
+        Finding("bad-luck", "note", "", {}, "")
 
 
 def test_behaviour_entropy_by_hand(pool: ExperiencePool) -> None:
@@ -123,17 +260,27 @@ def test_behaviour_entropy_by_hand(pool: ExperiencePool) -> None:
     assert real[1] < real[0] < CHANCE
 
 
-def test_summary_shows_table_and_top_findings(tables: dict) -> None:
-    evidence = Evidence(
-        {"llm": table(Constant(0))} | tables, "llm", setting={"traces": "sample-test", "video": "sample"}
-    )
-    league = report.league(evidence.tables)
-    assert league.index[-1] in ("llm", "bba")
-    assert (league["low"] <= league["reward"]).all()
-    text = report.summary(league, diagnose(evidence), evidence.setting)
-    assert "mpc (original)" in text
-    assert "level-collapse" in text
-    gaps = report.trace_gaps(evidence.tables["llm"], evidence.tables["mpc"])
-    np.testing.assert_allclose(gaps["reward"], gaps[["quality", "rebuffering", "smoothness"]].sum(axis=1))
-    assert report.timeline_policies(evidence.tables, "llm", "mpc")[:2] == ["llm", "mpc"]
-    assert replace(evidence, run="mpc").run == "mpc"
+def test_several_seeds_are_pooled(tables: dict) -> None:
+    runs = [table(Careless(share)) for share in (0.03, 0.05, 0.08)]
+    evidence = Evidence({"llm": runs[0]} | tables, "llm", seeds=tuple(runs[1:]))
+    pooled = diagnose(evidence).over_seeds
+    assert pooled is not None
+    reference = qoe.summarise(tables["mpc (original)"]).reward
+    assert pooled.mean == pytest.approx(np.mean([qoe.summarise(run).reward for run in runs]) - reference)
+    assert evidence.gap is not None
+    assert pooled.high - pooled.low > 0
+    assert diagnose(replace(evidence, seeds=())).over_seeds is None
+    with pytest.raises(ValueError, match="other traces"):
+        diagnose(replace(evidence, seeds=(runs[1][runs[1]["trace"] != TRACES.names[0]],)))
+
+
+def test_regret_to_the_optimum(tables: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETLLM_CACHE", str(tmp_path))
+    few = TRACES.subset(range(4))
+    episodes = upstream_episodes(few, trace_num=-1, clock="episode")
+    played = play(RobustMPC(VIDEO), Simulator(few, VIDEO, episodes))
+    evidence = Evidence({"mpc": played}, "mpc", traces=few, video=VIDEO, setting={"fixed": True})
+    below = regret(evidence)
+    assert below is not None
+    assert below.high < 0, "nobody is above the optimum"
+    assert regret(replace(evidence, traces=None)) is None

@@ -1,0 +1,181 @@
+"""Replaying a run with one switch turned at a time, and finding out how a test was really played."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from llm_fixtures import stir, tiny_network
+from netllm_lib.abr import qoe
+from netllm_lib.abr.checkpoint import describe
+from netllm_lib.abr.diagnosis import Evidence, Subject, Training, ablation, diagnose
+from netllm_lib.abr.diagnosis.ablation import ALL_SOUND, AS_RUN, RETRAINED, SWITCHES
+from netllm_lib.abr.episodes import upstream_episodes
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.llm import EvalConfig
+from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
+from netllm_lib.abr.pool import ExperiencePool, generate_pool
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.traces import SAMPLE, Registry, TraceSet
+from netllm_lib.abr.windows import return_to_go
+
+REGISTRY = Registry(SAMPLE)
+VIDEO = REGISTRY.video("sample")
+TRACES = REGISTRY.trace_set("sample-test").subset(range(9))
+ROLLING: dict[str, Any] = {"context_window": "rolling", "merge_lora": False}
+
+
+@pytest.fixture(autouse=True)
+def _few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "WINDOWS", (10,))
+    monkeypatch.setattr(ablation, "TARGET_SCALES", (10.0,))
+    monkeypatch.setattr(ablation, "CHECK_TRACES", 2)
+
+
+@pytest.fixture(scope="module")
+def pool() -> ExperiencePool:
+    train = REGISTRY.trace_set("sample-train").subset(range(12))
+    episodes = upstream_episodes(train, trace_num=-1, pool=True)
+    return generate_pool(RobustMPC(VIDEO, MPCConfig.upstream(pool=True)), train, VIDEO, episodes)
+
+
+@pytest.fixture(scope="module")
+def subject(pool: ExperiencePool) -> Subject:
+    network = tiny_network(layers=1)
+    with torch.no_grad():  # as if trained: probabilities that differ
+        network.action_head.weight.mul_(6)
+    return Subject(network, describe(network, return_to_go(pool)[1], 4), EvalConfig(choose="sample", **ROLLING))
+
+
+def simulator(count: int = len(TRACES)) -> Simulator:
+    return Simulator(TRACES, VIDEO, upstream_episodes(TRACES, trace_num=-1, clock="episode").rows(range(count)))
+
+
+def recorded(subject: Subject, told: EvalConfig | None = None, **given: Any) -> Evidence:
+    """The subject's own test beside MPC, and what the records tell of it."""
+    tables = {
+        "llm": ablation.replay(subject, [], simulator()),
+        "mpc (original)": play(RobustMPC(VIDEO, MPCConfig.upstream()), simulator()),
+    }
+    said = replace(subject, config=told or subject.config, lora=True, played=None)
+    return Evidence(
+        tables, "llm", subject=said, traces=TRACES, video=VIDEO, registry=REGISTRY, setting={"fixed": True}, **given
+    )
+
+
+def test_each_switch_alone_and_all_together(subject: Subject) -> None:
+    off = replace(subject, config=replace(subject.config or EvalConfig(), w=2, target_return_scale=2.0))
+    evidence = recorded(off)
+    found = ablation.ablate(evidence, budget_s=120)
+    assert found is not None
+    assert found.same_levels == 1
+    assert list(found.tables) == [AS_RUN, "sampling", "window-mismatch", "target-return", ALL_SOUND]
+    pd.testing.assert_frame_equal(found.tables[AS_RUN], evidence.tables["llm"])
+    by_hand = play(ablation.variant(off, ["sampling", "window-mismatch", "target-return"]), simulator())
+    np.testing.assert_array_equal(found.tables[ALL_SOUND]["level"], by_hand["level"])
+    rows = found.table().set_index("switch")
+    difference = qoe.summarise(found.tables["sampling"]).reward - qoe.summarise(found.tables[AS_RUN]).reward
+    assert rows.loc["sampling", "effect"] == pytest.approx(difference)
+    assert rows["effect"].isna().tolist() == [True, False, False, False, False]
+    assert {f.id for f in ablation.measured(evidence, found)} == {"sampling", "window-mismatch", "target-return"}
+
+
+def test_nothing_to_replay(subject: Subject) -> None:
+    evidence = recorded(subject)
+    assert ablation.ablate(evidence, budget_s=0) is None
+    assert ablation.ablate(replace(evidence, subject=None), budget_s=9) is None
+    assert ablation.ablate(replace(evidence, traces=None), budget_s=9) is None
+    hurried = ablation.ablate(evidence, budget_s=1e-3)
+    assert hurried is not None
+    assert "--budget" in hurried.too_short
+    assert hurried.effects == {}
+    assert any("--budget" in line for line in diagnose(evidence, budget_s=1e-3).missing)
+
+
+@pytest.mark.parametrize(
+    ("really", "identity"),
+    [
+        ({"lora": False}, "adapter-not-applied"),
+        ({"config": EvalConfig(choose="sample", w=10, **ROLLING)}, "window-mismatch"),
+        ({"config": EvalConfig(choose="sample", target_return_scale=10.0, **ROLLING)}, "target-return"),
+    ],
+)
+def test_how_a_test_was_really_played(subject: Subject, really: dict[str, Any], identity: str) -> None:
+    evidence = recorded(replace(subject, **really), told=subject.config)
+    found = ablation.ablate(evidence, budget_s=120)
+    assert found is not None
+    assert found.same_levels == 1
+    assert identity in ablation.switched(found.subject)
+    assert identity in {finding.id for finding in ablation.measured(evidence, found)}
+
+
+def test_a_test_of_other_weights_is_identified(subject: Subject) -> None:
+    other = tiny_network(layers=1)
+    with torch.no_grad():
+        other.action_head.weight.mul_(-6)
+    evidence = recorded(replace(subject, network=other), told=subject.config)
+    evidence = replace(evidence, subject=subject, other_weights={"checkpoint/3": lambda: other})
+    found = ablation.ablate(evidence, budget_s=120)
+    assert found is not None
+    assert found.subject.played_from == "checkpoint/3"
+    assert "wrong-checkpoint" in ablation.switched(found.subject)
+    # without that checkpoint at hand it is said that these weights do not give these results
+    unknown = replace(evidence, other_weights={})
+    found = ablation.ablate(unknown, budget_s=120)
+    assert found is not None
+    assert found.same_levels is not None
+    assert found.same_levels < 0.7
+    said = ablation.unexplained(unknown, found)
+    assert [finding.id for finding in said] == ["wrong-checkpoint"] or said[0].id == "dropout-on"
+
+
+def test_weights_that_tell_their_fault(subject: Subject, pool: ExperiencePool) -> None:
+    learned = Training(final_loss=0.1)
+    fresh = tiny_network(lora=False, layers=1)
+    zero = Evidence(subject=replace(subject, network=fresh), training=learned)
+    found, _ = ablation.weights(zero)
+    assert [f.id for f in found] == ["adapter-not-applied"]
+    broken = stir(tiny_network(layers=1))
+    with torch.no_grad():
+        broken.action_head.bias[0] = float("nan")
+    found, _ = ablation.weights(Evidence(subject=replace(subject, network=broken), pool=pool))
+    assert [f.id for f in found] == ["non-finite"]
+    found, _ = ablation.weights(Evidence(subject=subject, pool=pool, training=learned))
+    assert [f.id for f in found] == ["wrong-checkpoint"], "untrained weights after a training that learnt"
+    found, known = ablation.weights(Evidence(subject=subject, pool=pool))
+    assert found == []
+    assert known.training is not None
+    assert known.training.final_loss == pytest.approx(ablation.checkpoint_losses(subject, pool)[0])
+
+
+def test_retraining_within_a_budget(subject: Subject, pool: ExperiencePool) -> None:
+    evidence = recorded(subject, pool=pool)
+    diagnosis = diagnose(evidence, budget_s=0, retrain_s=1)
+    rows = diagnosis.waterfall.set_index("switch")
+    assert list(rows.index) == [AS_RUN, RETRAINED]
+    again, with_ = ablation.retrain(subject, pool, 0.1)
+    assert with_["steps"] >= 1
+    assert again.meta.pool_hash == pool.content_hash()
+    assert again.network is not subject.network
+
+
+def test_every_switch_is_a_finding_with_a_sound_value(subject: Subject) -> None:
+    config = EvalConfig.upstream(in_training=True, w=3, target_return_scale=2.0)
+    other = replace(subject.meta.scale, max_reward=99.0)
+    wrong = replace(subject, config=config, test_scale=other, lora=False, played=subject.network)
+    assert ablation.switched(wrong) == list(SWITCHES)
+    sound = ablation.variant(wrong, list(SWITCHES))
+    assert ablation.switched(replace(subject, config=sound.config)) == []
+    assert sound.scale == subject.meta.scale
+
+
+def test_a_subset_of_traces_is_played_in_the_recorded_order(subject: Subject) -> None:
+    evidence = recorded(subject)
+    few: TraceSet = TRACES.subset([0, 1, 2])
+    assert ablation.episodes_of(evidence).trace_index.tolist() == list(range(9))
+    assert len(few) == 3

@@ -1,0 +1,353 @@
+"""Single decisions: confusion, divergence and counterfactuals, by hand and on real play; where the reward goes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from netllm_lib.abr import qoe
+from netllm_lib.abr.diagnosis.decisions import (
+    UNKNOWN,
+    breakdown,
+    concentration,
+    confusion,
+    costliest,
+    first_divergence,
+    levels_of,
+    mean_mbps,
+    optimum,
+    shadow,
+    swapped,
+)
+from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.play import play, rollout
+from netllm_lib.abr.policies.base import Observation, Policy
+from netllm_lib.abr.policies.bba import BBA
+from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
+from netllm_lib.abr.policies.oracle import best_plans, regret
+from netllm_lib.abr.policies.simple import Constant, Prefixed, Random, Replay
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.synthetic import generate_traces, generate_video
+from netllm_lib.abr.traces import CHUNKS, SAMPLE, Registry, Trace, TraceSet, Video
+
+REGISTRY = Registry(SAMPLE)
+TRACES = REGISTRY.trace_set("sample-test").subset(range(8))
+VIDEO = REGISTRY.video("sample")
+EPISODES = sound_episodes(TRACES)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETLLM_CACHE", str(tmp_path))
+
+
+@pytest.fixture
+def simulator() -> Simulator:
+    return Simulator(TRACES, VIDEO, EPISODES)
+
+
+def steady(mbps: float = 20.0) -> tuple[TraceSet, Video]:
+    """Two traces without any doubt: every chunk arrives in time, in any level."""
+    traces = tuple(Trace(name, np.arange(0, 400.0), np.full(400, mbps)) for name in "ab")
+    sizes = (qoe.BITRATES_KBPS[:, None] * 500).repeat(CHUNKS, axis=1)
+    return TraceSet("steady", traces), Video("flat", sizes)
+
+
+# --- Prefixed
+
+
+@pytest.mark.parametrize("config", [MPCConfig(), MPCConfig(carry_history=True)], ids=["sound", "carries history"])
+def test_a_prefix_of_ones_own_levels_changes_nothing(simulator: Simulator, config: MPCConfig) -> None:
+    policy = RobustMPC(VIDEO, config)
+    alone = rollout(policy, simulator).level
+    for start in (1, 20, np.arange(8) * 6 + 1, CHUNKS):
+        prefixed = rollout(Prefixed(policy, alone, start), simulator)
+        np.testing.assert_array_equal(prefixed.level, alone)
+        np.testing.assert_array_equal(prefixed.extras["wanted"][:, 1:], alone[:, 1:])
+
+
+def test_prefix_is_played_and_the_policy_takes_over(simulator: Simulator) -> None:
+    given = np.full((8, CHUNKS), 2)
+    given[3, 5] = UNKNOWN
+    start = np.array([1, 10, 20, 30, 40, 45, 47, 48])
+    levels = rollout(Prefixed(Constant(4), given, start), simulator).level
+    expected = np.where(np.arange(CHUNKS) < start[:, None], 2, 4)
+    expected[:, 0], expected[3, 5] = 0, 4
+    np.testing.assert_array_equal(levels, expected)
+    with pytest.raises(ValueError, match="levels of 3 episodes were given, 8 are played"):
+        play(Prefixed(BBA(), given[:3], 1), simulator)
+
+
+@pytest.mark.parametrize("window", ["cached", "rolling"])
+def test_an_llm_remembers_what_was_played_not_what_it_wanted(window: Any) -> None:
+    """Behind a prefix, the LLM's probabilities equal those of one that chose the prefix itself."""
+    pytest.importorskip("torch")
+    from llm_fixtures import tiny_network, toy_pool
+    from netllm_lib.abr.checkpoint import describe
+    from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
+    from netllm_lib.abr.windows import return_to_go
+
+    class Forced(LLMPolicy):
+        """Chooses the given levels up to chunk 5, whatever its network says."""
+
+        def _choose(self, observation: Observation) -> np.ndarray:
+            own = super()._choose(observation)
+            return given[observation.episode, observation.chunk] if observation.chunk < 5 else own
+
+    network = tiny_network()
+    meta = describe(network, return_to_go(toy_pool())[1], w=20)
+    two = Simulator(TRACES, VIDEO, EPISODES.rows([0, 1]))
+    given = np.random.default_rng(0).integers(0, 6, (2, CHUNKS))
+    config = EvalConfig(context_window=window)
+    expected = rollout(Forced(network, meta, config), two)
+    prefixed = rollout(Prefixed(LLMPolicy(network, meta, config), given, 5), two)
+    np.testing.assert_array_equal(prefixed.level, expected.level)
+    for column in ("p0", "p5", "return_to_go"):
+        np.testing.assert_allclose(prefixed.extras[column], expected.extras[column], atol=1e-6)
+    own = rollout(LLMPolicy(network, meta, config), two)
+    assert (own.level[:, 1:5] != given[:, 1:5]).any()  # it wanted something else
+    watched = shadow(own.table(), LLMPolicy(network, meta, config), two)
+    np.testing.assert_array_equal(watched, own.level)
+
+
+# --- what others would have done
+
+
+def test_shadow_of_oneself_and_of_others(simulator: Simulator) -> None:
+    table = play(RobustMPC(VIDEO), simulator)
+    own = shadow(table, RobustMPC(VIDEO), simulator)
+    np.testing.assert_array_equal(own, levels_of(table))
+    assert (shadow(table, Constant(3), simulator)[:, 1:] == 3).all()
+    by_buffer = np.clip((5 * (table["buffer_s"] - 5) / 10).to_numpy().reshape(8, CHUNKS), 0, 5).astype(int)
+    np.testing.assert_array_equal(shadow(table, BBA(), simulator)[:, 1:], by_buffer[:, :-1])  # of the chunk before
+
+
+def test_confusion_and_divergence_by_hand() -> None:
+    run = np.array([[5, 1, 1, 2], [0, 3, 3, 3], [0, 4, 4, 4]])
+    other = np.array([[0, 1, 2, 2], [0, 3, 3, 3], [0, UNKNOWN, 5, 4]])
+    counts = confusion(run, other)
+    assert counts.shape == (6, 6)
+    assert counts.to_numpy().sum() == 8  # neither the first chunk nor the unknown one
+    assert [counts.loc[1, 1], counts.loc[1, 2], counts.loc[2, 2], counts.loc[3, 3]] == [1, 1, 1, 3]
+    assert [counts.loc[4, 5], counts.loc[4, 4], counts.loc[5, 0]] == [1, 1, 0]
+    assert (counts.index.name, counts.columns.name) == ("run", "other")
+    assert first_divergence(run, other).tolist() == [2, 4, 2]
+    with pytest.raises(ValueError, match="shapes"):
+        confusion(run, other[:2])
+
+
+def test_optimum_on_a_steady_line_is_to_go_up_at_once() -> None:
+    traces, video = steady()
+    simulator = Simulator(traces, video, sound_episodes(traces))
+    table = play(Constant(2), simulator)
+    best = optimum(table, simulator, rows=[1])
+    assert (best.levels[0] == UNKNOWN).all()
+    assert np.isnan(best.lost[0]).all()
+    assert best.levels[1, 1:].tolist() == [5] * 47
+    # before chunk c at level 2, going up to level 5 costs the change once and gains 4.3 a chunk
+    chunks = np.arange(2, CHUNKS)
+    np.testing.assert_allclose(best.values[1, 2:, 5], (CHUNKS - chunks) * 4.3 - 3.1)
+    # staying at level 2 once more: the same one chunk later
+    np.testing.assert_allclose(best.values[1, 2:-1, 2], 1.2 + (CHUNKS - chunks[:-1] - 1) * 4.3 - 3.1)
+    np.testing.assert_allclose(best.lost[1, 2:-1], 4.3 - 1.2)
+    assert "1 of 2 episodes" in repr(best)
+
+
+def test_optimum_of_real_play(simulator: Simulator) -> None:
+    table = play(BBA(), simulator)
+    best = optimum(table, simulator)
+    played = levels_of(table)
+    assert (best.lost >= 0).all()
+    assert ((best.levels == played) == (best.lost == 0))[:, 1:].all()
+    gap = regret(table, best_plans(TRACES, VIDEO, EPISODES)) * 47
+    np.testing.assert_allclose(best.lost.sum(axis=1), gap, atol=0.3)
+
+
+def test_a_table_of_other_episodes_is_an_error(simulator: Simulator) -> None:
+    table = play(BBA(), simulator)
+    noisy = Simulator(TRACES, VIDEO, sound_episodes(TRACES, noise=True))
+    with pytest.raises(ValueError, match=r"replaying its levels gives .* noise that were played"):
+        shadow(table, BBA(), noisy)
+    with pytest.raises(ValueError, match="the table has 8 traces of 48 chunks, the simulator 2 of 48"):
+        optimum(table, Simulator(TRACES, VIDEO, EPISODES.rows([0, 1])))
+    with pytest.raises(ValueError, match="do not all have the chunks"):
+        levels_of(table.drop(index=5))
+
+
+# --- counterfactuals
+
+
+class Slip(Policy):
+    """Level 5 as MPC would hardly, at one chunk of each episode; MPC otherwise."""
+
+    name = "slip"
+
+    def __init__(self, at: int, video: Video = VIDEO):
+        self.inner, self.at = RobustMPC(video), at
+
+    def reset(self, episodes) -> None:
+        self.inner.reset(episodes)
+
+    def act(self, observation: Observation) -> np.ndarray:
+        levels = self.inner.act(observation)
+        return np.full(len(levels), 5) if observation.chunk == self.at else levels
+
+
+def test_costliest_by_hand() -> None:
+    """Nothing stalls: playing level 0 once between level 5 costs 4.3 − .3 + 2 × 4 of smoothness."""
+    traces, video = steady()
+    simulator = Simulator(traces, video, sound_episodes(traces))
+    levels = np.full((2, CHUNKS), 5)
+    levels[:, 0], levels[1, 7], levels[1, 20] = 0, 0, 3
+    table = play(Replay(levels), simulator)
+    found = costliest(
+        table, simulator, np.full_like(levels, 5), k=5, gap=regret(table, best_plans(traces, video, simulator.episodes))
+    )
+    assert found[["trace", "chunk", "level", "instead"]].values.tolist() == [["b", 7, 0, 5], ["b", 20, 3, 5]]
+    np.testing.assert_allclose(found["gain"], [4.0 + 8.0, 4.3 - 1.85 + 2 * 2.45])
+    assert found["share"].sum() == pytest.approx(1)
+    assert (found["continued"] == "recorded").all()
+    better = swapped(table, simulator, found)
+    assert better["reward"].sum() - table["reward"].sum() == pytest.approx(found["gain"].sum())
+
+
+def test_costliest_finds_a_planted_slip_and_its_worth(simulator: Simulator) -> None:
+    """The slip is the only decision that differs from MPC's: swapping it gives back exactly what MPC plays by itself."""
+    sound, slipped = play(RobustMPC(VIDEO), simulator), play(Slip(20), simulator)
+    assert (levels_of(sound) != levels_of(slipped))[:, 20].all()
+    instead = shadow(slipped, RobustMPC(VIDEO), simulator)
+    gap = qoe.per_trace(sound)["reward"] - qoe.per_trace(slipped)["reward"]
+    found = costliest(slipped, simulator, instead, Slip(20), k=20, gap=gap)
+    assert (found["chunk"] == 20).all()
+    assert (found["continued"] == "policy").all()
+    expected = gap[gap > 0] * 47
+    assert set(found["trace"]) == set(expected.index)
+    np.testing.assert_allclose(found["gain"], expected[found["trace"]])
+    assert found["gain"].is_monotonic_decreasing
+    np.testing.assert_allclose(found["share"], found["gain"] / (gap.sum() * 47))
+    assert len(costliest(slipped, simulator, instead, Slip(20), k=2)) == 2
+
+
+def test_gains_of_one_trace_add_up(simulator: Simulator) -> None:
+    table = play(BBA(), simulator)
+    plans = best_plans(TRACES, VIDEO, EPISODES)
+    reference = optimum(table, simulator).levels
+    gap = regret(table, plans)
+    found = costliest(table, simulator, reference, BBA(), k=12, gap=gap)
+    assert len(found) > 5
+    assert found["trace"].value_counts().max() > 1
+    assert (found["gain"] > 0).all()
+    better = swapped(table, simulator, found, BBA())
+    change = qoe.per_trace(better)["reward"] - qoe.per_trace(table)["reward"]
+    np.testing.assert_allclose(change.sum() * 47, found["gain"].sum())
+    assert 0 < found["share"].sum() <= 1 + 1e-9
+    alone = found.groupby("trace").head(1).iloc[:1]
+    one = qoe.per_trace(swapped(table, simulator, alone, BBA()))["reward"] - qoe.per_trace(table)["reward"]
+    assert one.sum() * 47 == pytest.approx(alone["gain"].iloc[0])
+
+
+def test_a_policy_that_does_not_reproduce_the_run_is_not_trusted(simulator: Simulator) -> None:
+    table = play(BBA(), simulator)
+    instead = shadow(table, RobustMPC(VIDEO), simulator)
+    recorded = costliest(table, simulator, instead)
+    assert len(recorded)
+    for stranger in (Random(), RobustMPC(VIDEO, MPCConfig(carry_history=True))):
+        found = costliest(table, simulator, instead, stranger, confirm=47)
+        assert (found["continued"] == "recorded").all()
+        pd.testing.assert_frame_equal(found, recorded)
+    assert costliest(table, simulator, levels_of(table), BBA()).empty
+    with pytest.raises(ValueError, match="must be at least 1"):
+        costliest(table, simulator, instead, k=0)
+    with pytest.raises(ValueError, match="reference has levels of shape"):
+        costliest(table, simulator, instead[:2])
+    with pytest.raises(ValueError, match="no trace 'nowhere'"):
+        swapped(table, simulator, pd.DataFrame({"trace": ["nowhere"], "chunk": [3], "instead": [1]}))
+    with pytest.raises(ValueError, match=r"chunks 1\.\.47"):
+        swapped(table, simulator, pd.DataFrame({"trace": [TRACES.names[0]], "chunk": [0], "instead": [1]}))
+
+
+def test_counterfactuals_under_the_original_protocol() -> None:
+    """Noise, shuffled order and action draws belong to the episode: the policy goes on with the same random numbers."""
+    traces, video = generate_traces("t", 9, 4), generate_video("v", 3)
+    simulator = Simulator(traces, video, upstream_episodes(traces, trace_num=6, draws_actions=True))
+    table = play(Slip(9, video), simulator)
+    instead = shadow(table, RobustMPC(video), simulator)
+    found = costliest(table, simulator, instead, Slip(9, video), k=6)
+    sound = qoe.per_trace(play(RobustMPC(video), simulator))["reward"]
+    gain = (sound - qoe.per_trace(table)["reward"]) * 47
+    np.testing.assert_allclose(found["gain"], gain[found["trace"]])
+    assert set(found["trace"]) == set(gain[gain > 0].index)
+
+
+# --- where the reward goes
+
+
+def tiny_table() -> pd.DataFrame:
+    rows = [  # trace, chunk, level, kbps, rebuffer_s, smoothness
+        ("a", 0, 0, 300, 9.0, 0.0), ("a", 1, 1, 750, 0.0, 0.45), ("a", 2, 2, 1200, 0.5, 0.45),
+        ("b", 0, 0, 300, 9.0, 0.0), ("b", 1, 2, 1200, 0.0, 0.9), ("b", 2, 2, 1200, 0.0, 0.0),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["trace", "chunk", "level", "bitrate_kbps", "rebuffer_s", "smoothness_mbps"])
+    table["reward"] = table["bitrate_kbps"] / 1000 - 4.3 * table["rebuffer_s"] - table["smoothness_mbps"]
+    table["size_bytes"] = 950_000
+    table["delay_ms"] = np.where(table["trace"] == "a", 8080.0, 1080.0)  # 1 and 8 Mbps with headers
+    return table
+
+
+def test_breakdown_by_hand() -> None:
+    table = tiny_table()
+    by_trace = breakdown(table, "trace")
+    np.testing.assert_allclose(by_trace.loc["a"], [2, (0.3 - 1.4) / 2, 0.975, 2.15 / 2, 0.45])
+    np.testing.assert_allclose(by_trace.loc["b"], [2, 0.75, 1.2, 0, 0.45])
+    by_level = breakdown(table, "level")
+    assert by_level.index.tolist() == [1, 2]
+    np.testing.assert_allclose(by_level.loc[1], [1, 0.3, 0.75, 0, 0.45])
+    np.testing.assert_allclose(by_level.loc[2, ["chunks", "rebuffering"]], [3, 2.15 / 3])
+    assert breakdown(table, "chunk").index.tolist() == [1, 2]
+    np.testing.assert_allclose(mean_mbps(table), [1, 8])
+    by_regime = breakdown(table, "regime", bands=2)
+    assert by_regime.index.tolist() == ["1: 1.00–1.00 Mbps", "2: 8.00–8.00 Mbps"]
+    np.testing.assert_allclose(by_regime.to_numpy(), by_trace.to_numpy())
+    with pytest.raises(ValueError, match=r"give 1\.\.2"):
+        breakdown(table, "regime")
+    with pytest.raises(ValueError, match="by must be"):
+        breakdown(table, "day")  # type: ignore[arg-type]
+
+
+def test_regimes_follow_the_traces_bandwidth_and_parts_add_up(simulator: Simulator) -> None:
+    table = play(BBA(), simulator)
+    whole = breakdown(table, "regime", TRACES, bands=3)
+    assert whole["chunks"].tolist() == [3 * 47, 3 * 47, 2 * 47]
+    means = TRACES.describe()["mean_mbps"].sort_values().to_numpy()
+    assert whole.index[0] == f"1: {means[0]:.2f}–{means[2]:.2f} Mbps"
+    for by in ("trace", "regime", "chunk", "level"):
+        groups = breakdown(table, by, TRACES)
+        np.testing.assert_allclose(groups["reward"], groups["quality"] - groups["rebuffering"] - groups["smoothness"])
+        total = np.average(groups["reward"], weights=groups["chunks"])
+        assert total == pytest.approx(qoe.summarise(table).reward)
+    by_name = mean_mbps(table.drop(columns="trace_index"), TRACES)
+    pd.testing.assert_series_equal(by_name, mean_mbps(table, TRACES))
+    twice = Simulator(TRACES, VIDEO, sound_episodes(TRACES, repeats=2))
+    again = mean_mbps(play(BBA(), twice).drop(columns="trace_index"), TRACES)
+    assert again.iloc[8:].tolist() == again.iloc[:8].tolist()
+    with pytest.raises(ValueError, match="give the trace set that was played"):
+        mean_mbps(table.drop(columns="trace_index"), replace(TRACES, traces=TRACES.traces[:3]))
+
+
+def test_concentration_by_hand() -> None:
+    gap = pd.Series([0.0] * 16 + [6.0, 2.0, 1.0, 1.0], index=[f"t{i}" for i in range(20)])
+    rows = concentration(gap)
+    assert rows.index.tolist() == ["1%", "10%", "20%", "50%", "100%"]  # 2 % and 5 % are one trace, too
+    assert rows["traces"].tolist() == [1, 2, 4, 10, 20]
+    np.testing.assert_allclose(rows["share"], [0.6, 0.8, 1, 1, 1])
+    np.testing.assert_allclose(rows["gap"], [0.3, 0.4, 0.5, 0.5, 0.5])
+    assert rows["worst"].tolist()[:2] == ["t16", "t17"]
+    assert concentration(-gap)["share"].isna().all()
+    assert concentration(pd.Series([3.0, -1.0]))["share"].tolist() == [1.5, 1.0]
+    with pytest.raises(ValueError, match="no traces"):
+        concentration(gap[:0])
