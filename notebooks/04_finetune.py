@@ -40,7 +40,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from netllm_lib import runs
-from netllm_lib.abr import checkpoint, diagnose, model, plots, pool, train
+from netllm_lib.abr import checkpoint, diagnosis, model, plots, pool, train
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.policies import llm
@@ -86,8 +86,8 @@ result = train.train(network, experience, config, folder=folder, validate=valida
 result.evaluations
 
 # %%
-entropy, conditional = diagnose.behaviour_entropy(experience)
-references = {"chance": diagnose.CHANCE, "H(a)": entropy, "H(a | previous level)": conditional}
+entropy, conditional = diagnosis.behaviour_entropy(experience)
+references = {"chance": diagnosis.CHANCE, "H(a)": entropy, "H(a | previous level)": conditional}
 plots.plot_training(result.history, references)
 plt.savefig(out / "training.png", dpi=120)
 plt.show()

@@ -34,10 +34,9 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import pandas as pd
 
 from netllm_lib import runs
-from netllm_lib.abr import plots, qoe, report
+from netllm_lib.abr import plots, report
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.play import play
@@ -75,8 +74,7 @@ if policy:
     print(f"llm: context window {context_window}, {choose}, {seconds['llm']:.1f} s for {len(trace_set)} traces")
 
 # %%
-league = report.league(tables, seconds)
-league.round(4)
+report.league(tables, seconds).round(4)
 
 # %%
 plots.plot_decomposition(tables)
@@ -90,17 +88,14 @@ plt.show()
 # %%
 clean = ~sets.overlapping(trace_set, training_set)
 print(f"{clean.sum()} of {len(clean)} test traces share no content with {training_set.name}")
-means = pd.DataFrame({name: qoe.per_trace(table)["reward"] for name, table in tables.items()})
-on_clean = means[clean].mean()
-on_clean.round(4)
+league = report.league(tables, seconds, clean)
+league[["reward", "reward_clean"]].round(4)
 
 # %%
-for name, table in tables.items():
-    with runs.atomic_path(out / "tables" / f"{name}.parquet") as aside:
-        table.to_parquet(aside)
-setting = {"traces": trace_set.name, "video": clip.name, "clean": clean, "order": list(tables), "seed": seed}
-runs.write_json(out / "setting.json", setting | {"context_window": context_window, "choose": choose})
-metrics = {"policies": league.to_dict("index"), "clean_traces": int(clean.sum()), "clean_mean": on_clean.to_dict()}
+known = {"train_traces": training_set.name, "clean": clean, "seed": seed}
+report.save_test(out, tables, report.setting_of(trace_set, clip, policy, players.get("llm"), **known))
+metrics = {"policies": league.to_dict("index"), "clean_traces": int(clean.sum())}
+metrics["clean_mean"] = league["reward_clean"].to_dict()
 runs.write_json(out / "metrics.json", metrics)
 print(league[["reward", "low", "high", "seconds"]].round(4).to_string())
 # expected: setting.json, decomposition.png

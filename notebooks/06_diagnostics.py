@@ -12,103 +12,208 @@
 
 # %% [markdown]
 # # 06 · Where does the reward go, and what to fix first?
+#
+# For a test of notebook 05, or whatever a run of the original left behind. The more of its inputs are at hand, the more can be
+# told: the test alone shows where the reward goes, training and pool why, weights and PLM prove it by playing again.
 
 # %% tags=["parameters"]
 data: str = ""  # folder with traces/ and videos/
-test_dir: str = ""  # run folder of notebook 05; empty: its last run
-train_dir: str = ""  # run folder of notebook 04; empty: findings about training are left out
-pool_dir: str = ""  # run folder of notebook 03; empty: findings about the pool are left out
-baseline: str = ""  # the policy to compare with, traces sorted by the gap to it; empty: the best other one
-trace: str = ""  # of the timeline; empty: the one with the largest gap
+test_dir: str = ""  # run folder of notebook 05, or a tree of the original's; empty: the last run of 05
+train_dir: str = ""  # run folder of notebook 04; empty: the one that the test names
+pool_dir: str = ""  # run folder of notebook 03, or a pool; empty: the one that the training names
+seeds: list[str] = []  # further tests of the same recipe, with other training seeds
+more: list[str] = []  # further tests on the same traces, to compare with
+plm: str = ""  # where the PLM is; empty: where the training found it
+budget_s: float = 30.0  # for playing the test again, one switch at a time; 0: not
+retrain_s: float = 0.0  # for training the PLM anew by the sound defaults; 0: not
+baseline: str = ""  # the policy to compare with; empty: the one that the run is judged by
+trace: str = ""  # of the timeline; empty: the one with the largest regret
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
-from pathlib import Path
-
 import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import display
 
 from netllm_lib import runs
-from netllm_lib.abr import diagnose, plots, qoe, report
-from netllm_lib.abr import traces as sets
+from netllm_lib.abr import diagnosis, plots, qoe, report
+from netllm_lib.abr.diagnosis import ablation, decisions, explorer, figures, sources
+from netllm_lib.abr.diagnosis.timeline import timeline
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.mpc import RobustMPC
+from netllm_lib.abr.policies.oracle import best_plans, regret
+from netllm_lib.abr.policies.simple import Replay
+from netllm_lib.abr.simulator import Simulator
 
 # %%
 out = runs.output_folder(run_dir, "06_diagnostics")
-loaded = report.load_run(
-    Path(test_dir or runs.latest("05_test")), train_dir and Path(train_dir), pool_dir and Path(pool_dir)
-)
-tables, subject = loaded.tables, loaded.run
-trace_set = sets.find_registry(data or None).trace_set(loaded.setting["traces"])
-others = {name: qoe.summarise(table).reward for name, table in tables.items() if name != subject}
-baseline = baseline or max(others, key=others.get)
-league = report.league(tables)
+folders = [test_dir or runs.latest("05_test"), *seeds, train_dir, pool_dir]
+loaded = sources.load(*filter(None, folders), plm=plm or None, data=data or None)
+if loaded.table is None:
+    raise ValueError(f"{folders[0]}: there is no test in it; `netllm diagnose` reads logs alone")
+loaded = diagnosis.with_baselines(loaded)
+tables, run, subject = loaded.tables, loaded.table, loaded.run
+reference = baseline or loaded.reference
+print(f"{subject} on {loaded.setting.get('traces')}, {loaded.setting.get('video')}, compared with {reference}")
+
+
+# %%
+def keep(axes, name):
+    """Save a figure in the run folder and show it."""
+    axes.figure.savefig(out / f"{name}.png", dpi=120)
+    plt.show()
+
+
+# %% [markdown]
+# ## Who got how much
+# Mean reward per chunk with its 95 % interval, bootstrapped over traces; the middle half of the traces (iqm), the worst 5 %,
+# and the mean on traces that share no content with the training traces.
+
+# %%
+compared = report.with_runs(loaded, more, data or None)
+league = report.league(compared.tables, clean=loaded.clean)
+league.to_csv(out / "league.csv")
 league.round(4)
 
 # %% [markdown]
 # ## Findings, most important first
+# A *cause* explains a gap, a *suspect* may contribute, a *note* is worth knowing. Each says what should be the case (the rule),
+# what to change, and, where it was measured, what that is worth; an effect whose interval holds zero is noise.
 
 # %%
-findings = diagnose.diagnose(loaded)
-print("\n".join(f"{number}. {finding}" for number, finding in enumerate(findings, 1)) or "nothing found")
+found = diagnosis.diagnose(loaded, budget_s, retrain_s, print)
+runs.write_json(out / "findings.json", found.plain())
+print(report.headline(found))
+
+# %%
+with pd.option_context("display.max_colwidth", None):
+    display(report.findings_table(found).style.set_properties(**{"text-align": "left", "vertical-align": "top"}))
+
+# %%
+elsewhere = ("waterfall", "differences", "losses")  # these have a section below
+for name, axes in figures.gallery(found, loaded, elsewhere):
+    keep(axes, f"finding-{name}")
 
 # %% [markdown]
-# ## Is the difference real?
-# Bootstrap over traces, paired: the same traces under both policies. An interval that holds zero shows no difference.
+# ## What each switch is worth
+# The run's own weights, played again with one switch of the test turned to what is sound, and with all of them; with
+# `retrain_s`, also the same PLM trained by the sound defaults. All variants play the same traces with the same random numbers.
 
 # %%
-differences = {
-    f"{subject} − {name}": diagnose.paired(tables[subject], table) for name, table in tables.items() if name != subject
-}
-plots.plot_differences(differences)
-plt.savefig(out / "differences.png", dpi=120)
-plt.show()
+if found.waterfall is None:
+    print("nothing to show: no switch of the test is off, or it cannot be played again here (see what is not there)")
+else:
+    found.waterfall.to_csv(out / "waterfall.csv", index=False)
+    others = {} if reference is None else {reference: qoe.summarise(tables[reference]).reward}
+    keep(figures.waterfall(found.waterfall, others), "waterfall")
 
 # %% [markdown]
-# ## Reward by its parts
+# ## Where the reward goes
 
 # %%
-plots.plot_decomposition(tables)
-plt.savefig(out / "decomposition.png", dpi=120)
-plt.show()
+keep(plots.plot_decomposition(compared.tables), "decomposition")
+if reference is not None:
+    keep(plots.plot_differences(figures.differences(loaded)), "differences")
 
 # %% [markdown]
-# ## The worst traces
-# All in reward per chunk: positive means that the run is better than the baseline in that part.
+# Which part of the reward is lost, on slow or on fast traces, early or late in the video?
 
 # %%
-gaps = report.trace_gaps(tables[subject], tables[baseline])
-plots.plot_trace_gaps(tables[subject], tables[baseline], (subject, baseline))
-plt.savefig(out / "trace_gaps.png", dpi=120)
-plt.show()
-gaps.head(10).round(3)
+for by in ("regime", "chunk") if reference is not None else ():
+    ours, theirs = (decisions.breakdown(t, by, loaded.traces) for t in (run, tables[reference]))
+    keep(figures.parts(ours, theirs, (subject, reference)), f"parts_by_{by}")
+
+# %%
+gaps = None if reference is None else report.trace_gaps(run, tables[reference])
+if gaps is not None:
+    keep(figures.concentration(-gaps["reward"]), "concentration")
+    display(decisions.concentration(-gaps["reward"]).round(3), gaps.head(8).round(3))
+
+# %% [markdown]
+# ## Regret to the optimum
+# The best plan for each trace when its whole future is known: nobody can play it, but it says how much reward a trace holds.
+# Plans are kept in the cache folder.
+
+# %%
+episodes = explorer.recorded_episodes(loaded)  # None: traces or video are not at hand, or not those of the test
+plans = missing = None
+if episodes is None:
+    print("no regret: traces and video of the test are not at hand, or its table does not follow from them")
+else:
+    simulator = Simulator(loaded.traces, loaded.video, episodes)
+    plans = best_plans(loaded.traces, loaded.video, episodes)
+    missing = regret(run, plans)
+    missing.to_csv(out / "regret.csv")
+    keep(figures.regret(missing), "regret")
+
+# %% [markdown]
+# ## Decisions
+# In the very states that the run visited: what would MPC have done, and what is best, given the future? When does the run first
+# decide otherwise?
+
+# %%
+if episodes is not None:
+    levels = decisions.levels_of(run)
+    instead = {"mpc": decisions.shadow(run, RobustMPC(loaded.video), simulator)}
+    instead["the optimum"] = decisions.optimum(run, simulator).levels
+    for other, chosen in instead.items():
+        keep(figures.confusion(decisions.confusion(levels, chosen), (subject, other)), f"confusion_{other.split()[-1]}")
+    firsts = {other: decisions.first_divergence(levels, chosen) for other, chosen in instead.items()}
+    keep(figures.divergence(firsts, levels.shape[1]), "divergence")
+
+# %% [markdown]
+# The decisions that cost most: each is swapped for the best one, the policy goes on from there (or, where it cannot be
+# played quickly, the recorded levels do), and the episode is simulated again.
+
+# %%
+quick = budget_s > 0 and ablation.can_replay(loaded) and loaded.subject.config.context_window == "cached"
+if episodes is not None:
+    policy = ablation.variant(loaded.subject, []) if quick else None
+    costly = decisions.costliest(run, simulator, instead["the optimum"], policy, gap=missing, confirm=2)
+    costly.to_csv(out / "costliest.csv", index=False)
+    if len(costly):
+        keep(figures.costliest(costly, "regret"), "costliest")
+
+# %% [markdown]
+# ## What was learnt, from what
+
+# %%
+known = loaded.training
+if known is not None and known.losses is not None:
+    keep(figures.losses(known, figures.reference_losses(loaded)), "losses")
+if loaded.pool is not None:
+    keep(plots.plot_pool(loaded.pool)[0], "pool")
+    keep(figures.shift(loaded.pool, run), "shift")
 
 # %% [markdown]
 # ## One trace
-# Bandwidth, the levels chosen, the buffer; a cross is a stall.
+# Bandwidth with the levels chosen; the buffer, a cross is a stall; what the policy thought of the six levels; the return that
+# it was asked for.
 
 # %%
-by_name = dict(zip(trace_set.names, trace_set.traces, strict=True))
-shown = {name: tables[name] for name in report.timeline_policies(tables, subject, baseline)}
-plots.plot_timeline(shown, by_name[trace or gaps.index[0]])
-plt.savefig(out / "timeline.png", dpi=120)
-plt.show()
+worst = missing if missing is not None else -gaps["reward"] if gaps is not None else -qoe.per_trace(run)["reward"]
+shown = {name: tables[name] for name in report.timeline_policies(tables, subject, reference or subject, 2)}
+if plans is not None:
+    shown["oracle"] = play(Replay(plans.levels, "oracle"), simulator)
+label = trace or worst.idxmax()
+bandwidth = dict(zip(loaded.traces.names, loaded.traces.traces, strict=True)).get(label) if loaded.traces else None
+keep(timeline(shown, label, bandwidth, figure=plt.figure(figsize=(10, 9.7), layout="constrained"))[0], "timeline")
 
 # %% [markdown]
-# For a person: choose another trace, sorted by the gap. (Headless, the figure above stands for it.)
+# ## Explore
+# For a person: choose a trace (sorted by regret) and what is shown, step through its chunks and see what the policy saw; turn a
+# switch and play the trace again. (Headless, the figure above stands for it.)
 
 # %%
 if not runs.headless():
-    from ipywidgets import Dropdown, interact
-
-    choices = Dropdown(
-        options=[(f"{gap:+.3f}  {name}", name) for name, gap in gaps["reward"].items()], description="trace"
-    )
-    interact(lambda name: (plots.plot_timeline(shown, by_name[name]), plt.show())[1], name=choices)
+    display(explorer.explore(compared, plans))
 
 # %%
-runs.write_json(out / "findings.json", findings)
-(out / "summary.txt").write_text(report.summary(league, findings, loaded.setting) + "\n")
-metrics = {"findings": [finding.id for finding in findings], "baseline": baseline}
-metrics |= {"reward": {name: float(value) for name, value in league["reward"].items()}}
-metrics |= {"differences": {name: list(interval) for name, interval in differences.items()}}
+summary = report.summary(league, found, loaded.setting)
+(out / "summary.txt").write_text(summary + "\n")
+metrics = {"findings": [finding.id for finding in found.findings], "baseline": reference}
+metrics |= {"reward": league["reward"].to_dict(), "gap": found.gap, "over_seeds": found.over_seeds}
+metrics |= {"regret": None if missing is None else float(missing.mean())}
+metrics |= {"differences": {name: list(interval) for name, interval in figures.differences(loaded).items()}}
 runs.write_json(out / "metrics.json", metrics)
-# expected: findings.json, summary.txt, differences.png, timeline.png
+# expected: findings.json, summary.txt, league.csv, decomposition.png, timeline.png

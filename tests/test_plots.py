@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import matplotlib
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -22,7 +21,6 @@ from netllm_lib.abr.policies.simple import Constant
 from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.abr.traces import Trace
 from netllm_lib.stats import Interval
 
 TRACES, VIDEO = generate_traces("t", 5, 8), generate_video("v", 1)
@@ -62,21 +60,16 @@ def test_decomposition_marks_the_mean_reward(tables: dict) -> None:
     assert shown == pytest.approx(sorted(qoe.summarise(t).reward for t in tables.values()), abs=6e-4)
 
 
-def test_timeline_draws_stalls_and_needs_a_known_trace(tables: dict) -> None:
-    axes = plots.plot_timeline(tables, TRACES.traces[1])
-    stalls = tables["bba"].query("trace == @TRACES.names[1] and rebuffer_s > 0 and chunk > 0")
-    assert len(axes[1].collections[0].get_offsets()) == len(stalls)
-    with pytest.raises(ValueError, match="not in the tables"):
-        plots.plot_timeline(tables, Trace("other", np.arange(3.0), np.ones(3)))
-
-
 def test_pool_panels() -> None:
     axes = plots.plot_pool(generate_pool(BBA(), TRACES, VIDEO, EPISODES))
     assert sum(bar.get_height() for bar in axes[0].patches) == pytest.approx(100)
 
 
-def test_unrolled_bandwidth_starts_at_the_pointer() -> None:
-    trace = Trace("t", np.array([0.0, 1.0, 3.0, 4.0]), np.array([9.0, 1.0, 2.0, 3.0]))
-    ends, mbps = plots._unrolled(trace, 2, 6.0)
-    assert ends.tolist() == [0.0, 2.0, 3.0, 4.0, 6.0]
-    assert mbps.tolist() == [2.0, 2.0, 3.0, 1.0, 2.0]
+def test_references_of_a_pool_are_lines_with_their_values() -> None:
+    pool = generate_pool(BBA(), TRACES, VIDEO, EPISODES)
+    legend = plots.plot_pool_episodes(pool, {"other": 0.5}).get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        f"mean: {pool.rewards.mean():.2f}",
+        "other: 0.50",
+    ]

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.pool import ExperiencePool
-from netllm_lib.abr.traces import Trace, TraceSet
+from netllm_lib.abr.traces import TraceSet
 from netllm_lib.stats import Interval
 
 PALETTE = sns.color_palette("colorblind")
@@ -24,7 +24,7 @@ STYLES = ("-", "--", ":", "-.")
 
 def plot_bandwidths(trace_sets: Sequence[TraceSet], axes: Axes | None = None) -> Axes:
     """Distribution over traces of the mean bandwidth, one step curve per trace set."""
-    ax = _axes(axes, (7, 3.2))
+    ax = given_or_new(axes, (7, 3.2))
     for i, traces in enumerate(trace_sets):
         means = traces.describe()["mean_mbps"]
         label = f"{traces.name} ({len(traces)} traces)"
@@ -37,19 +37,46 @@ def plot_bandwidths(trace_sets: Sequence[TraceSet], axes: Axes | None = None) ->
 def plot_pool(pool: ExperiencePool) -> np.ndarray:
     """Three panels of an experience pool: levels, rewards of transitions, mean reward of episodes. Returns the axes [3]."""
     _, axes = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
-    share = np.bincount(pool.actions, minlength=qoe.LEVELS) / len(pool)
-    axes[0].bar(range(qoe.LEVELS), 100 * share, color=PALETTE[0])
-    axes[0].set(xlabel="level", ylabel="share of transitions (%)", title="Levels chosen")
-    axes[1].hist(pool.rewards, bins=80, color=PALETTE[1])
-    axes[1].set(yscale="log", xlabel="reward of a chunk", ylabel="transitions", title="Rewards: the tail is stalls")
-    axes[2].hist(pool.episode_returns() / pool.episode_lengths, bins=40, color=PALETTE[2])
-    axes[2].set(xlabel="mean reward of an episode", ylabel="episodes", title="Episodes")
+    plot_pool_levels(pool, axes[0])
+    plot_pool_rewards(pool, axes[1])
+    plot_pool_episodes(pool, axes=axes[2])
     return axes
+
+
+def plot_pool_levels(pool: ExperiencePool, axes: Axes | None = None) -> Axes:
+    """How often the behaviour policy chose each level."""
+    ax = given_or_new(axes, (5, 3.2))
+    share = np.bincount(pool.actions, minlength=qoe.LEVELS) / len(pool)
+    ax.bar(range(qoe.LEVELS), 100 * share, color=PALETTE[0])
+    ax.set(xlabel="level", ylabel="share of transitions (%)", title="Levels chosen")
+    return ax
+
+
+def plot_pool_rewards(pool: ExperiencePool, axes: Axes | None = None) -> Axes:
+    """The rewards of all transitions; the tail, which sets the range of the returns, shows on a logarithmic axis."""
+    ax = given_or_new(axes, (5, 3.2))
+    ax.hist(pool.rewards, bins=80, color=PALETTE[1])
+    ax.set(yscale="log", xlabel="reward of a chunk", ylabel="transitions", title="Rewards: the tail is stalls")
+    return ax
+
+
+def plot_pool_episodes(
+    pool: ExperiencePool, references: Mapping[str, float] | None = None, axes: Axes | None = None
+) -> Axes:
+    """Mean reward of the pool's episodes, with reference rewards as lines (for example MPC's on the same traces)."""
+    ax = given_or_new(axes, (5, 3.2))
+    means = pool.episode_returns() / pool.episode_lengths
+    ax.hist(means, bins=40, color=PALETTE[2])
+    for i, (name, value) in enumerate(({"mean": float(means.mean())} | dict(references or {})).items()):
+        ax.axvline(value, color="k", linestyle=STYLES[i % len(STYLES)], linewidth=1.2, label=f"{name}: {value:.2f}")
+    ax.set(xlabel="mean reward of an episode", ylabel="episodes", title="Episodes")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
 
 
 def plot_training(history: pd.DataFrame, references: Mapping[str, float], axes: Axes | None = None) -> Axes:
     """Training loss by optimizer step, with reference losses (for example chance, or the behaviour policy's entropy)."""
-    ax = _axes(axes, (8, 3.5))
+    ax = given_or_new(axes, (8, 3.5))
     steps = history.groupby("step")["loss"].mean()
     ax.plot(steps.index, steps, color="0.75", linewidth=0.8, label="loss of a step")
     ax.plot(steps.index, steps.rolling(15, min_periods=1).mean(), color=PALETTE[0], label="mean of 15 steps")
@@ -58,13 +85,13 @@ def plot_training(history: pd.DataFrame, references: Mapping[str, float], axes: 
             value, color=PALETTE[i + 1], linestyle=STYLES[1 + i % 3], linewidth=1.2, label=f"{name}: {value:.2f}"
         )
     ax.set(xlabel="optimizer step", ylabel="cross-entropy (nats)", title="Training loss")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
 
 def plot_decomposition(tables: Mapping[str, pd.DataFrame], axes: Axes | None = None) -> Axes:
     """Where the reward goes, by policy: bitrate gained, rebuffering and switching paid; the dot is the mean reward."""
-    ax = _axes(axes, (8, 0.55 * len(tables) + 1.4))
+    ax = given_or_new(axes, (8, 0.55 * len(tables) + 1.4))
     means = pd.DataFrame({name: qoe.per_trace(table).mean() for name, table in tables.items()}).T[::-1]
     ax.barh(means.index, means["quality"], color=PALETTE[0], label="quality (bitrate)")
     ax.barh(means.index, -means["rebuffering"], color=PALETTE[3], hatch="//", label="rebuffering")
@@ -82,7 +109,7 @@ def plot_decomposition(tables: Mapping[str, pd.DataFrame], axes: Axes | None = N
 
 def plot_differences(differences: Mapping[str, Interval], axes: Axes | None = None) -> Axes:
     """Paired differences with their intervals; one whose interval holds zero is drawn hollow."""
-    ax = _axes(axes, (8, 0.5 * len(differences) + 1.3))
+    ax = given_or_new(axes, (8, 0.5 * len(differences) + 1.3))
     for row, interval in enumerate(list(differences.values())[::-1]):
         color = PALETTE[2] if interval.low > 0 else PALETTE[3] if interval.high < 0 else "0.4"
         ax.plot([interval.low, interval.high], [row, row], color=color, linewidth=2)
@@ -98,7 +125,7 @@ def plot_trace_gaps(
     ours: pd.DataFrame, baseline: pd.DataFrame, names: tuple[str, str], axes: Axes | None = None
 ) -> Axes:
     """Difference of mean reward per trace, sorted: is the gap everywhere, or in a few traces?"""
-    ax = _axes(axes, (9, 3.2))
+    ax = given_or_new(axes, (9, 3.2))
     gap = np.sort((qoe.per_trace(ours)["reward"] - qoe.per_trace(baseline)["reward"]).to_numpy())
     ax.bar(range(len(gap)), gap, width=1.0, color=[PALETTE[3] if value < 0 else PALETTE[2] for value in gap])
     ax.axhline(0, color="k", linewidth=0.8)
@@ -106,46 +133,6 @@ def plot_trace_gaps(
     return ax
 
 
-def plot_timeline(tables: Mapping[str, pd.DataFrame], trace: Trace, label: str | None = None) -> np.ndarray:
-    """One trace as its viewers lived it: bandwidth with the bitrates chosen, and the buffer with stalls marked.
-
-    `label` is the trace's name in the tables (its own by default). The bandwidth is drawn from the start pointer on; round trips
-    and noise do not advance a trace, so it may lead the clock by a few seconds. Returns the axes [2].
-    """
-    _, axes = plt.subplots(2, 1, figsize=(10, 5.2), sharex=True, constrained_layout=True, height_ratios=(3, 2))
-    rows = {name: table[table["trace"] == (label or trace.name)] for name, table in tables.items()}
-    first = next(iter(rows.values()))
-    if first.empty:
-        raise ValueError(f"trace {label or trace.name!r} is not in the tables")
-    end_s = max(float(r["time_s"].iloc[-1]) for r in rows.values())
-    time_s, mbps = _unrolled(trace, int(first["start_ptr"].iloc[0]), end_s)
-    axes[0].fill_between(time_s, mbps, step="pre", color="0.88", label="bandwidth")
-    for i, (name, r) in enumerate(rows.items()):
-        style = {"color": PALETTE[i], "linestyle": STYLES[i % len(STYLES)]}
-        axes[0].step(r["time_s"], r["bitrate_kbps"] / 1000, where="pre", label=name, **style)
-        axes[1].plot(r["time_s"], r["buffer_s"], label=name, **style)
-        stalls = r[(r["rebuffer_s"] > 0) & (r["chunk"] > 0)]
-        size = 25 + 60 * stalls["rebuffer_s"].clip(upper=5)
-        axes[1].scatter(stalls["time_s"], stalls["buffer_s"], s=size, marker="x", color=PALETTE[i])
-    axes[0].set(ylabel="Mbps", title=f"{label or trace.name}: bandwidth and chosen bitrate")
-    axes[0].set_ylim(0, 1.15 * max(4.3 if max(r["bitrate_kbps"].max() for r in rows.values()) > 2850 else 3.0, 1))
-    axes[0].legend(frameon=False, fontsize=8, ncols=4, loc="upper right")
-    axes[1].set(
-        xlabel="time since the start (s)", ylabel="buffer (s)", title="Buffer (× marks a stall, larger for longer)"
-    )
-    return axes
-
-
-def _unrolled(trace: Trace, start_ptr: int, duration_s: float) -> tuple[np.ndarray, np.ndarray]:
-    """Sample ends in seconds since the start pointer and their bandwidth, repeated until `duration_s`."""
-    lengths, rates = np.diff(trace.time_s), trace.mbps[1:]
-    first = start_ptr - 1
-    lengths, rates = np.roll(lengths, -first), np.roll(rates, -first)
-    times = int(np.ceil(duration_s / lengths.sum())) + 1
-    ends = np.cumsum(np.tile(lengths, times))
-    keep = int(np.searchsorted(ends, duration_s)) + 1
-    return np.concatenate([[0.0], ends[:keep]]), np.concatenate([rates[:1], np.tile(rates, times)[:keep]])
-
-
-def _axes(axes: Axes | None, size: tuple[float, float]) -> Axes:
+def given_or_new(axes: Axes | None, size: tuple[float, float]) -> Axes:
+    """`axes`, or those of a new figure of `size` inches."""
     return axes if axes is not None else plt.subplots(figsize=size, constrained_layout=True)[1]

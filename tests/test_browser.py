@@ -1,0 +1,98 @@
+"""Notebook 06 as a person uses it: JupyterLab in a real browser, on a small run that is prepared here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from browser import chromium, jupyterlab, page
+from netllm_lib import notebooks
+from run_fixtures import prepare_run
+
+RUN_MS = 150_000  # for all cells, on a busy machine
+REDRAW_MS = 30_000
+
+
+def test_notebook_06_in_jupyterlab(tmp_path: Path) -> None:
+    """Run all cells, choose another trace, step through its chunks, turn a switch and play the trace again."""
+    chromium()
+    run = prepare_run(tmp_path, epochs=1)
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    notebook = nbformat.read(notebooks.NOTEBOOKS / "06_diagnostics.ipynb", as_version=4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    cell.source = re.sub(r"^budget_s: float = .*$", "budget_s: float = 5.0", cell.source, flags=re.MULTILINE)
+    nbformat.write(notebook, folder / "06_diagnostics.ipynb")
+    variables = {
+        "NETLLM_DATA": str(run.data),
+        "NETLLM_REPORTS": str(run.reports),
+        "NETLLM_CACHE": str(tmp_path / "cache"),
+    }
+    with jupyterlab(folder, tmp_path, **variables) as (address, token), page() as tab:
+        try:
+            tab.goto(f"{address}/lab/tree/06_diagnostics.ipynb?token={token}")
+            run_all_cells(tab)
+            use_the_explorer(tab)
+            assert errors(tab) == []
+        finally:
+            tab.screenshot(path=tmp_path / "page.png")
+    made = run.folder("06_diagnostics", "interactive")
+    assert {"findings.json", "summary.txt", "timeline.png"} <= {path.name for path in made.iterdir()}
+
+
+def run_all_cells(tab: Any) -> None:
+    """By the menu, as a person does; returns when the widgets of the explorer are there and the kernel rests."""
+    tab.locator(".jp-Notebook-cell").first.wait_for(timeout=60_000)
+    # before there is a kernel, it is idle too
+    tab.locator(".jp-Toolbar-kernelName", has_text="NetLLM (PyTorch)").wait_for(timeout=60_000)
+    tab.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
+    tab.get_by_role("menuitem", name="Run", exact=True).click()
+    tab.get_by_text("Run All Cells", exact=True).click()
+    done = tab.locator(".jp-OutputArea-output img.widget-image, .jp-OutputArea-output[data-mime-type*=error]")
+    done.first.wait_for(state="attached", timeout=RUN_MS)
+    assert errors(tab) == []
+    tab.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
+
+
+def use_the_explorer(tab: Any) -> None:
+    """Every control changes what it should."""
+    figure = tab.locator("img.widget-image")
+    figure.scroll_into_view_if_needed()
+    traces = tab.locator(".widget-dropdown select")
+    options = traces.locator("option").all_inner_texts()
+    assert len(options) == 6
+    worst_first = [float(text.split()[0]) for text in options]
+    assert worst_first == sorted(worst_first, reverse=True)
+
+    shown = figure.get_attribute("src")
+    traces.select_option(index=1)
+    shown = changed(tab, figure, shown)
+    words = tab.locator(".widget-html-content")
+    step = tab.locator("button.jupyter-button:has(.fa-step-forward)")
+    step.click()
+    shown = changed(tab, figure, shown)
+    words.get_by_text("chunk 2").wait_for(timeout=REDRAW_MS)
+    assert "throughput of past chunks (Mbps)" in words.all_inner_texts()[-1]
+
+    tab.get_by_role("button", name="sample").click()
+    tab.get_by_role("button", name="Replay this trace").click()
+    words.get_by_text(re.compile(r"reward -?\d+\.\d+ instead of -?\d+\.\d+")).wait_for(timeout=REDRAW_MS)
+    changed(tab, figure, shown)
+    assert "p(replay)" in words.all_inner_texts()[-1]
+
+
+def changed(tab: Any, figure: Any, before: str) -> str:
+    """The new source of the figure, once it is another one."""
+    tab.wait_for_function("([img, old]) => img.src !== old && img.complete", arg=[figure.element_handle(), before])
+    after = figure.get_attribute("src")
+    assert after != before
+    return str(after)
+
+
+def errors(tab: Any) -> list[str]:
+    """Tracebacks and warnings that the notebook shows."""
+    shown = tab.locator(".jp-OutputArea-output[data-mime-type*=error], .jp-OutputArea-output[data-mime-type*=stderr]")
+    return [text for text in shown.all_inner_texts() if text.strip()]
