@@ -33,7 +33,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 def test_counted_operations(tmp_path: Path) -> None:
-    """The formula against PyTorch's own count of a step, less that of the modules around the PLM. It does not count fused attention."""
+    """The formula against PyTorch's own count of a step, less that of the modules around the PLM; it leaves out fused attention."""
     size, config = gpu.Size(256, 768, 4, 4, 2, 16, 1, (2,), 1, 1), TrainConfig(precision="float32")
     network = gpu.make(size, torch.device("cpu"), tmp_path, attention="fast")
     network.plm.base.float()
@@ -47,4 +47,6 @@ def test_counted_operations(tmp_path: Path) -> None:
         action_loss(network, batch, None).backward()
     counted = (whole.get_total_flops() - around.get_total_flops()) / 2
     assert gpu.matrix_flop(size, config.w) == pytest.approx(counted, rel=0.01)
-    assert 4.2e12 < gpu.training_flop(dataclasses.replace(gpu.FULL, kv_heads=32, intermediate=11008), 20) < 4.4e12  # Llama-2-7B
+    assert (
+        4.0e12 < gpu.training_flop(dataclasses.replace(gpu.FULL, kv_heads=32, intermediate=11008), 20) < 4.3e12
+    )  # Llama-2-7B

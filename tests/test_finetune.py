@@ -162,10 +162,20 @@ def test_accelerate_launches_it(tmp_path: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", str(port)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+        command += [
+            "--main_process_port",
+            str(port),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+        ]
         env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "NETLLM_HEADLESS": "1"}
-        done = subprocess.run([*command, "-m", "netllm_lib.abr.finetune", str(job)], env=env, text=True, capture_output=True, timeout=180)
+        command += ["-m", "netllm_lib.abr.finetune", str(job)]
+        done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=180)
         if done.returncode == 0:
             break
     assert done.returncode == 0, done.stderr[-2000:]

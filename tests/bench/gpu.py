@@ -1,8 +1,8 @@
 """Testing and training a 7B-shaped PLM on one GPU: time, memory, and the part of the device's peak that is used.
 
-Mistral-7B's shape with random weights, made on the device in bfloat16: speed and memory do not depend on what the weights are. Prints
-a short table last; meant to finish in less than 8 minutes on one H100. With `--device cpu --small` the same on a tiny shape,
-to see that it runs.
+Mistral-7B's shape with random weights, made on the device in bfloat16: speed and memory do not depend on what the weights are.
+Prints a short table last; meant to finish in less than 8 minutes on one H100. With `--device cpu --small` the same on a tiny
+shape, to see that it runs.
 
     python tests/bench/gpu.py [--device cuda:0] [--out reports/benchmarks/gpu.md]
     python tests/bench/gpu.py --device cpu --small
@@ -23,6 +23,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from original_loop import OriginalPolicy, train_windows
+
 from llm_fixtures import stir
 from netllm_lib.abr.checkpoint import describe
 from netllm_lib.abr.episodes import sound_episodes
@@ -36,7 +38,6 @@ from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.train import TrainConfig, train
 from netllm_lib.plm import PLMConfig, load_plm
-from original_loop import OriginalPolicy, train_windows
 
 GIB = 2**30
 PEAKS_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40": 181, "4090": 165, "A10": 125}
@@ -65,8 +66,8 @@ SMALL = Size(192, 256, 3, 4, 2, 4, 3, (2,), 2, 2)
 
 
 def matrix_flop(size: Size, w: int) -> float:
-    """Floating-point operations of the matrix products that training on one window needs: forward, and backward through frozen weights;
-    LoRA's own three times. What the last layer leaves out is left out, and checkpointing's second forward pass is not counted."""
+    """Floating-point operations of the matrix products that training on one window needs: forward, and backward through frozen
+    weights; LoRA's own three times. What the last layer leaves out is left out, checkpointing's second pass is not counted."""
     h, kv = size.hidden, size.hidden * size.kv_heads // size.heads
     tokens, left_out = w * TOKENS_PER_STEP, w * (TOKENS_PER_STEP - 1)
     layer = 2 * (2 * h * h + 2 * h * kv + 3 * h * size.intermediate)
@@ -122,11 +123,87 @@ def make(size: Size, device: torch.device, folder: Path, attention: str = "fast"
     MistralConfig(**shape).save_pretrained(folder)
     dtype: Any = "bfloat16"
     config = PLMConfig(
-        str(folder), random_weights=True, rank=size.rank, dtype=dtype, device=str(device), attention=attention  # type: ignore[arg-type]
+        str(folder),
+        random_weights=True,
+        rank=size.rank,
+        dtype=dtype,
+        device=str(device),
+        attention=attention,  # type: ignore[arg-type]
     )
     with device:
         plm = load_plm(config)
         return stir(PolicyNetwork(plm, NetworkConfig()))
+
+
+class Bench:
+    """The measurements, and the rows of the table as they come."""
+
+    def __init__(self, size: Size, device: torch.device, folder: Path):
+        self.size, self.device, self.folder = size, device, folder
+        self.started = time.perf_counter()
+        self.clock = Clock(device)
+        self.rows: list[str] = []
+        self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        self.traces, self.video = generate_traces("bench", size.traces, seed=1), generate_video("clip", seed=1)
+        self.episodes = sound_episodes(self.traces, seed=1)
+        self.pool = generate_pool(BBA(), self.traces, self.video, self.episodes.rows(range(min(20, size.traces))))
+        self.scale = TrainConfig().cut(self.pool).scale
+
+    def say(self, what: str, value: str) -> None:
+        self.rows.append(f"| {what} | {value} |")
+        print(f"[{time.perf_counter() - self.started:5.0f} s] {what}: {value}", flush=True)
+
+    def simulator(self, count: int) -> Simulator:
+        return Simulator(self.traces, self.video, self.episodes.rows(range(count)))
+
+    def test(self, network: PolicyNetwork) -> None:
+        """100 traces in lock-step; the original's loop on one of them, times their number."""
+        policy = LLMPolicy(network, describe(network, self.scale, 20), EvalConfig())
+        rollout(policy, self.simulator(2))
+        self.clock.reset_peak()
+        whole = self.simulator(self.size.traces)
+        ours = statistics.median(self.clock(lambda: rollout(policy, whole)) for _ in range(3))
+        self.say(f"test of {self.size.traces} traces", f"{ours:.2f} s" + _gib(self.clock.peak_gib()))
+        theirs = OriginalPolicy(network, self.scale, clear=True)
+        rollout(theirs, self.simulator(1))
+        loop = self.clock(lambda: rollout(theirs, self.simulator(1))) * self.size.traces
+        self.say("the original's loop, one trace scaled", f"{loop:.0f} s: {loop / ours:.1f} × as long")
+
+    def train(self, network: PolicyNetwork) -> float:
+        """Several batches; returns the windows per second of the fastest."""
+        peak_tflops = next((value for part, value in PEAKS_TFLOPS.items() if part in self.name), None)
+        rates = []
+        for batch in self.size.batches:
+            windows = len(TrainConfig().cut(self.pool))
+            order = tuple(i % windows for i in range(batch * (self.size.steps + 2)))
+            config = TrainConfig(epochs=1, batch=batch, precision="bfloat16", order=(order,))
+            ticks: list[float] = []
+
+            def tick(*_: Any, ticks: list[float] = ticks) -> None:
+                self.clock.wait()
+                ticks.append(time.perf_counter())
+
+            self.clock.reset_peak()
+            train(network, self.pool, config, folder=self.folder / f"train{batch}", progress=tick)
+            peak = self.clock.peak_gib()
+            rates.append((len(ticks) - 2) * batch / (ticks[-1] - ticks[1]))
+            tflops = training_flop(self.size, config.w) * rates[-1] / 1e12
+            share = "" if peak_tflops is None else f" = {tflops / peak_tflops:.0%} of {peak_tflops} TFLOP/s"
+            fits = "" if peak is None else f", {'within' if peak <= LIMIT_GIB else 'ABOVE'} {LIMIT_GIB} GiB"
+            speed = f"{rates[-1]:.1f} windows/s, {tflops:.2f} TFLOP/s"
+            self.say(f"training, batch {batch}", speed + share + _gib(peak) + fits)
+            memory = estimate_memory(network.plm.config, config, network.config, episodes=self.size.traces)
+            predicted = f"{memory.train_peak / GIB:.1f} GiB to train, {memory.test_peak / GIB:.1f} GiB to test"
+            self.say(f"predicted peak, batch {batch}", predicted)
+        return max(rates)
+
+    def train_theirs(self, network: PolicyNetwork, fastest: float) -> None:
+        """The original's loop, with its attention, on the same bfloat16 weights."""
+        windows = TrainConfig.upstream().cut(self.pool)
+        train_windows(network, windows, range(1))
+        loop = self.clock(lambda: train_windows(network, windows, range(self.size.their_windows)))
+        rate = self.size.their_windows / loop
+        self.say("the original's loop, training", f"{rate:.1f} windows/s; ours {fastest / rate:.1f} × as fast")
 
 
 def main(arguments: list[str] | None = None) -> list[str]:
@@ -138,77 +215,28 @@ def main(arguments: list[str] | None = None) -> list[str]:
     given = options.parse_args(arguments)
     device, size = torch.device(given.device), SMALL if given.small else FULL
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(f"no GPU here: --device {device} cannot be used (--device cpu --small shows that the script runs)")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    peak_tflops = next((value for part, value in PEAKS_TFLOPS.items() if part in name), None)
-    started = time.perf_counter()
-    clock = Clock(device)
-    lines: list[str] = []
-
-    def say(what: str, value: str) -> None:
-        lines.append(f"| {what} | {value} |")
-        print(f"[{time.perf_counter() - started:5.0f} s] {what}: {value}", flush=True)
-
+        raise SystemExit(f"no GPU here for --device {device}; --device cpu --small shows that the script runs")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        network = make(size, device, folder / "plm")
-        traces, video = generate_traces("bench", size.traces, seed=1), generate_video("clip", seed=1)
-        episodes = sound_episodes(traces, seed=1)
-        pool = generate_pool(BBA(), traces, video, episodes.rows(range(min(20, size.traces))))
-        scale = TrainConfig().cut(pool).scale
-        meta = describe(network, scale, 20)
-        say("device", f"{name}, PyTorch {torch.__version__}")
-        say("PLM", f"{size.layers} × {size.hidden}, {sum(p.numel() for p in network.parameters()) / 1e9:.2f} G parameters, bfloat16")
-
-        # --- test
-        simulator = Simulator(traces, video, episodes)
-        policy = LLMPolicy(network, meta, EvalConfig())
-        rollout(policy, Simulator(traces, video, episodes.rows(range(2))))
-        clock.reset_peak()
-        ours = statistics.median(clock(lambda: rollout(policy, simulator)) for _ in range(3))
-        peak = clock.peak_gib()
-        say(f"test of {size.traces} traces", f"{ours:.2f} s" + _gib(peak))
-        theirs = OriginalPolicy(network, scale, clear=True)
-        one = Simulator(traces, video, episodes.rows(range(1)))
-        rollout(theirs, one)
-        loop = clock(lambda: rollout(theirs, one)) * size.traces
-        say("the original's loop, scaled from one trace", f"{loop:.0f} s: {loop / ours:.1f} × as long")
-
-        # --- training
-        rates: dict[int, float] = {}
-        for batch in size.batches:
-            order = tuple(i % 20 for i in range(batch * (size.steps + 2)))
-            config = TrainConfig(epochs=1, batch=batch, precision="bfloat16", order=(order,))
-            ticks: list[float] = []
-
-            def tick(*_: Any, ticks: list[float] = ticks) -> None:
-                clock.wait()
-                ticks.append(time.perf_counter())
-
-            clock.reset_peak()
-            train(network, pool, config, folder=folder / f"train{batch}", progress=tick)
-            peak = clock.peak_gib()
-            seconds = (ticks[-1] - ticks[1]) / (len(ticks) - 2) / batch
-            rates[batch] = 1 / seconds
-            tflops = training_flop(size, config.w) / seconds / 1e12
-            share = "" if peak_tflops is None else f" = {tflops / peak_tflops:.0%} of {peak_tflops} TFLOP/s"
-            fits = "" if peak is None else f", {'within' if peak <= LIMIT_GIB else 'ABOVE'} {LIMIT_GIB} GiB"
-            say(f"training, batch {batch}", f"{1 / seconds:.1f} windows/s, {tflops:.2f} TFLOP/s{share}" + _gib(peak) + fits)
-            memory = estimate_memory(network.plm.config, config, network.config, episodes=size.traces)
-            say(f"predicted peak, batch {batch}", f"{memory.train_peak / GIB:.1f} GiB to train, {memory.test_peak / GIB:.1f} GiB to test")
-        del network, policy, theirs
-        plain = make(size, device, folder / "plm", attention="eager")
-        windows = TrainConfig.upstream().cut(pool)
-        train_windows(plain, windows, range(1))
-        loop = clock(lambda: train_windows(plain, windows, range(size.their_windows))) / size.their_windows
-        fastest = max(rates.values())
-        say("the original's loop, training (bfloat16 weights)", f"{1 / loop:.1f} windows/s; ours {fastest * loop:.1f} × as fast")
-    table = ["", "| what | measured |", "|---|---|", *lines, f"| all of this | {time.perf_counter() - started:.0f} s |"]
-    print("\n".join(table))
+        bench = Bench(size, device, Path(temporary))
+        network = make(size, device, bench.folder / "plm")
+        parameters = sum(p.numel() for p in network.parameters()) / 1e9
+        bench.say("device", f"{bench.name}, PyTorch {torch.__version__}")
+        bench.say(
+            "PLM", f"{size.layers} × {size.hidden}, {parameters:.2f} G parameters, bfloat16, LoRA rank {size.rank}"
+        )
+        bench.test(network)
+        fastest = bench.train(network)
+        del network  # before there is another one
+        bench.train_theirs(make(size, device, bench.folder / "plm", attention="eager"), fastest)
+    seconds = time.perf_counter() - bench.started
+    table = ["| what | measured |", "|---|---|", *bench.rows, f"| all of this | {seconds:.0f} s |"]
+    print("\n" + "\n".join(table))
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text("# One GPU, 7B-shaped\n\nCommand: `python tests/bench/gpu.py`\n" + "\n".join(table) + "\n")
-    return table[1:]
+        given.out.write_text(
+            "# One GPU, 7B-shaped\n\nCommand: `python tests/bench/gpu.py`\n\n" + "\n".join(table) + "\n"
+        )
+    return table
 
 
 def _gib(peak: float | None) -> str:
