@@ -545,7 +545,7 @@ def _check_decoder(model: Any, hidden_size: int, source: str) -> None:
     No field of a config says so for all models; changing the last of a few random tokens does.
     """
     kind = model.config.model_type
-    x = torch.randn(2, 4, hidden_size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 4, hidden_size, generator=torch.Generator().manual_seed(0), device="cpu")
     x[1, :-1] = x[0, :-1]
     weight = model.get_input_embeddings().weight
     model.eval()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 
 from browser import chromium, jupyterlab, page
 from netllm_lib import notebooks
@@ -16,6 +17,7 @@ RUN_MS = 150_000  # for all cells, on a busy machine
 REDRAW_MS = 30_000
 
 
+@pytest.mark.slow
 def test_notebook_06_in_jupyterlab(tmp_path: Path) -> None:
     """Run all cells, choose another trace, step through its chunks, turn a switch and play the trace again."""
     chromium()

@@ -47,6 +47,7 @@ class Training:
     epochs: int | None = None
     lr: float | None = None  # asked for
     lr_peak: float | None = None  # really reached
+    lr_around: float | None = None  # of the modules around the PLM
     warmup_steps: int | None = None
     final_loss: float | None = None  # mean over the last epoch, or the last 20 steps
     held_out_loss: float | None = None

@@ -109,6 +109,17 @@ def _rate(evidence: Evidence) -> list[Finding]:
                 "train LoRA at 1e-3 and the modules around the PLM at 1e-2 (TrainConfig.lr, lr_around; in the original --lr 0.001)",
             )
         )
+    elif known.lr_around is not None and known.lr_around < SLOW_LR and _past_plateau(known):
+        found.append(
+            Finding(
+                "learning-rate",
+                blame(evidence, strong=not outlasts),
+                f"a learning rate of {known.lr_around:.2g} is too low for the modules around the PLM: the loss ended at {loss:.2f}, "
+                f"above {evidence.loss_bar:.2f}",
+                numbers | {"lr_around": known.lr_around},
+                "train the modules around the PLM at 1e-2 (TrainConfig.lr_around)",
+            )
+        )
     elif known.lr_peak > FAST_LR and _past_plateau(known):
         found.append(
             Finding(

@@ -231,6 +231,7 @@ def _as_trained(evidence: Evidence, config: Mapping[str, Any] | None) -> Evidenc
             known,
             clip=known.clip or config.get("clip"),
             lr=known.lr if known.lr is not None else config.get("lr"),
+            lr_around=config.get("lr_around"),
             warmup_steps=known.warmup_steps if known.warmup_steps is not None else config.get("warmup_steps"),
             accumulation=known.accumulation or accumulation,
             epochs=known.epochs or config.get("epochs"),

@@ -1,0 +1,625 @@
+"""Small runs with one planted fault each, and healthy ones: what the diagnosis is judged by.
+
+A fault is planted in the configuration, a file or the code of a run (`planted_runs`), never of the diagnosis. The *true effect* of
+a fault is the mean reward of its healthy twin, which is the same run without it, less its own, on the same traces.
+
+    bench = Bench()
+    planted, diagnosis = examine(bench, FAULTS[0], Path("somewhere"))
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from llm_fixtures import write_plm
+from netllm_lib.abr import qoe
+from netllm_lib.abr import upstream_logs as logs
+from netllm_lib.abr.checkpoint import (
+    CheckpointMeta,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_upstream_checkpoint,
+)
+from netllm_lib.abr.diagnosis import Diagnosis, diagnose, sources
+from netllm_lib.abr.importing import import_run
+from netllm_lib.abr.model import PolicyNetwork
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
+from netllm_lib.abr.policies.simple import Constant
+from netllm_lib.abr.pool import ExperiencePool
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.traces import CHUNKS
+from netllm_lib.abr.upstream import write_pool
+from netllm_lib.abr.upstream_runs import LOSSES
+from netllm_lib.abr.windows import return_to_go
+from netllm_lib.plm import PLMConfig, load_plm
+from planted_runs import (
+    EARLY_STEP,
+    HIDDEN,
+    RANK,
+    TRACES,
+    Bench,
+    Careless,
+    Trained,
+    upstream_settings,
+    with_outlier,
+    write_runs,
+    write_test_run,
+    write_tree,
+)
+from upstream_tree import write_results
+
+# --- faults -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A run on disk, and what is known of it because it was planted."""
+
+    folders: tuple[Path, ...]
+    table: pd.DataFrame | None = None  # of its test
+    twin: pd.DataFrame | None = None  # of its healthy twin, on the same traces
+    options: dict[str, Any] = field(default_factory=dict)  # of sources.load
+
+    @property
+    def true_effect(self) -> float | None:
+        """Mean reward of the healthy twin less the run's."""
+        if self.table is None or self.twin is None:
+            return None
+        return qoe.summarise(self.twin).reward - qoe.summarise(self.table).reward
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault to plant, and what a diagnosis has to say about it."""
+
+    name: str
+    what: str  # was done
+    expected: tuple[
+        str, ...
+    ]  # ids, one of which the first finding must have; of a harmless fault: that must be there as notes
+    plant: Callable[[Bench, Path], Planted]
+    severity: tuple[str, ...] = ("cause",)  # that the first finding may have
+    budget_s: float = 0.0  # for replays
+    retrain_s: float = 0.0  # for a training by the sound defaults
+    harmless: bool = False  # it cost nothing: no finding may be a cause
+    costs: bool = True  # reward; results that cannot be compared need not
+
+    def judge(self, diagnosis: Diagnosis) -> str:
+        """Empty if the diagnosis is right, else what is wrong with it."""
+        shown = [f"{finding.severity} {finding.id}" for finding in diagnosis.findings[:3]]
+        if self.harmless:
+            causes = [f.id for f in diagnosis.causes]
+            if causes:
+                return f"{', '.join(causes)} as cause of a run that is healthy"
+            noted = {f.id for f in diagnosis.findings}
+            absent = [name for name in self.expected if name not in noted]
+            return f"{', '.join(absent)} is not mentioned" if absent else ""
+        first = diagnosis.first
+        if first is None or first.id not in self.expected:
+            return f"expected {' or '.join(self.expected)}, found {'; '.join(shown) or 'nothing'}"
+        if first.severity not in self.severity:
+            return f"{first.id} is a {first.severity}, expected {' or '.join(self.severity)} ({'; '.join(shown)})"
+        return ""
+
+
+def examine(bench: Bench, fault: Fault, folder: Path) -> tuple[Planted, Diagnosis]:
+    """Plant a fault below `folder` and diagnose it."""
+    planted = fault.plant(bench, folder)
+    evidence = sources.load(*planted.folders, data=bench.data, **planted.options)
+    return planted, diagnose(evidence, budget_s=fault.budget_s, retrain_s=fault.retrain_s)
+
+
+def of_training(training: str) -> Callable[[Bench, Path], Planted]:
+    """A whole chain of runs with the training `training`."""
+
+    def plant(bench: Bench, root: Path) -> Planted:
+        table = bench.test(training)
+        return Planted(write_runs(root, bench, training, table), table, bench.test("healthy"))
+
+    return plant
+
+
+def of_test(
+    config: EvalConfig,
+    training: str = "healthy",
+    sound: EvalConfig | None = None,
+    traces: str = TRACES,
+    twin: str | None = None,
+) -> Callable[[Bench, Path], Planted]:
+    """A whole chain of runs whose test is `config`; the twin's is `sound`."""
+
+    def plant(bench: Bench, root: Path) -> Planted:
+        table = bench.test(training, config, traces)
+        folders = write_runs(root, bench, training, table, config, traces=traces)
+        return Planted(folders, table, bench.test(twin or training, sound, traces))
+
+    return plant
+
+
+def dropout_on(bench: Bench, root: Path) -> Planted:
+    """The test of healthy weights, with dropout rates that were raised, was made in training mode."""
+    trained = bench.trained("healthy")
+    rates: dict[str, Any] = {"lora_dropout": 0.5, "plm_dropout": 0.5}
+    config = replace(trained.meta.plm, **rates)
+    network = PolicyNetwork(load_plm(config), trained.meta.network)
+    load_weights(save_checkpoint(root / "healthy", trained.network, trained.meta), network)
+    policy = network.eval(), replace(trained.meta, plm=config)
+    table = bench.play(LLMPolicy(*policy, EvalConfig(dropout=True)))
+    folders = write_runs(root, bench, "healthy", table, EvalConfig(dropout=True), policy=policy)
+    return Planted(folders, table, bench.test("healthy"))
+
+
+def weights_of_another_run(bench: Bench, root: Path) -> Planted:
+    other = bench.trained("on-careless-bba")
+    table = bench.test("on-careless-bba")
+    folders = write_runs(root, bench, "healthy", table, policy=(other.network, other.meta))
+    return Planted(folders, table, bench.test("healthy"))
+
+
+def early_checkpoint(bench: Bench, root: Path) -> Planted:
+    early = load_checkpoint(bench.trained("healthy").early)
+    table = bench.play(LLMPolicy(*early))
+    return Planted(write_runs(root, bench, "healthy", table, policy=early), table, bench.test("healthy"))
+
+
+def files_of_two_checkpoints(bench: Bench, root: Path) -> Planted:
+    """The modules around the PLM lie beside another checkpoint's adapter, copied by hand."""
+    other = bench.trained("on-careless-bba")
+    table = bench.test("on-careless-bba")
+    folders = write_runs(root, bench, "healthy", table)
+    save_checkpoint(root / "other", other.network, other.meta)
+    shutil.copy(root / "other" / "modules.safetensors", root / "04" / "policy" / "modules.safetensors")
+    return Planted(folders, table, bench.test("healthy"))
+
+
+@contextmanager
+def head_bias(network: PolicyNetwork, level: int) -> Iterator[None]:
+    """The head prefers one level, whatever it sees."""
+    bias = network.action_head.bias.data
+    network.action_head.bias.data = bias + 30 * (torch.arange(qoe.LEVELS) == level)
+    try:
+        yield
+    finally:
+        network.action_head.bias.data = bias
+
+
+def changed_head(bench: Bench, root: Path) -> Planted:
+    trained = bench.trained("healthy")
+    with head_bias(trained.network, 2):
+        table = bench.play(LLMPolicy(trained.network, trained.meta))
+        folders = write_runs(root, bench, "healthy", table)
+    return Planted(folders, table, bench.test("healthy"))
+
+
+def zero_adapter(bench: Bench, root: Path) -> Planted:
+    trained = bench.trained("healthy")
+    with without_adapter(trained.network):
+        table = bench.play(LLMPolicy(trained.network, trained.meta))
+        folders = write_runs(root, bench, "healthy", table)
+    return Planted(folders, table, bench.test("healthy"))
+
+
+@contextmanager
+def without_adapter(network: PolicyNetwork) -> Iterator[None]:
+    """LoRA's B matrices are zero, as they are before training."""
+    matrices = [p for name, p in network.named_parameters() if "lora_B" in name]
+    kept = [p.data for p in matrices]
+    for p in matrices:
+        p.data = torch.zeros_like(p.data)
+    try:
+        yield
+    finally:
+        for p, data in zip(matrices, kept, strict=True):
+            p.data = data
+
+
+def other_video(bench: Bench, root: Path) -> Planted:
+    table = bench.test("healthy", video="heavy")
+    folders = write_runs(root, bench, "healthy", table, video="heavy")
+    return Planted(folders, table, bench.test("on-heavy", video="heavy"))
+
+
+def other_bandwidths(bench: Bench, root: Path) -> Planted:
+    table = bench.test("on-fast", traces="slow-test")
+    folders = write_runs(root, bench, "on-fast", table, traces="slow-test", pool_traces="fast-train")
+    return Planted(folders, table, bench.test("on-slow", traces="slow-test"))
+
+
+def nan_weights(bench: Bench, root: Path) -> Planted:
+    """One matrix of the adapter is NaN, as after an overflow in half precision; the hashes fit, because it was saved so."""
+    trained = bench.trained("healthy")
+    matrix = next(p for name, p in trained.network.named_parameters() if "lora_A" in name)
+    kept, matrix.data = matrix.data, torch.full_like(matrix.data, torch.nan)
+    table = bench.play(Constant(0))  # the largest of NaNs is the first
+    folders = write_runs(root, bench, "healthy", table)
+    matrix.data = kept
+    return Planted(folders, table, bench.test("healthy"))
+
+
+def write_another_plm(folder: Path, bench: Bench) -> Path:
+    """A PLM of the same shape with other weights."""
+    import transformers as hf
+
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        hf.AutoModel.from_config(hf.AutoConfig.from_pretrained(bench.plm)).save_pretrained(folder)
+    return folder
+
+
+def on_another_plm(trained: Trained, plm: Path, root: Path) -> PolicyNetwork:
+    """The network of a training with another PLM in it."""
+    network = PolicyNetwork(load_plm(replace(trained.meta.plm, source=str(plm.resolve()))), trained.meta.network)
+    load_weights(save_checkpoint(root / "as-trained", trained.network, trained.meta), network)
+    return network.eval()
+
+
+def another_plm(bench: Bench, root: Path) -> Planted:
+    trained = bench.trained("healthy")
+    plm = write_another_plm(root / "plm", bench)
+    table = bench.play(LLMPolicy(on_another_plm(trained, plm, root), trained.meta))
+    folders = write_runs(root, bench, "healthy", table)
+    return Planted(folders, table, bench.test("healthy"), {"plm": plm})
+
+
+# --- faults of a test's table --------------------------------------------------------------------------------------------
+
+
+def of_table(make: Callable[[Bench], pd.DataFrame], chain: bool = False) -> Callable[[Bench, Path], Planted]:
+    """A test alone whose table is what `make` gives; with `chain` the healthy training and pool are there, too."""
+
+    def plant(bench: Bench, root: Path) -> Planted:
+        table = make(bench)
+        folders = write_runs(root, bench, "healthy", table) if chain else (write_test_run(root / "05", bench, table),)
+        return Planted(folders, table, bench.test("healthy"))
+
+    return plant
+
+
+def top_level_slips(bench: Bench) -> pd.DataFrame:
+    trained = bench.trained("healthy")
+    return bench.play(Careless(LLMPolicy(trained.network, trained.meta), 0.02, 5))
+
+
+def uniform_slips(bench: Bench) -> pd.DataFrame:
+    trained = bench.trained("healthy")
+    return bench.play(Careless(LLMPolicy(trained.network, trained.meta), 0.015))
+
+
+def trained_on_test(bench: Bench, root: Path) -> Planted:
+    """The pool was played on the very traces of the test."""
+    table = bench.test("on-test")
+    folders = write_runs(root, bench, "on-test", table, pool_traces=TRACES)
+    return Planted(folders, table, table)
+
+
+def noisy(bench: Bench) -> pd.DataFrame:
+    """The run alone was played with noise on its delays, all of it above 1."""
+    trained = bench.trained("healthy")
+    noise = np.random.default_rng(0).uniform(0.9, 1.1, (40, CHUNKS))
+    episodes = replace(bench.episodes(), noise=noise)
+    return play(LLMPolicy(trained.network, trained.meta), Simulator(bench.traces(), bench.video(), episodes))
+
+
+def half_the_traces(bench: Bench) -> pd.DataFrame:
+    table = bench.test("healthy")
+    return table[table["trace_index"] < 20]
+
+
+def repeated(bench: Bench) -> pd.DataFrame:
+    """The rows of two runs in one table."""
+    return pd.concat([bench.test("healthy"), bench.test("on-careless-bba")], ignore_index=True)
+
+
+def other_first_level(bench: Bench) -> pd.DataFrame:
+    table = bench.test("healthy")
+    levels = table["level"].to_numpy().reshape(-1, CHUNKS).copy()
+    levels[:, 0] = 4
+    outcome = Simulator(bench.traces(), bench.video(), bench.episodes()).replay(levels)
+    names = [name for name in ("level", "bitrate_kbps", *logs.RESULT_COLUMNS) if hasattr(outcome, name)]
+    return table.assign(**{name: np.asarray(getattr(outcome, name)).ravel() for name in names})
+
+
+def one_level(bench: Bench) -> pd.DataFrame:
+    return bench.play(Constant(1))
+
+
+# --- trees of the original -----------------------------------------------------------------------------------------------
+
+
+def as_original(bench: Bench, training: str, **changes: Any) -> pd.DataFrame:
+    """The test of a training as the original tests."""
+    return bench.test(training, EvalConfig.upstream(**changes), clock="running")
+
+
+def play_original(bench: Bench, network: PolicyNetwork, meta: CheckpointMeta, **changes: Any) -> pd.DataFrame:
+    return bench.play(LLMPolicy(network, meta, EvalConfig.upstream(**changes)), clock="running")
+
+
+def of_tree(training: str, twin: str = "original", **how: Any) -> Callable[[Bench, Path], Planted]:
+    """A tree of the original whose training is `training`."""
+
+    def plant(bench: Bench, root: Path) -> Planted:
+        table = as_original(bench, training)
+        return Planted((write_tree(root, bench, training, table, **how),), table, as_original(bench, twin))
+
+    return plant
+
+
+def of_log(training: str, **how: Any) -> Callable[[Bench, Path], Planted]:
+    """The console log of a run, or its losses, alone in a folder without a name that tells anything."""
+
+    def plant(bench: Bench, root: Path) -> Planted:
+        table = as_original(bench, training)
+        tree = write_tree(root / "tree", bench, training, table, **how)
+        (root / "mailed").mkdir()
+        for path in (*tree.rglob("*console.log"), *tree.rglob(LOSSES)):
+            shutil.copy(path, root / "mailed" / path.name.removeprefix("early_stop_-1_"))
+        return Planted((root / "mailed",), table, as_original(bench, "original"))
+
+    return plant
+
+
+def tree_without_adapter(bench: Bench, root: Path) -> Planted:
+    trained = bench.trained("original")
+    with without_adapter(trained.network):
+        table = play_original(bench, trained.network, trained.meta)
+        write_tree(root, bench, "original", table)
+    return Planted((root,), table, as_original(bench, "original"))
+
+
+def adapter_of_gpt2(bench: Bench, root: Path) -> Planted:
+    """The adapter of another family: the original loads it without a word, and nothing of it fits."""
+    trained = bench.trained("original")
+    with without_adapter(trained.network):
+        table = play_original(bench, trained.network, trained.meta)
+    write_tree(root, bench, "original", table)
+    write_plm(root / "other" / "gpt2", "gpt2", hidden=HIDDEN)
+    gpt2 = PolicyNetwork(load_plm(PLMConfig.upstream(str(root / "other" / "gpt2"), rank=RANK)), trained.meta.network)
+    save_upstream_checkpoint(root / "other" / "saved", gpt2)
+    best = next(root.rglob("early_stop_-1_best_model"))
+    for name in ("adapter_model.bin", "adapter_config.json"):
+        shutil.copy(root / "other" / "saved" / name, best / name)
+    shutil.rmtree(root / "other")
+    return Planted((root,), table, as_original(bench, "original"))
+
+
+def tree_with_another_plm(bench: Bench, root: Path) -> Planted:
+    trained = bench.trained("original")
+    plm = write_another_plm(root / "aside" / "plm", bench)
+    table = play_original(bench, on_another_plm(trained, plm, root / "aside"), trained.meta)
+    tree = write_tree(root / "tree", bench, "original", table)
+    shutil.rmtree(tree / "downloaded_plms")
+    shutil.copytree(plm, tree / "downloaded_plms" / "llama" / "tiny")
+    return Planted((tree,), table, as_original(bench, "original"))
+
+
+def imported(bench: Bench, root: Path) -> Planted:
+    """A tree of the original, imported by `netllm import`, and then gone."""
+    table = as_original(bench, "original-warmup")
+    tree = write_tree(root / "tree", bench, "original-warmup", table)
+    run = import_run(tree, data=bench.data, root=root / "reports")
+    shutil.rmtree(tree / "adaptive_bitrate_streaming")
+    return Planted((run.folder,), table, as_original(bench, "original"))
+
+
+def not_a_number(bench: Bench, root: Path) -> Planted:
+    """The loss became NaN in the second epoch, and the original went on; so are the weights, and each choice is the last level."""
+    trained = bench.trained("original")
+    losses = trained.history["loss"].to_numpy().copy()
+    losses[len(losses) // 2 :] = np.nan
+    table = bench.play(Constant(qoe.LEVELS - 1), clock="running")
+    write_tree(root, bench, "original", table, losses=losses, parts=("console", "losses", "results", "pool"))
+    return Planted((root,), table, as_original(bench, "original"))
+
+
+def tree_of_early_checkpoint(bench: Bench, root: Path) -> Planted:
+    network, meta = load_checkpoint(bench.trained("original").early)
+    table = play_original(bench, network, meta)
+    write_tree(root, bench, "original", table, network=network)
+    return Planted((root,), table, as_original(bench, "original"))
+
+
+def tested_another(bench: Bench, root: Path) -> Planted:
+    """The results are those of another checkpoint than the one that lies in the tree."""
+    network, meta = load_checkpoint(bench.trained("original").early)
+    table = play_original(bench, network, meta)
+    return Planted((write_tree(root, bench, "original", table),), table, as_original(bench, "original"))
+
+
+def other_pool_at_test(training: str, make: Callable[[Bench], ExperiencePool]) -> Callable[[Bench, Path], Planted]:
+    """The test took target return and reward range from the pool that `make` gives."""
+
+    def plant(bench: Bench, root: Path) -> Planted:
+        trained, other = bench.trained(training), make(bench)
+        _, scale = return_to_go(other, trained.config.gamma, trained.config.scale)
+        table = play_original(bench, trained.network, replace(trained.meta, scale=scale))
+        write_tree(root / "tree", bench, training, table)
+        path = write_pool(other, root / "other" / "exp_pool.pkl")
+        return Planted((root / "tree",), table, as_original(bench, training), {"pool": path})
+
+    return plant
+
+
+def tree_with_target(scale: float) -> Callable[[Bench, Path], Planted]:
+    def plant(bench: Bench, root: Path) -> Planted:
+        table = as_original(bench, "original-mixed", target_return_scale=scale)
+        write_tree(root, bench, "original-mixed", table, target_return_scale=scale)
+        return Planted((root,), table, as_original(bench, "original-mixed"))
+
+    return plant
+
+
+def tree_tested_with(w: int) -> Callable[[Bench, Path], Planted]:
+    def plant(bench: Bench, root: Path) -> Planted:
+        table = as_original(bench, "original", w=w)
+        write_tree(root, bench, "original", None)
+        settings = upstream_settings(bench.trained("original"), w=w)
+        write_results(
+            root / "adaptive_bitrate_streaming" / "artifacts" / "results" / logs.results_path(settings), table, TRACES
+        )
+        return Planted((root,), table, as_original(bench, "original"))
+
+    return plant
+
+
+def results_alone(make: Callable[[Bench], pd.DataFrame]) -> Callable[[Bench, Path], Planted]:
+    """Only a folder of result files, under its name."""
+
+    def plant(bench: Bench, root: Path) -> Planted:
+        table = make(bench)
+        write_tree(root, bench, "original", table, parts=("results",))
+        return Planted((root,), table, as_original(bench, "original"))
+
+    return plant
+
+
+def careless_original(bench: Bench) -> pd.DataFrame:
+    trained = bench.trained("original")
+    return bench.play(Careless(LLMPolicy(trained.network, trained.meta), 0.02, 5), clock="running")
+
+
+def two_runs_in_one_folder(bench: Bench, root: Path) -> Planted:
+    """A second test, of an undertrained policy, overwrote the results of the first and was stopped halfway."""
+    table, second = as_original(bench, "original"), as_original(bench, "original-warmup")
+    late = table["trace_index"] >= 20
+    mixed = pd.concat([second[second["trace_index"] < 20], table[late]], ignore_index=True)
+    write_tree(root, bench, "original", mixed, parts=("losses", "results", "pool"))
+    return Planted((root,), mixed, table)
+
+
+def short_files(bench: Bench, root: Path) -> Planted:
+    """Every result file has lost its last chunk."""
+    table = as_original(bench, "original")
+    write_tree(root, bench, "original", table, parts=("losses", "results", "pool"))
+    for path in root.rglob(f"{logs.RESULT_PREFIX}*"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[: CHUNKS - 1]))
+    return Planted((root,), table, table)
+
+
+def more_files(bench: Bench, root: Path) -> Planted:
+    """Results of other traces lie among those of the test."""
+    table = as_original(bench, "original")
+    tree = write_tree(root, bench, "original", table, parts=("losses", "results", "pool"))
+    folder = next(tree.rglob(f"{logs.RESULT_PREFIX}*")).parent
+    other = bench.test("original", EvalConfig(), "slow-test")
+    write_results(folder, other[other["trace_index"] < 20], "slow-test")
+    return Planted((root,), table, table)
+
+
+# --- the list ------------------------------------------------------------------------------------------------------------
+
+ANY = ("cause", "suspect", "note")
+ROLLING = EvalConfig(context_window="rolling")
+
+FAULTS: tuple[Fault, ...] = (
+    # what the training reached
+    Fault("warm-up", "a warm-up of 3000 steps in 250", ("warmup-too-long",), of_training("long-warmup"), retrain_s=12),
+    Fault("rate too low", "a learning rate of 2e-5", ("learning-rate",), of_training("slow"), retrain_s=12),
+    # the loss falls for a few steps and is high for the rest: too high a rate either way
+    Fault("rate too high", "a learning rate of 0.3", ("learning-rate", "diverged"), of_training("fast")),
+    Fault("diverged", "the rate rises to 0.3 until the end", ("diverged",), of_training("diverged")),
+    Fault("undertrained", "32 steps", ("undertrained",), of_training("short"), retrain_s=12),
+    Fault("not a number", "NaN from the second epoch on", ("non-finite",), not_a_number),
+    Fault("NaN in the weights", "one matrix of the adapter", ("non-finite",), nan_weights),
+    Fault("rate around too low", "1e-5 for the modules around the PLM", ("learning-rate",), of_training("slow-around")),
+    Fault("two faults", "the warm-up, and levels drawn", ("warmup-too-long",),
+          of_test(EvalConfig(choose="sample"), "long-warmup", twin="healthy"), budget_s=20),
+    # what there was to learn
+    Fault("random teacher", "the pool of a random policy", ("weak-teacher",), of_training("on-random")),
+    Fault("constant teacher", "the pool of level 2 alone", ("weak-teacher",), of_training("on-constant")),
+    Fault("careless teacher", "the pool of BBA with 15 % of random levels", ("weak-teacher",), of_training("on-careless-bba")),
+    Fault("BBA as teacher", "the pool of BBA", ("weak-teacher",), of_training("on-bba")),
+    Fault("tiny pool", "4 episodes", ("pool-too-small",), of_training("on-tiny")),
+    Fault("labels shifted", "each label is the one before", ("label-shift",), of_training("on-shifted")),
+    Fault("labels shuffled", "labels in random order", ("label-shift",), of_training("on-shuffled")),
+    # it costs little, because the level after is a guess at what comes: the run is not below its reference
+    Fault("labels late", "each label is the one after", ("label-shift",), of_training("on-later"), ANY),
+    Fault("labels one less", "levels 1 to 6 read as 0 to 5", ("label-shift",), of_training("on-one-less")),
+    Fault("another video", "tested on chunks 1.7 times as large", ("video-shift",), other_video),
+    Fault("other bandwidths", "trained on fast traces, tested on slow ones", ("trace-shift",), other_bandwidths),
+    # the states at test are not those of the pool, whatever the reason
+    Fault("units", "the pool's throughput in Mbit/s in place of MB/s", ("trace-shift",), of_training("on-in-bits")),
+    # how it was tested
+    Fault("sampling", "levels drawn, after a noisy teacher", ("sampling",),
+          of_test(EvalConfig(choose="sample"), "on-noisy"), budget_s=30),
+    Fault("dropout", "half of everything dropped in the test", ("dropout-on",), dropout_on, budget_s=30),
+    Fault("context kept", "windows of whole episodes, fast and slow traces in turns", ("context-leak",),
+          of_test(replace(ROLLING, context="leak"), "whole-episodes", ROLLING, "turns-test"), budget_s=90),
+    Fault("window", "46 steps where the training had 10", ("window-mismatch",), of_test(EvalConfig(w=46)), ("cause", "suspect"),
+          budget_s=30),
+    Fault("target", "a quarter of the largest return", ("target-return",),
+          of_test(EvalConfig(target_return_scale=0.2), "on-mixed"), budget_s=30),
+    # which weights
+    Fault("weights of another run", "those of another training", ("wrong-checkpoint",), weights_of_another_run),
+    Fault("early checkpoint", f"the weights of step {EARLY_STEP}", ("wrong-checkpoint",), early_checkpoint),
+    Fault("files of two checkpoints", "one file copied from another", ("wrong-checkpoint",), files_of_two_checkpoints),
+    Fault("another PLM", "of the same shape", ("wrong-checkpoint",), another_plm),
+    # the head was changed after the training: these are not the weights that it ended with, and they choose one level
+    Fault("changed head", "its bias prefers level 2", ("wrong-checkpoint", "level-collapse"), changed_head),
+    Fault("zero adapter", "LoRA's B is zero", ("adapter-not-applied",), zero_adapter),
+    # how it shows, and how it was measured
+    Fault("rare slips", "2 % of the levels are 5", ("rare-bad-actions",), of_table(top_level_slips), ("suspect",)),
+    Fault("rare slips, with weights", "the same, and everything is there", ("rare-bad-actions",),
+          of_table(top_level_slips, chain=True), ("cause", "suspect"), budget_s=20),
+    Fault("one level", "always level 1", ("level-collapse",), of_table(one_level)),
+    Fault("noise", "only the run's delays hold noise", ("protocol-mismatch",), of_table(noisy), ANY, costs=False),
+    Fault("half the traces", "20 of the baselines' 40", ("protocol-mismatch",), of_table(half_the_traces), ANY, costs=False),
+    Fault("two tables in one", "rows of two runs", ("protocol-mismatch",), of_table(repeated), ANY),
+    Fault("first level", "4 in place of 0", ("protocol-mismatch",), of_table(other_first_level), ANY, costs=False),
+    # the same in trees of the original
+    Fault("original: warm-up", "2000 steps in 177", ("warmup-too-long",), of_tree("original-warmup")),
+    Fault("original: warm-up, imported", "an import of it", ("warmup-too-long",), imported),
+    Fault("original: warm-up, log", "the console log alone", ("warmup-too-long",), of_log("original-warmup", parts=("console",))),
+    Fault("original: warm-up, terminal", "the log without arguments", ("warmup-too-long",),
+          of_log("original-warmup", parts=("console",), terminal=False)),
+    # without names nothing tells the learning rate
+    Fault("original: warm-up, losses", "train_losses.txt alone", ("undertrained",), of_log("original-warmup", parts=("losses",))),
+    Fault("original: warm-up, results", "result files alone", ("gap", "rare-bad-actions"),
+          results_alone(lambda bench: as_original(bench, "original-warmup")), ("suspect",)),
+    Fault("original: no adapter", "LoRA's B is zero", ("adapter-not-applied",), tree_without_adapter),
+    Fault("original: adapter of gpt2", "in the folder of a llama", ("adapter-not-applied",), adapter_of_gpt2),
+    Fault("original: early checkpoint", f"the weights of step {EARLY_STEP}", ("wrong-checkpoint",), tree_of_early_checkpoint),
+    Fault("original: another checkpoint", "results of other weights than those here", ("wrong-checkpoint",), tested_another,
+          budget_s=60),
+    Fault("original: another PLM", "of the same shape", ("wrong-checkpoint",), tree_with_another_plm),
+    Fault("original: sampling", "after a noisy teacher", ("sampling",), of_tree("original-noisy"), budget_s=60),
+    Fault("original: wrong pool", "one whose largest return is a sixth", ("wrong-pool",),
+          other_pool_at_test("original-mixed", lambda bench: with_outlier(bench.pool("mpc"))), budget_s=60),
+    Fault("original: target", "a quarter of the largest return", ("target-return",), tree_with_target(0.2), budget_s=60),
+    Fault("original: slips, results", "2 % of the levels are 5, result files alone", ("rare-bad-actions",),
+          results_alone(careless_original), ("suspect",)),
+    Fault("original: two runs", "the second overwrote half of the first", ("protocol-mismatch",), two_runs_in_one_folder, ANY),
+    Fault("original: short files", "47 chunks", ("protocol-mismatch",), short_files, ANY, costs=False),
+    Fault("original: more files", "20 of other traces", ("protocol-mismatch",), more_files, ANY, costs=False),
+    # nothing, or nothing that cost anything
+    Fault("healthy", "nothing", (), of_training("healthy"), budget_s=20, harmless=True),
+    Fault("healthy, rolling", "nothing", (), of_test(ROLLING, sound=ROLLING), budget_s=30, harmless=True),
+    Fault("healthy, sampled", "levels drawn, which costs little", ("sampling",), of_test(EvalConfig(choose="sample")), budget_s=20,
+          harmless=True),
+    Fault("healthy original", "as the original trains and tests: sampled, leaked, clipped, crossing",
+          ("sampling", "context-leak", "clipping", "crossing-windows"), of_tree("original"), budget_s=60, harmless=True),
+    Fault("harmless window", "46 steps where the training had 10, of which the original cuts all but 11", ("window-mismatch",),
+          tree_tested_with(46), budget_s=60, harmless=True),
+    Fault("healthy original, log", "nothing", (), of_log("original", parts=("console",)), harmless=True),
+    Fault("healthy original, results", "nothing", (), results_alone(lambda bench: as_original(bench, "original")), harmless=True),
+    Fault("harmless warm-up", "700 steps in 500", ("warmup-too-long",), of_training("late-warmup"), harmless=True),
+    Fault("harmless target", "nine tenths of the largest return", ("target-return",), of_test(EvalConfig(target_return_scale=0.9)),
+          budget_s=20, harmless=True),
+    Fault("harmless dropout", "the rate of the training, 5 %", ("dropout-on",), of_test(EvalConfig(dropout=True)), budget_s=20,
+          harmless=True),
+    Fault("few slips", "1.5 % random levels, too few to tell", ("too-few-traces",), of_table(uniform_slips), harmless=True),
+    Fault("trained on the test", "the pool is of the test's traces", ("test-leakage",), trained_on_test, harmless=True),
+    Fault("harmless pool", "another pool at test, whose target carries no signal", ("wrong-pool",),
+          other_pool_at_test("original", lambda bench: bench.pool("slow")), budget_s=60, harmless=True),
+)  # fmt: skip
