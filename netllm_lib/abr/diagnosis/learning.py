@@ -114,8 +114,8 @@ def _rate(evidence: Evidence) -> list[Finding]:
             Finding(
                 "learning-rate",
                 blame(evidence, strong=not outlasts),
-                f"a learning rate of {known.lr_around:.2g} is too low for the modules around the PLM: the loss ended at {loss:.2f}, "
-                f"above {evidence.loss_bar:.2f}",
+                f"a learning rate of {known.lr_around:.2g} is too low for the modules around the PLM: the loss ended at "
+                f"{loss:.2f}, above {evidence.loss_bar:.2f}",
                 numbers | {"lr_around": known.lr_around},
                 "train the modules around the PLM at 1e-2 (TrainConfig.lr_around)",
             )
