@@ -14,7 +14,7 @@ from netllm_lib.abr.checkpoint import load_upstream_checkpoint
 from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork, action_loss
 from netllm_lib.abr.upstream import read_pool
 from netllm_lib.abr.windows import Batch, WindowConfig, make_windows, return_to_go
-from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.plm import PLMConfig, TokenCache, load_plm
 from netllm_lib.runs import read_json
 
 
@@ -113,6 +113,29 @@ def test_a_last_layer_that_computes_only_what_is_read(tmp_path: Path, family: st
             start = cache.tokens
             read = fast.plm(tokens[:, start:end], cache=cache, read=slice(-1, None))
             torch.testing.assert_close(read, whole[:, end - 1 : end], atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_holds_what_is_attended_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moving the latest tokens to the front, now and then, changes no bit; memory is for the window, not for the episode."""
+    network = tiny_network()
+    tokens = torch.randn(
+        3, 47 * TOKENS_PER_STEP - 1, network.plm.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
+    pieces = [tokens[:, :7], *tokens[:, 7:].split(TOKENS_PER_STEP, dim=1)]
+    results, sizes = [], []
+    for slack in (8, 64, 10_000):
+        monkeypatch.setattr(TokenCache, "SLACK", slack)
+        cache = network.plm.new_cache(384, attend_tokens=87)
+        with torch.inference_mode():
+            results.append(torch.stack([network.decide(piece, cache) for piece in pieces]))
+        sizes.append(cache.nbytes)
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[2])
+    assert [round(size / sizes[2] * 384) for size in sizes] == [95, 151, 384]
+    assert cache.tokens == 375
+    with pytest.raises(ValueError, match="room for 95 tokens"), torch.inference_mode():
+        monkeypatch.setattr(TokenCache, "SLACK", 8)
+        network.plm(tokens[:, :96], cache=network.plm.new_cache(384, attend_tokens=87))
 
 
 def test_lora_is_applied_and_starts_from_the_plm() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,14 @@ def test_four_bits_need_a_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         load_plm(PLMConfig(folder, dtype="4bit", random_weights=True))
     with pytest.raises(ValueError, match="rank -1"):
         load_plm(PLMConfig(folder, dtype="4bit", rank=-1))
+
+
+def test_four_bits_are_not_trained_on_a_cpu(tmp_path: Path) -> None:
+    """There bitsandbytes computes without gradients and says so in a warning only."""
+    network = tiny_network()
+    network.plm.config = dataclasses.replace(network.plm.config, dtype="4bit")
+    with pytest.raises(ValueError, match="train on a GPU"):
+        train(network, toy_pool(), FLOAT32, folder=tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured by Linux")

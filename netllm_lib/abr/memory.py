@@ -95,17 +95,20 @@ def estimate_memory(
     first, last = points[0], points[-1]
     steps = (whole.layers - traced[0]) / max(traced[-1] - traced[0], 1)
     sizes = {name: first[name] + (last[name] - first[name]) * steps for name in first}
+    # of each phase apart: with the layers that are traced another one may be the largest than with all
+    step = max(size for name, size in sizes.items() if name.startswith("train "))
+    decision = max(size for name, size in sizes.items() if name.startswith("test "))
     base, base_test = LIBRARIES_BYTES.get(device.type, LIBRARIES_BYTES["cpu"])
     allocator = HEAP_TENSORS[checkpointing] * whole.layers * last["largest"] if device.type == "cpu" else 0.0
     return Memory(
         weights=sizes["weights"],
         gradients=sizes["gradients"],
         optimizer=sizes["optimizer"],
-        activations=sizes["train"] - sizes["weights"] - sizes["gradients"] - sizes["optimizer"],
+        activations=step - sizes["weights"] - sizes["gradients"] - sizes["optimizer"],
         allocator=allocator,
         cache=sizes["cache"],
-        train_peak=base + sizes["train"] + allocator,
-        test_peak=base_test + sizes["test"],
+        train_peak=base + step + allocator,
+        test_peak=base_test + decision,
         checkpointing=checkpointing,
     )
 
@@ -134,27 +137,35 @@ def _trace(
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()  # from the second step on there are the optimizer's moments beside the activations
             optimizer.zero_grad(set_to_none=True)
+            meter.take_peak()
             meter.largest = 0.0
-            action_loss(network, _batch(train), dtype).backward()
+            loss = action_loss(network, _batch(train), dtype)
+            forward = meter.take_peak()
+            loss.backward()
+            del loss
+            backward = meter.take_peak()
             nn.utils.clip_grad_norm_(parameters, train.max_grad_norm, foreach=False)
             optimizer.step()
-            step, largest = meter.peak, meter.largest
+            update, largest = meter.take_peak(), meter.largest
             gradients = float(sum(p.numel() * p.element_size() for p in parameters))
             optimizer.zero_grad(set_to_none=True)
             moments = float(sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim))
             optimizer.state.clear()
             gc.collect()
             network.eval()
-            meter.peak = meter.now
-            cache = _decide(network, train, test, episodes, device)
+            meter.take_peak()
+            cache, merging = _decide(network, train, test, episodes, device, meter)
             decision = meter.peak
     return {
         "weights": weights - packed,
         "gradients": gradients,
         "optimizer": moments,
-        "train": step - packed,
-        "test": decision - packed,
-        "cache": float(cache),
+        "train forward": forward - packed,
+        "train backward": backward - packed,
+        "train update": update - packed,
+        "test merging": merging - packed,
+        "test decision": decision - packed,
+        "cache": cache,
         "largest": largest,
     }
 
@@ -178,6 +189,11 @@ class _Meter(TorchDispatchMode):
             self.largest = max(self.largest, size if size < HEAP_LIMIT_BYTES else 0.0)
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._forget, key)
+
+    def take_peak(self) -> float:
+        """The peak since the last time."""
+        peak, self.peak = self.peak, self.now
+        return peak
 
     def _forget(self, key: int) -> None:
         self.now -= self.alive.pop(key, 0)
@@ -221,11 +237,14 @@ def _batch(train: TrainConfig) -> Batch:
 
 
 @torch.no_grad()
-def _decide(network: PolicyNetwork, train: TrainConfig, test: EvalConfig, episodes: int, device: torch.device) -> float:
-    """Trace the last decision of `episodes` in lock-step; returns the bytes of its cache."""
+def _decide(
+    network: PolicyNetwork, train: TrainConfig, test: EvalConfig, episodes: int, device: torch.device, meter: _Meter
+) -> tuple[float, float]:
+    """Trace the last decision of `episodes` in lock-step; returns the bytes of its cache and the peak of preparing its weights."""
     plm, dtype = network.plm, arithmetic_dtype(test.precision, device)
     merge = test.merge_lora and not test.dropout and plm.config.dtype != "4bit"
     weights = plm.inference_weights(dtype, merge) if dtype is not None or merge else None
+    merging = meter.take_peak()
     steps, w = network.config.max_timestep + 1, test.w or train.w
     rows, seen = (1, w + 1) if test.context == "leak" else (episodes, 2)
     cached = test.context_window == "cached" and plm.causal
@@ -240,7 +259,7 @@ def _decide(network: PolicyNetwork, train: TrainConfig, test: EvalConfig, episod
         numbers = torch.zeros(shape, dtype=torch.long)
         tokens = network.embed(torch.zeros(*shape, FEATURES, HISTORY), numbers, torch.zeros(shape), numbers)[:, :-1]
         network.decide(tokens[:, -TOKENS_PER_STEP:] if cached else tokens, cache)
-    return cache.nbytes if cache is not None else 0.0
+    return float(cache.nbytes) if cache is not None else 0.0, merging
 
 
 def _packed_bytes(network: PolicyNetwork) -> float:

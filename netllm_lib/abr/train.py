@@ -184,6 +184,10 @@ def train(
             f"the pool has episodes of {windows.scale.max_timestep + 1} steps, the network was made for "
             f"{network.config.max_timestep + 1}: set NetworkConfig(max_timestep={windows.scale.max_timestep})"
         )
+    if network.plm.config.dtype == "4bit" and network.plm.device.type == "cpu":
+        raise ValueError(
+            '4-bit weights give no gradients on a CPU (bitsandbytes): train on a GPU, or use dtype="bfloat16"'
+        )
     peers = peers or Peers()
     run = _Run(network, windows, config, folder, peers)
     if not peers.agree((folder / RESULT).is_file()):

@@ -1,7 +1,7 @@
 """Peak memory of training and testing on the CPU against what preflight predicts from the configuration alone.
 
 Each case runs in a process of its own, which loads the PLM, resets the kernel's record of its peak, and then takes a few
-optimizer steps, or plays 100 episodes; the peak of its resident memory (VmHWM) is what is compared. Writes
+optimizer steps, or plays episodes in lock-step; the peak of its resident memory (VmHWM) is what is compared. Writes
 reports/benchmarks/memory.md. Linux only.
 
     python tests/bench/bench_memory.py
@@ -36,6 +36,7 @@ class Case:
     batch: int = 8
     precision: str = "float32"
     checkpointing: bool = False
+    episodes: int = 100  # of a test, in lock-step
 
 
 def cases() -> list[Case]:
@@ -50,9 +51,9 @@ def cases() -> list[Case]:
         Case("SmolLM2, 30 layers, bf16 weights", {**smol, "dtype": "bfloat16"}, precision="bfloat16"),
         Case("llama 6 × 1536, rank 32", {"source": "wide", "random_weights": True, "rank": 32}, batch=4),
         Case("SmolLM2, 4 layers", {**smol, "layers": 4}, "test"),
-        Case("SmolLM2, 30 layers", smol, "test"),
-        Case("SmolLM2, 30 layers, bf16 weights", {**smol, "dtype": "bfloat16"}, "test"),
-        Case("llama 6 × 1536, rank 32", {"source": "wide", "random_weights": True, "rank": 32}, "test"),
+        Case("SmolLM2, 30 layers", smol, "test", episodes=30),
+        Case("SmolLM2, 30 layers, bf16 weights", {**smol, "dtype": "bfloat16"}, "test", episodes=30),
+        Case("llama 6 × 1536, rank 32", {"source": "wide", "random_weights": True, "rank": 32}, "test", episodes=30),
     ]
 
 
@@ -90,7 +91,7 @@ def measure(case: Case) -> float:
     pool = toy_pool(max(2, case.batch))
     steps = tuple(range(3 * case.batch))
     config = TrainConfig(epochs=1, batch=case.batch, precision=case.precision, order=(steps,))  # type: ignore[arg-type]
-    traces = generate_traces("memory", 100, seed=1)
+    traces = generate_traces("memory", case.episodes, seed=1)
     simulator = Simulator(traces, generate_video("clip", seed=1), sound_episodes(traces))
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -121,14 +122,14 @@ def main() -> None:
             plm: dict[str, Any] = {k: str(Path(folder) / v) if v == "wide" else v for k, v in case.plm.items()}
             case = dataclasses.replace(case, plm=plm)
             train = TrainConfig(batch=case.batch, precision=case.precision)  # type: ignore[arg-type]
-            memory = estimate_memory(PLMConfig(**plm), train, episodes=100, checkpointing=case.checkpointing)
+            memory = estimate_memory(PLMConfig(**plm), train, episodes=case.episodes, checkpointing=case.checkpointing)
             predicted = memory.train_peak if case.what == "train" else memory.test_peak
             command = [sys.executable, __file__, json.dumps(dataclasses.asdict(case))]
             done = subprocess.run(
                 command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
             measured = float(done.stdout.split()[-1])
-            part = f"batch {case.batch}" if case.what == "train" else "100 episodes"
+            part = f"batch {case.batch}" if case.what == "train" else f"{case.episodes} episodes"
             gb = f"{predicted / GB:.2f} | {measured / GB:.2f} | {predicted / measured - 1:+.0%}"
             lines.append(f"| {case.what} | {case.name} | {part} | {gb} |")
             print(lines[-1], flush=True)
