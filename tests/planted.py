@@ -73,8 +73,8 @@ class Planted:
 
     @property
     def true_effect(self) -> float | None:
-        """Mean reward of the healthy twin less the run's."""
-        if self.table is None or self.twin is None:
+        """Mean reward of the healthy twin less the run's; None for a run that is its own twin."""
+        if self.table is None or self.twin is None or self.twin is self.table:
             return None
         return qoe.summarise(self.twin).reward - qoe.summarise(self.table).reward
 

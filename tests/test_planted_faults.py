@@ -13,8 +13,18 @@ from netllm_lib.abr.diagnosis.finding import RULES
 from planted import FAULTS, Fault, examine
 from planted_runs import Bench
 
-QUICK = ("undertrained", "labels shuffled", "changed head", "rare slips", "one level", "first level", "healthy")
-"""Faults that are planted in every test run; they need one or two trainings of seconds."""
+QUICK = (
+    "changed head",
+    "zero adapter",
+    "rare slips",
+    "one level",
+    "noise",
+    "first level",
+    "window",
+    "harmless target",
+    "healthy",
+)
+"""Faults that are planted in every test run; they need the healthy training alone, which takes ten seconds once."""
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from netllm_lib import runs
 from netllm_lib.abr.checkpoint import describe, save_checkpoint
 from netllm_lib.abr.diagnosis import diagnose, sources
 from netllm_lib.abr.episodes import upstream_episodes
+from netllm_lib.abr.importing import import_run
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
@@ -80,6 +81,17 @@ def test_the_pool_that_a_test_was_given(tree: Tree, tmp_path: Path) -> None:
     assert evidence.subject is not None
     assert evidence.subject.test_scale == return_to_go(other)[1]
     assert "wrong-pool" in {finding.id for finding in diagnose(evidence).findings}
+
+
+def test_an_import_of_it_says_the_same(tree: Tree, tmp_path: Path) -> None:
+    imported = import_run(tree.root, data=SAMPLE, root=tmp_path).folder
+    evidence, direct = sources.load(imported, data=SAMPLE), sources.load(tree.root, data=SAMPLE)
+    assert evidence.subject is not None
+    assert direct.subject is not None
+    assert evidence.subject.config == direct.subject.config
+    assert evidence.pool is not None
+    ids = [[f.id for f in diagnose(e).findings if f.severity == "cause"] for e in (evidence, direct)]
+    assert ids[0] == ids[1]
 
 
 def test_the_command_says_it_in_json(tree: Tree, capsys: pytest.CaptureFixture) -> None:

@@ -80,7 +80,7 @@ def main(parts: list[str]) -> int:
         print(rows[fault.harmless][-1], flush=True)
     faulty, healthy = (sum(f.harmless == harmless for f in chosen) for harmless in (False, True))
     took = f"{time.process_time() - start:.0f} s of CPU time, {time.perf_counter() - clock:.0f} s in all, on one thread"
-    took += ", trainings from the cache." if bench.reused else "."
+    took += ", trainings from the cache." if bench.reused else ", trainings included."
     text = f"""# Diagnosis: planted faults
 
 `python tests/bench/bench_diagnosis.py` plants each of these faults in a run of a small policy (a two-layer random llama that passes

@@ -237,7 +237,7 @@ def with_baselines(evidence: Evidence) -> Evidence:
     if not set(played) <= set(traces.names):
         return evidence
     tables = dict(evidence.tables)
-    fixed = len(played) == len(traces)
+    fixed = bool(evidence.setting.get("fixed", len(played) == len(traces)))
     for name, policy in baselines(video, evidence.registry).items():
         episodes = upstream_episodes(
             traces,

@@ -213,9 +213,9 @@ def _checkpoint(evidence: Evidence, place: Path, plm: str | Path | None) -> Evid
     setting = evidence.setting
     names = {field.name for field in dataclasses.fields(EvalConfig)}
     given = {key: value for key, value in setting.items() if key in names and value is not None}
-    evidence = replace(
-        evidence, subject=Subject(network, meta, EvalConfig(**given)), setting={**setting, "train_w": meta.w}
-    )
+    # how the original tested is told by `_tested_as_original`
+    config = None if setting.get("original") else EvalConfig(**given)
+    evidence = replace(evidence, subject=Subject(network, meta, config), setting={**setting, "train_w": meta.w})
     return _as_trained(evidence, meta.train)
 
 
