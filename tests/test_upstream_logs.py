@@ -333,9 +333,17 @@ def test_any_part_of_a_log_tells_nothing_else_than_the_whole(start: int, length:
         if evaluation.epoch is not None:
             assert evaluation.epoch in (0, 11)
     assert (console.last_step or 0) <= 12 * 230
-    if "Training Iteration" in part and part.rstrip("= \n") and start > TEXT.index("Training Iteration"):
+    if re.search(r"Training Iteration #\d+ =", part) and start > TEXT.index("Training Iteration"):
         assert console.cut_start
     assert set(console.checkpoints) <= set(whole.checkpoints)
+
+
+def test_an_excerpt_that_begins_after_an_epochs_header() -> None:
+    """Found by the test above: of what follows an epoch, only the saved folders and the evaluation are there."""
+    begin = TEXT.index("Checkpoint saved at")
+    console = logs.read_console(TEXT[begin : TEXT.index("#1 ")])
+    assert console.cut_start
+    assert console.evaluations[0].epoch is None
 
 
 def test_an_excerpt_in_the_middle() -> None:

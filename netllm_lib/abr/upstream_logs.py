@@ -408,6 +408,10 @@ class _ConsoleReader:
             return  # a number that stands alone means something only within a test
         start = not self.found
         self.found = True
+        if self.header is None and any(
+            event[key] is not None for key in ("evaluation", "eval_key", "checkpoint", "best")
+        ):
+            self.cut_start = True  # they follow an epoch, whose header is not here
         if event["step"] is not None:
             if start and int(event["step"]) > 0:
                 self.cut_start = True
