@@ -1,104 +1,18 @@
-"""The command line, `netllm`. Commands are thin: they read arguments, call the library, and print.
-
-Exit codes: 0 done; 1 the work failed (a notebook's cell, a check); 2 the request was wrong (unknown name, missing
-file). An error is one line with what to do; `--debug` shows where it came from. Heavy imports happen inside the
-commands, so that `netllm --help` is quick.
-"""
+"""Commands on bitrate policies and their runs: `netllm play`, `import`, `diagnose`."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import traceback
-from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    name="netllm",
-    help="Reproduce NetLLM's bitrate adaptation, and explain its gap to the baselines.",
-    no_args_is_help=True,
-    add_completion=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--data", metavar="DIR", help="Where traces and videos are [else $NETLLM_DATA, data/netllm, the sample]."
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
+from netllm_lib.cli.options import DataOption, JsonOption, Preset
 
 
-class Preset(StrEnum):
-    sound = "sound"
-    upstream = "upstream"
-
-
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
-) -> None:
-    """Reproduce NetLLM's bitrate adaptation, and explain its gap to the baselines."""
-
-
-@app.command()
-def check(
-    data: DataOption = None,
-    plm: Annotated[str, typer.Option(metavar="SOURCE", help="smollm2, or a Hugging Face folder.")] = "smollm2",
-    layers: Annotated[int | None, typer.Option(help="How many of its layers would be trained [all].")] = None,
-    load: Annotated[bool, typer.Option("--load", help="Load the weights too, not only look at the files.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Check this machine: packages, device, language model, memory, data, disk, kernels."""
-    from netllm_lib import envcheck, runs
-
-    checks = envcheck.llm_checks(data, plm, layers, load=load)
-    print(envcheck.as_text(checks))
-    if as_json:
-        print(json.dumps(runs.plain(checks)))
-    if bad := envcheck.failed(checks):
-        print(f"\n{len(bad)} of {len(checks)} checks failed", file=sys.stderr)
-        raise typer.Exit(1)
-
-
-@app.command()
-def run(
-    target: Annotated[str, typer.Argument(metavar="NOTEBOOK|PIPELINE.toml", help="A path, 03_experience_pool, or 03.")],
-    parameters: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-p", "--parameter", metavar="KEY VALUE", help="A notebook's parameter; STEP.KEY for one step only."
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run again what is there already.")] = False,
-    timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Limit for each notebook; 0 for none.")
-    ] = None,
-    kernel: Annotated[str | None, typer.Option(metavar="NAME", help="Jupyter kernel [the notebook's own].")] = None,
-) -> None:
-    """Run a notebook, or a pipeline of them, headless; results go to reports/runs/."""
-    from netllm_lib import notebooks, pipelines
-
-    given = dict(item.split("=", 1) for item in parameters or [])
-    if target.endswith(".toml"):
-        if kernel is not None:
-            raise ValueError("--kernel is for a single notebook: the notebooks of a pipeline name their own")
-        pipelines.run_pipeline(target, given, timeout_s=timeout, force=force, echo=_echo)
-        return
-    limit = notebooks.TIMEOUT_S if timeout is None else timeout
-    done = notebooks.run_notebook(target, given, kernel=kernel, timeout_s=limit, force=force, echo=_echo)
-    _echo(pipelines.describe(done))
-    _echo(f"report: {notebooks.shown(done.report)}")
-
-
-@app.command()
 def play(
     policy: Annotated[str, typer.Option(help="bba, mpc, genet, udr_1, …, random, constant-2, or a policy's folder.")],
     traces: Annotated[str | None, typer.Option(help="Trace set [the first one of the split test].")] = None,
@@ -167,7 +81,6 @@ def play(
         print(json.dumps(result))
 
 
-@app.command("import")
 def import_(
     folder: Annotated[Path, typer.Argument(help="A tree, run folder, result folder or console log of the original.")],
     pool: Annotated[
@@ -224,7 +137,6 @@ def import_(
         print(json.dumps(report))
 
 
-@app.command()
 def diagnose(
     folders: Annotated[
         list[str],
@@ -265,79 +177,3 @@ def diagnose(
         print(f"\n{found.waterfall.round(3).to_string(index=False)}")
     if as_json:
         print(json.dumps(found.plain()))
-
-
-data_app = typer.Typer(help="Trace sets and videos.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(data_app, name="data")
-
-
-@data_app.command("list")
-def data_list(data: DataOption = None, as_json: JsonOption = False) -> None:
-    """Show the trace sets, videos and actors that are found."""
-    from netllm_lib.abr.traces import find_registry
-
-    registry = find_registry(data)
-    table = registry.describe()
-    print(f"{registry.root}\n\n{table.round(3).to_string(index=False)}\n")
-    print(f"videos: {', '.join(registry.video_folders()) or 'none'}")
-    print(f"actors: {', '.join(registry.actor_folders()) or 'none'}")
-    if as_json:
-        found = {"root": str(registry.root), "trace_sets": table.to_dict("records")}
-        print(json.dumps(found | {"videos": list(registry.video_folders()), "actors": list(registry.actor_folders())}))
-
-
-@data_app.command("generate")
-def data_generate(
-    folder: Annotated[Path, typer.Argument(help="Root folder to write to.")],
-    train: Annotated[int, typer.Option(help="Training traces.")] = 60,
-    test: Annotated[int, typer.Option(help="Test traces.")] = 30,
-    seed: int = 7,
-) -> None:
-    """Generate synthetic traces and a video; with the defaults, the bundled sample."""
-    from netllm_lib.abr.synthetic import write_sample
-
-    write_sample(folder, train, test, seed)
-    print(f"wrote {train} + {test} traces and a video to {folder}")
-
-
-def _echo(line: str) -> None:
-    print(line, flush=True)  # seen at once in a log file too
-
-
-def join_parameters(arguments: Sequence[str]) -> list[str]:
-    """`-p key value`, papermill's habit, as the `-p key=value` that the option parser understands."""
-    joined, rest = [], list(arguments)
-    while rest:
-        word = rest.pop(0)
-        joined.append(word)
-        if word in ("-p", "--parameter"):
-            if len(rest) < 2:
-                raise ValueError(f"{word} takes two words: {word} KEY VALUE")
-            if "=" in rest[0]:
-                raise ValueError(f"{word} {rest[0]}: write {word} {rest[0].replace('=', ' ', 1)}")
-            joined.append(f"{rest.pop(0)}={rest.pop(0)}")
-    return joined
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `netllm`; ends with SystemExit."""
-    from netllm_lib.envcheck import CheckFailed
-    from netllm_lib.notebooks import NotebookError
-
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words  # anywhere on the line: it is typed when something has gone wrong already
-    try:
-        app(args=join_parameters([word for word in words if word != "--debug"]), prog_name="netllm")
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-            print("\n".join(getattr(error, "traceback", ())), file=sys.stderr)
-        wrong_request = isinstance(error, ValueError | OSError)
-        known = wrong_request or isinstance(error, NotebookError | CheckFailed)
-        kind = "error" if known else f"unexpected {type(error).__name__}"
-        print(f"netllm: {kind}: {error}" + ("" if known or debug else " (--debug shows where)"), file=sys.stderr)
-        raise SystemExit(2 if wrong_request else 1) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,97 @@
+"""The command line, `netllm`. Commands are thin: they read arguments, call the library, and print.
+
+Exit codes: 0 done; 1 the work failed (a notebook's cell, a check); 2 the request was wrong (unknown name, missing
+file). An error is one line with what to do; `--debug` shows where it came from. Heavy imports happen inside the
+commands, so that `netllm --help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from netllm_lib.cli import batch, bitrate, data
+from netllm_lib.cli.options import DataOption, JsonOption
+
+app = typer.Typer(
+    name="netllm",
+    help="Reproduce NetLLM's bitrate adaptation, and explain its gap to the baselines.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+) -> None:
+    """Reproduce NetLLM's bitrate adaptation, and explain its gap to the baselines."""
+
+
+@app.command()
+def check(
+    data: DataOption = None,
+    plm: Annotated[str, typer.Option(metavar="SOURCE", help="smollm2, or a Hugging Face folder.")] = "smollm2",
+    layers: Annotated[int | None, typer.Option(help="How many of its layers would be trained [all].")] = None,
+    load: Annotated[bool, typer.Option("--load", help="Load the weights too, not only look at the files.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine: packages, device, language model, memory, data, disk, kernels."""
+    from netllm_lib import envcheck, runs
+
+    checks = envcheck.llm_checks(data, plm, layers, load=load)
+    print(envcheck.as_text(checks))
+    if as_json:
+        print(json.dumps(runs.plain(checks)))
+    if bad := envcheck.failed(checks):
+        print(f"\n{len(bad)} of {len(checks)} checks failed", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+app.command()(batch.run)
+app.command()(bitrate.play)
+app.command("import")(bitrate.import_)
+app.command()(bitrate.diagnose)
+app.add_typer(data.app, name="data")
+
+
+def join_parameters(arguments: Sequence[str]) -> list[str]:
+    """`-p key value`, papermill's habit, as the `-p key=value` that the option parser understands."""
+    joined, rest = [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        joined.append(word)
+        if word in ("-p", "--parameter"):
+            if len(rest) < 2:
+                raise ValueError(f"{word} takes two words: {word} KEY VALUE")
+            if "=" in rest[0]:
+                raise ValueError(f"{word} {rest[0]}: write {word} {rest[0].replace('=', ' ', 1)}")
+            joined.append(f"{rest.pop(0)}={rest.pop(0)}")
+    return joined
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `netllm`; ends with SystemExit."""
+    from netllm_lib.envcheck import CheckFailed
+    from netllm_lib.notebooks import NotebookError
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words  # anywhere on the line: it is typed when something has gone wrong already
+    try:
+        app(args=join_parameters([word for word in words if word != "--debug"]), prog_name="netllm")
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+            print("\n".join(getattr(error, "traceback", ())), file=sys.stderr)
+        wrong_request = isinstance(error, ValueError | OSError)
+        known = wrong_request or isinstance(error, NotebookError | CheckFailed)
+        kind = "error" if known else f"unexpected {type(error).__name__}"
+        print(f"netllm: {kind}: {error}" + ("" if known or debug else " (--debug shows where)"), file=sys.stderr)
+        raise SystemExit(2 if wrong_request else 1) from None

@@ -1,0 +1,5 @@
+"""`python -m netllm_lib.cli`."""
+
+from netllm_lib.cli import main
+
+main()
