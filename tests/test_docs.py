@@ -6,14 +6,18 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from netllm_lib.abr import report
 from netllm_lib.abr.diagnosis import RULES
 from netllm_lib.abr.policies.llm import EvalConfig
 from netllm_lib.abr.policies.mpc import MPCConfig
+from netllm_lib.abr.synthetic import write_sample
+from netllm_lib.abr.traces import Registry
 from netllm_lib.abr.train import TrainConfig
 from netllm_lib.plm import PLMConfig
-from netllm_lib.runs import PROJECT
+from netllm_lib.runs import PROJECT, read_json
 
 DOCS = PROJECT / "docs"
 
@@ -40,6 +44,17 @@ def test_every_switch_of_the_original_is_documented(config: type) -> None:
     changed = [f.name for f in dataclasses.fields(sound) if getattr(sound, f.name) != getattr(upstream, f.name)]
     missing = [name for name in changed if f"`{name}`" not in text and f".{name}`" not in text]
     assert not missing, f"{config.__name__}: {missing} are not in upstream-differences.md"
+
+
+def test_every_key_of_a_tests_setting_is_documented(tmp_path: Path) -> None:
+    write_sample(tmp_path, train=1, test=2)
+    registry = Registry(tmp_path)
+    (tmp_path / "policy").mkdir()
+    traces, video = registry.trace_set("sample-test"), registry.video("sample")
+    setting = report.setting_of(traces, video, str(tmp_path / "policy"), train_traces="t", clean=np.ones(2, bool))
+    report.save_test(tmp_path, {}, setting)
+    listed = {key for cells in rows(DOCS / "formats.md") for key in cells[0].split(", ")}
+    assert set(read_json(tmp_path / report.SETTING)) <= listed
 
 
 def test_files_that_the_documents_name_exist() -> None:

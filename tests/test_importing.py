@@ -128,6 +128,14 @@ def test_importing_again_changes_nothing(tree: Tree, reports: Path, tmp_path: Pa
     assert len(list((reports / "runs" / "import").iterdir())) == 2
 
 
+def test_two_processes_never_write_one_import(tree: Tree, reports: Path) -> None:
+    place = import_run(tree.root, data=SAMPLE).folder
+    runs.write_json(place / runs.MANIFEST, runs.read_json(place / runs.MANIFEST) | {"status": "started"})
+    with runs.lock(place), pytest.raises(runs.Busy, match=place.name):
+        import_run(tree.root, data=SAMPLE)
+    assert import_run(tree.root, data=SAMPLE).done
+
+
 def test_an_import_that_was_interrupted_is_done_again(
     tree: Tree, reports: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

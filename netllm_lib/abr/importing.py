@@ -244,9 +244,26 @@ def convert(
     config = {"format": FORMAT, "settings": _finite(runs.plain(found.settings))}
     inputs = _inputs(found, training_pool, plm_folder, trace_sets)
     run = runs.open_run(KIND, found.name, config, inputs, root)
-    if run.done:
-        return run
+    if not run.done:
+        with runs.lock(run.folder):
+            if not run.done:  # another process may have finished it before the lock was ours
+                exact = plm is not None or pool is not None
+                _fill(run, found, tables, losses, trace_sets, training_pool, plm_folder, plm_reason, exact)
+    return run
 
+
+def _fill(
+    run: runs.Run,
+    found: Found,
+    tables: Mapping[str, pd.DataFrame],
+    losses: logs.Losses | None,
+    trace_sets: Mapping[str, TraceSet | str | None],
+    training_pool: _Pool,
+    plm_folder: Path | None,
+    plm_reason: str | None,
+    asked: bool,
+) -> None:
+    """Write everything that an import holds. `asked`: the pool or PLM was named by the caller and so has to fit the weights."""
     means = {name: qoe.summarise(table).reward for name, table in tables.items()}
     notes = list(found.notes) + _note_unknown_traces(tables, trace_sets) + _note_means(means, found)
     if losses is not None:
@@ -258,8 +275,7 @@ def convert(
         except ValueError as error:
             # that weights diverged or do not fit what lies beside them is a finding about the run; a damaged file is not, nor
             # a pool or PLM that was asked for and is the wrong one
-            diverged, asked = "NaN or infinity" in str(error), plm is not None or pool is not None
-            if not diverged and (asked or "damaged" in str(error)):
+            if "NaN or infinity" not in str(error) and (asked or "damaged" in str(error)):
                 raise
             problem = str(error)
     for name, table in tables.items():
@@ -301,7 +317,6 @@ def convert(
     runs.write_json(run.folder / "settings.json", _finite(runs.plain(told)))
     has_policy = (run.folder / "policy").is_dir()
     run.finish({"mean_reward": means, "pool_differs": training_pool.differs, "policy": has_policy})
-    return run
 
 
 def _inputs(
