@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import netllm_lib
-from netllm_lib import runs
+from netllm_lib import pages, runs
 
 NOTEBOOKS = runs.PROJECT / "notebooks"
 REPORT = "report.html"
@@ -388,7 +388,7 @@ def run_notebook(
             raise
         finally:
             if executed.is_file():
-                export_html(executed, folder / REPORT)
+                pages.export_html(executed, folder / REPORT)
         seconds = time.monotonic() - started
         if run_dir is None:
             _note(folder, seconds=round(seconds, 1), error=None)
@@ -508,31 +508,6 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
-
-
-def export_html(executed: Path, report: Path) -> None:
-    """Write an executed notebook as one HTML file that opens offline: figures inside, nothing fetched.
-
-    Widgets are left out: their state needs scripts from the network, and the figure they show is in a cell before them.
-    """
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    notebook = nbformat.read(executed, as_version=4)
-    notebook.metadata.pop("widgets", None)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            widget = "application/vnd.jupyter.widget-view+json"
-            cell.outputs = [output for output in cell.outputs if widget not in output.get("data", {})]
-    exporter = HTMLExporter()
-    for trait in exporter.trait_names():
-        value = getattr(exporter, trait)
-        if trait.endswith("_url") and isinstance(value, str) and value.startswith("http"):
-            setattr(exporter, trait, "")
-    body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": executed.stem}})
-    body = re.sub(r'<script src="">\s*</script>', "", body)  # what the cleared addresses leave
-    with runs.atomic_path(report) as aside:
-        aside.write_text(body, encoding="utf-8")
 
 
 # --- sources --------------------------------------------------------------------------------------------------------

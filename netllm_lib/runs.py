@@ -380,7 +380,7 @@ class Run:
         if metrics is not None:
             write_json(self.folder / "metrics.json", metrics)
         manifest = read_json(self.folder / MANIFEST)
-        write_json(self.folder / MANIFEST, manifest | {"status": "done", "finished": _now()})
+        write_json(self.folder / MANIFEST, manifest | {"status": "done", "finished": time_text()})
 
 
 def open_run(
@@ -404,7 +404,7 @@ def open_run(
                 "kind": kind,
                 "name": name,
                 "inputs": inputs or {},
-                "started": _now(),
+                "started": time_text(),
                 **environment(),
             },
         )
@@ -490,5 +490,6 @@ def git_revision() -> str | None:
         return None
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+def time_text(seconds: float | None = None) -> str:
+    """A time (of the epoch; now, if not given) as manifests write it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))

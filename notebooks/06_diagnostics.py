@@ -72,7 +72,7 @@ def keep(axes, name):
 # %%
 compared = report.with_runs(loaded, more, data or None)
 league = report.league(compared.tables, clean=loaded.clean)
-league.to_csv(out / "league.csv")
+league.to_parquet(out / "league.parquet")
 league.round(4)
 
 # %% [markdown]
@@ -103,7 +103,7 @@ for name, axes in figures.gallery(found, loaded, elsewhere):
 if found.waterfall is None:
     print("nothing to show: no switch of the test is off, or it cannot be played again here (see what is not there)")
 else:
-    found.waterfall.to_csv(out / "waterfall.csv", index=False)
+    found.waterfall.to_parquet(out / "waterfall.parquet")
     others = {} if reference is None else {reference: qoe.summarise(tables[reference]).reward}
     keep(figures.waterfall(found.waterfall, others), "waterfall")
 
@@ -143,7 +143,7 @@ else:
     simulator = Simulator(loaded.traces, loaded.video, episodes)
     plans = best_plans(loaded.traces, loaded.video, episodes)
     missing = regret(run, plans)
-    missing.to_csv(out / "regret.csv")
+    missing.to_frame("regret").to_parquet(out / "regret.parquet")
     keep(figures.regret(missing), "regret")
 
 # %% [markdown]
@@ -170,7 +170,7 @@ quick = budget_s > 0 and ablation.can_replay(loaded) and loaded.subject.config.c
 if episodes is not None:
     policy = ablation.variant(loaded.subject, []) if quick else None
     costly = decisions.costliest(run, simulator, instead["the optimum"], policy, gap=missing, confirm=2)
-    costly.to_csv(out / "costliest.csv", index=False)
+    costly.to_parquet(out / "costliest.parquet")
     if len(costly):
         keep(figures.costliest(costly, "regret"), "costliest")
 
@@ -212,8 +212,9 @@ if not runs.headless():
 summary = report.summary(league, found, loaded.setting)
 (out / "summary.txt").write_text(summary + "\n")
 metrics = {"findings": [finding.id for finding in found.findings], "baseline": reference}
+metrics |= {"run": subject, "interval": league.loc[subject, ["low", "high"]].tolist()}
 metrics |= {"reward": league["reward"].to_dict(), "gap": found.gap, "over_seeds": found.over_seeds}
 metrics |= {"regret": None if missing is None else float(missing.mean())}
 metrics |= {"differences": {name: list(interval) for name, interval in figures.differences(loaded).items()}}
 runs.write_json(out / "metrics.json", metrics)
-# expected: findings.json, summary.txt, league.csv, decomposition.png, timeline.png
+# expected: findings.json, summary.txt, league.parquet, decomposition.png, timeline.png

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_notebook
 
 from netllm_lib import cli, notebooks, runs
 from netllm_lib.notebooks import NotebookError, NotebookRun, run_notebook
@@ -87,31 +87,6 @@ def test_a_lost_artefact_is_made_again_and_force_runs_again(good: tuple[Path, No
     assert not again.reused
     assert (run.folder / "table.txt").is_file()
     assert not (run.folder / "leftover").exists()
-
-
-def test_report_opens_offline(good: tuple[Path, NotebookRun, list[str]]) -> None:
-    assert fetched(good[1].report.read_text()) == []
-
-
-def test_report_has_no_widgets(tmp_path: Path) -> None:
-    widget = "application/vnd.jupyter.widget-view+json"
-    shown = new_output("display_data", {"text/plain": "a figure"})
-    outputs = [shown, new_output("display_data", {widget: {"model_id": "1"}, "text/plain": "interactive(…)"})]
-    notebook = new_notebook(cells=[new_code_cell("interact(plot)", outputs=outputs)])
-    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
-    nbformat.write(notebook, tmp_path / "a.ipynb")
-    notebooks.export_html(tmp_path / "a.ipynb", tmp_path / "a.html")
-    html = (tmp_path / "a.html").read_text()
-    assert fetched(html) == []
-    assert "a figure" in html
-    assert "interactive(" not in html
-
-
-def fetched(html: str) -> list[str]:
-    """Tags that make a browser fetch something."""
-    return re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=[\"'](?!data:)[^>]*>", html) + re.findall(
-        r"(?:import\(|url\()[\"']?https?:[^)]*", html
-    )
 
 
 def test_typo_is_refused_before_anything_runs(good: tuple[Path, NotebookRun, list[str]]) -> None:

@@ -17,6 +17,7 @@ import typer
 
 from netllm_lib.cli import batch, bitrate, data
 from netllm_lib.cli.options import DataOption, JsonOption
+from netllm_lib.cli.reports import reports
 
 app = typer.Typer(
     name="netllm",
@@ -59,6 +60,7 @@ app.command()(batch.run)
 app.command()(bitrate.play)
 app.command("import")(bitrate.import_)
 app.command()(bitrate.diagnose)
+app.command()(reports)
 app.add_typer(data.app, name="data")
 
 
