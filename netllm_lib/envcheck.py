@@ -32,7 +32,7 @@ GB = 1e9
 DISK_NEEDED_GB, DISK_WANTED_GB = 1.0, 5.0
 KERNELS = {"netllm-llm": "make env", "netllm-tf": "make env-tf"}
 """Kernels that the notebooks name, and what makes them."""
-DATA_ADVICE = "put NetLLM's data/ folder at data/netllm, or name it by $NETLLM_DATA or --data"
+DATA_ADVICE = "netllm data fetch, or put NetLLM's data/ folder at data/netllm, or name it by $NETLLM_DATA or --data"
 SMOLLM2_SHAPE = (30, 576)
 """Layers and hidden size of SmolLM2-135M, which has no folder until it is unpacked for the first time."""
 

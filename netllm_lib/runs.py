@@ -203,7 +203,7 @@ def storage_errors(folder: Path) -> Iterator[None]:
 
 
 FULL = "the disk is full; what was there before is unchanged, free some space and run the same again"
-UNWRITABLE = "this folder cannot be written to; make it writable, or name another one in $NETLLM_REPORTS"
+UNWRITABLE = "this folder cannot be written to; make it writable, or name another one (for runs in $NETLLM_REPORTS)"
 
 
 def _storage_problem(error: BaseException, folder: Path) -> str | None:

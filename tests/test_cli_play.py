@@ -71,5 +71,20 @@ def test_data_list_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert netllm("data", "list", "--json") == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert [row["traces"] for row in found["trace_sets"]] == [30, 60]
+    assert found["trace_sets"][0] | {"min_s": 219.0, "median_s": 219.0, "max_s": 219.0} == found["trace_sets"][0]
+    assert found["overlaps"] == {
+        "sample-test": {"sample-test": 30, "sample-train": 0},
+        "sample-train": {"sample-test": 0, "sample-train": 60},
+    }
     assert netllm("data", "generate", str(tmp_path), "--train", "3", "--test", "2") == 0
     assert len(list(tmp_path.glob("traces/*/*/*"))) == 5
+
+
+def test_data_list_of_the_real_data(real_data: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "list", "--data", str(real_data), "--json"])
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    sets = {row["trace set"]: row for row in found["trace_sets"]}
+    assert (sets["fcc-train"]["traces"], sets["fcc-test"]["traces"]) == (235, 100)
+    assert found["overlaps"]["fcc-test"] == {"fcc-test": 100, "fcc-train": 81, "fcc-valid": 41}
+    assert found["overlaps"]["fcc-train"]["fcc-test"] == 180

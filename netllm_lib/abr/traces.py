@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -270,15 +270,28 @@ class Registry:
             return name
         raise FileNotFoundError(f"{self.root / 'videos'}: no video in it")
 
-    def describe(self) -> pd.DataFrame:
-        """One row per trace set: split, traces, hours, and quantiles over traces of the mean bandwidth in Mbps."""
+    def trace_sets(self, progress: Callable[..., None] | None = None) -> dict[str, TraceSet]:
+        """All trace sets by name; `progress` is called with (sets read, sets in all)."""
+        sets, folders = {}, self.trace_folders()
+        for name, path in folders.items():
+            sets[name] = read_trace_set(path)
+            if progress:
+                progress(len(sets), len(folders))
+        return sets
+
+    def describe(self, sets: Mapping[str, TraceSet] | None = None) -> pd.DataFrame:
+        """One row per trace set: split, traces, hours, extremes and median of the traces' durations in seconds, and quantiles
+        over traces of the mean bandwidth in Mbps. `sets` are those of `trace_sets`, if they are read already."""
+        folders = self.trace_folders()
         rows = []
-        for name, path in self.trace_folders().items():
-            table = read_trace_set(path).describe()
+        for name, traces in (self.trace_sets() if sets is None else sets).items():
+            table = traces.describe()
+            duration_s = table["duration_s"]
+            lengths = (duration_s.sum() / 3600, duration_s.min(), duration_s.median(), duration_s.max())
             quantiles = table["mean_mbps"].quantile([0, 0.25, 0.5, 0.75, 1]).to_numpy()
-            rows.append((name, path.parent.name, len(table), table["duration_s"].sum() / 3600, *quantiles))
-        columns = ["trace set", "split", "traces", "hours", "min", "q25", "median", "q75", "max"]
-        return pd.DataFrame(rows, columns=columns)
+            rows.append((name, folders[name].parent.name, len(table), *lengths, *quantiles))
+        columns = ["trace set", "split", "traces", "hours", "min_s", "median_s", "max_s"]
+        return pd.DataFrame(rows, columns=[*columns, "min", "q25", "median", "q75", "max"])
 
 
 def _lookup(found: dict[str, Path], name: str, what: str, root: Path) -> Path:
@@ -326,6 +339,16 @@ def overlapping(traces: TraceSet, others: TraceSet) -> np.ndarray:
     """
     seen = set().union(*(_runs(trace) for trace in others.traces))
     return np.array([not _runs(trace).isdisjoint(seen) for trace in traces.traces])
+
+
+def overlap_matrix(sets: Mapping[str, TraceSet]) -> pd.DataFrame:
+    """[sets x sets] int: how many traces of the row's set share content with any trace of the column's (see `overlapping`)."""
+    runs_of = {name: [_runs(trace) for trace in traces.traces] for name, traces in sets.items()}
+    seen = {name: set().union(*each) for name, each in runs_of.items()}
+    counts = [
+        [sum(not run.isdisjoint(others) for run in each) for others in seen.values()] for each in runs_of.values()
+    ]
+    return pd.DataFrame(counts, index=list(sets), columns=list(sets), dtype=int)
 
 
 def split_validation(traces: TraceSet, share: float, seed: int) -> tuple[TraceSet, TraceSet]:
