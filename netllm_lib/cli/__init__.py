@@ -1,8 +1,8 @@
 """The command line, `netllm`. Commands are thin: they read arguments, call the library, and print.
 
 Exit codes: 0 done; 1 the work failed (a notebook's cell, a check); 2 the request was wrong (unknown name, missing
-file). An error is one line with what to do; `--debug` shows where it came from. Heavy imports happen inside the
-commands, so that `netllm --help` is quick.
+file); 3 a gate of `netllm run` failed. An error is one line with what to do; `--debug` shows where it came from. Heavy
+imports happen inside the commands, so that `netllm --help` is quick.
 """
 
 from __future__ import annotations
