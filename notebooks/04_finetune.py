@@ -31,6 +31,7 @@ lr_around: float = 1e-2  # the modules around the PLM
 validate_epochs: int = 2  # epochs between two plays of the validation traces
 seed: int = 1
 device: str = "auto"  # cpu, cuda, auto
+track: str = ""  # "mlflow": training curves go there too, beside TensorBoard's in training/
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
@@ -82,7 +83,7 @@ validate = llm.validator(simulator, checkpoint.describe(network, config.cut(expe
 # a folder of its own for each setting, so that changing a parameter by hand starts anew and an interrupted run goes on
 folder = out / "training" / runs.content_hash([config, plm_config, experience.content_hash()])
 progress = runs.progress("training")
-result = train.train(network, experience, config, folder=folder, validate=validate, progress=progress)
+result = train.train(network, experience, config, folder=folder, validate=validate, progress=progress, track=track)
 result.evaluations
 
 # %%

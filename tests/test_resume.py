@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import resume_worker
 from llm_fixtures import tiny_network
@@ -76,10 +77,14 @@ def without_times(value: Any) -> Any:
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """Every file by name: its bytes, or for tables and JSON what is in it besides times."""
+    """Every file by name: its bytes, or for tables and JSON what is in it besides times; for TensorBoard's files the curves."""
     found: dict[str, Any] = {}
+    if (folder / "tensorboard").is_dir():
+        found["tensorboard"] = {name: c for name, c in curves(folder).items() if not name.endswith("/seconds")}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
+        if path.parent.name == "tensorboard":
+            continue  # as many files as sittings
         if path.suffix == ".json":
             found[name] = without_times(runs.read_json(path))
         elif path.suffix == ".parquet":
@@ -87,6 +92,13 @@ def content(folder: Path) -> dict[str, Any]:
         elif path.is_file():
             found[name] = path.read_bytes()
     return found
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every curve, as TensorBoard shows it."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def assert_whole(folder: Path) -> int:
@@ -106,6 +118,8 @@ def assert_whole(folder: Path) -> int:
             load_pool(path)
         elif path.name == "state.pt":
             step = torch.load(path, weights_only=True)["step"]
+        elif path.name == "tensorboard":
+            curves(folder)
     return step
 
 
@@ -229,7 +243,7 @@ def test_training_goes_on_when_there_is_room_again(small_disk: Path, tmp_path: P
     folder = small_disk / "training"
     with pytest.raises(runs.StorageError, match=f"^{folder}: the disk is full"):
         train(network, resume_worker.POOL, config, folder=folder, progress=fill)
-    assert [path.name for path in folder.iterdir()] == ["state.pt"]
+    assert {path.name for path in folder.iterdir()} == {"state.pt", "tensorboard"}
     assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
     (small_disk / "ballast").unlink()
     train(network, resume_worker.POOL, config, folder=folder)

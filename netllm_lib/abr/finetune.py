@@ -5,7 +5,8 @@
 
 The job is a JSON file: `pool` (pool.npz, or the original's exp_pool.pkl), `folder` (for everything that training leaves
 behind), and,
-each with defaults, `plm`, `network` and `train`: the fields of `PLMConfig`, `NetworkConfig` and `TrainConfig`. A batch of
+each with defaults, `plm`, `network` and `train`: the fields of `PLMConfig`, `NetworkConfig` and `TrainConfig`; with
+`"track": "mlflow"` its curves go to MLflow beside TensorBoard. A batch of
 `train.batch` windows is that of all processes together, so the number of processes changes the time and, beside dropout's draws
 and rounding, nothing else. Run it again to go on after a kill, also with another number of processes.
 """
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from netllm_lib import runs
+from netllm_lib import runs, tracking
 from netllm_lib.abr.checkpoint import from_json
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.peers import Peers, Processes
@@ -41,6 +42,7 @@ class Job:
     plm: PLMConfig = dataclasses.field(default_factory=PLMConfig)
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    track: str = ""  # "mlflow": curves go there too
 
 
 def read_job(path: Path) -> Job:
@@ -57,12 +59,13 @@ def read_job(path: Path) -> Job:
 
 def finetune(job: Job, progress: Progress | None = None) -> TrainResult:
     """Do the job, as one of $WORLD_SIZE processes. Every process gets the result; the leading one writes the files."""
+    tracking.check(job.track)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     plm = dataclasses.replace(job.plm, device=_own_device(job.plm.device)) if several else job.plm
     pool = _read(Path(job.pool))
     peers = Processes(torch.device(plm.device)) if several else Peers()
     network = PolicyNetwork(load_plm(plm), job.network)
-    result = train(network, pool, job.train, folder=Path(job.folder), progress=progress, peers=peers)
+    result = train(network, pool, job.train, folder=Path(job.folder), progress=progress, peers=peers, track=job.track)
     if isinstance(peers, Processes):
         peers.part()
     return result

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from netllm_lib.cli import batch, bitrate, data
+from netllm_lib.cli import batch, bitrate, data, pool
 from netllm_lib.cli.options import DataOption, JsonOption
 from netllm_lib.cli.reports import reports
 
@@ -62,6 +62,7 @@ app.command("import")(bitrate.import_)
 app.command()(bitrate.diagnose)
 app.command()(reports)
 app.add_typer(data.app, name="data")
+app.add_typer(pool.app, name="pool")
 
 
 def join_parameters(arguments: Sequence[str]) -> list[str]:

@@ -1,0 +1,65 @@
+"""`netllm pool`: experience pools."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from netllm_lib.cli.options import DataOption, JsonOption
+
+app = typer.Typer(help="Experience pools.", no_args_is_help=True, rich_markup_mode=None)
+
+PoolArgument = Annotated[Path, typer.Argument(metavar="POOL", help="A pool.npz, or the original's exp_pool.pkl.")]
+IdArgument = Annotated[str, typer.Argument(metavar="DATASET_ID", help="name-v0 or namespace/name-v0.")]
+
+
+@app.command("show")
+def pool_show(pool: PoolArgument, as_json: JsonOption = False) -> None:
+    """Show what is in a pool."""
+    from netllm_lib import runs
+    from netllm_lib.abr.pool import load_pool
+
+    found = load_pool(pool)
+    print(f"{found.describe()}\nhash                {found.content_hash()}")
+    if as_json:
+        about = {"transitions": len(found), "episodes": len(found.episode_starts), "hash": found.content_hash()}
+        about |= {"mean_reward": float(found.rewards.mean()), "source": runs.plain(found.source)}
+        print(json.dumps(about))
+
+
+@app.command("export")
+def pool_export(
+    pool: PoolArgument,
+    dataset_id: IdArgument,
+    author: Annotated[str | None, typer.Option(metavar="NAME", help="Recorded in the dataset.")] = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a pool as a Minari dataset, to $MINARI_DATASETS_PATH or ~/.minari/datasets."""
+    from netllm_lib.abr.minari_pool import export_minari
+    from netllm_lib.abr.pool import load_pool
+
+    found = load_pool(pool)
+    folder = export_minari(found, dataset_id, data=data, author=author)
+    print(f"wrote {len(found.episode_starts)} episodes to {folder}")
+    if as_json:
+        print(json.dumps({"folder": str(folder), "episodes": len(found.episode_starts), "hash": found.content_hash()}))
+
+
+@app.command("import")
+def pool_import(
+    dataset_id: IdArgument,
+    out: Annotated[Path, typer.Argument(metavar="POOL.npz", help="File to write.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Read a Minari dataset of bitrate episodes into a pool."""
+    from netllm_lib.abr.minari_pool import import_minari
+
+    found = import_minari(dataset_id)
+    path = found.save(out)
+    print(f"{found!r}\nsaved to {path}")
+    if as_json:
+        print(json.dumps({"pool": str(path), "transitions": len(found), "hash": found.content_hash()}))

@@ -1,0 +1,205 @@
+"""Pools as Minari datasets: read by Minari itself, and back to the same pool."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import minari
+import numpy as np
+import pytest
+from minari.data_collector import EpisodeBuffer
+from typer.testing import CliRunner
+
+from llm_fixtures import toy_pool
+from netllm_lib.abr import minari_pool
+from netllm_lib.abr.env import AbrEnv
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.minari_pool import export_minari, import_minari
+from netllm_lib.abr.policies.bba import BBA
+from netllm_lib.abr.policies.simple import Random
+from netllm_lib.abr.pool import ExperiencePool, PoolError, generate_mix, generate_pool, load_pool
+from netllm_lib.abr.traces import SAMPLE, Registry, split_validation
+from netllm_lib.cli import pool as commands
+
+REGISTRY = Registry(SAMPLE)
+TRAINING, _ = split_validation(REGISTRY.trace_set("sample-train"), 0.2, 1)
+VIDEO = REGISTRY.video("sample")
+EPISODES = sound_episodes(TRAINING, seed=1, noise=True).rows(range(6))
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where Minari keeps its datasets."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+    return tmp_path / "datasets"
+
+
+@pytest.fixture(scope="module")
+def pool() -> ExperiencePool:
+    return generate_mix([(BBA(), EPISODES), (Random(), EPISODES)], TRAINING, VIDEO)
+
+
+def test_minari_reads_the_episodes_of_the_pool(pool: ExperiencePool, store: Path) -> None:
+    folder = export_minari(pool, "abr/mix-v0", data=str(SAMPLE), author="A. Researcher")
+    assert folder == store / "abr" / "mix-v0"
+    assert list(minari.list_local_datasets()) == ["abr/mix-v0"]
+    dataset = minari.load_dataset("abr/mix-v0")
+    assert (dataset.total_episodes, dataset.total_steps) == (12, len(pool))
+    for number, episode in enumerate(dataset.iterate_episodes()):
+        rows = slice(number * 47, number * 47 + 47)
+        np.testing.assert_array_equal(episode.observations[:-1], pool.states[rows])
+        assert not episode.observations[-1].any()
+        np.testing.assert_array_equal(episode.actions, pool.actions[rows])
+        np.testing.assert_array_equal(episode.rewards, pool.rewards[rows])
+        np.testing.assert_array_equal(episode.terminations, pool.dones[rows])
+        assert not episode.truncations.any()
+        assert all(observation in dataset.observation_space for observation in episode.observations)
+    told = dataset.storage.metadata
+    assert (told["algorithm_name"], told["author"]) == ("bba, random", {"A. Researcher"})
+    assert told["netllm_pool"]["hash"] == pool.content_hash()
+    assert told["netllm_pool"]["source"]["mix"][0]["traces"] == "sample-train (train part)"
+    assert "code_permalink" not in told
+
+
+def test_the_environment_comes_back_and_plays_what_the_pool_holds(
+    pool: ExperiencePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without noise, from the same trace and sample, the actions of an episode bring its states and rewards."""
+    monkeypatch.setenv("NETLLM_DATA", str(SAMPLE))
+    quiet = sound_episodes(TRAINING, seed=1).rows(range(2))
+    export_minari(generate_pool(BBA(), TRAINING, VIDEO, quiet), "quiet-v0")
+    dataset = minari.load_dataset("quiet-v0")
+    made = dataset.recover_environment()
+    assert isinstance(made.unwrapped, AbrEnv)
+    assert not made.unwrapped.noise
+    assert made.observation_space == dataset.observation_space
+    for row, episode in enumerate(dataset.iterate_episodes()):
+        start = {"trace": TRAINING.names[quiet.trace_index[row]], "start": int(quiet.start_ptr[row])}
+        state, _ = made.reset(seed=0, options=start)
+        for seen, action, reward in zip(episode.observations, episode.actions, episode.rewards, strict=False):
+            np.testing.assert_array_equal(state, seen)
+            state, brought, *_ = made.step(action)
+            assert brought == reward
+    export_minari(pool, "noisy-v0")
+    assert minari.load_dataset("noisy-v0").recover_environment().unwrapped.noise
+
+
+def test_back_to_the_same_pool(pool: ExperiencePool) -> None:
+    export_minari(pool, "mix-v0", data=str(SAMPLE))
+    again = import_minari("mix-v0")
+    assert again.content_hash() == pool.content_hash()
+    assert again.source == pool.source
+
+
+def test_episodes_of_any_length_and_source(store: Path) -> None:
+    """A pool that says nothing of itself, with an episode of a single transition."""
+    toy = toy_pool(3, length=20)
+    ends = toy.dones | (np.arange(60) == 0) | (np.arange(60) == 33)
+    odd = ExperiencePool(-toy.states, toy.actions, toy.rewards, ends)
+    export_minari(odd, "odd-v3")
+    assert import_minari("odd-v3").content_hash() == odd.content_hash()
+    dataset = minari.load_dataset("odd-v3")
+    assert dataset.env_spec is None
+    assert [len(episode.actions) for episode in dataset] == [1, 19, 14, 6, 20]
+
+
+def test_no_environment_if_other_traces_have_that_name(pool: ExperiencePool) -> None:
+    """States that the environment of that name cannot bring."""
+    export_minari(dataclasses.replace(pool, states=pool.states * 100), "other-v0", data=str(SAMPLE))
+    dataset = minari.load_dataset("other-v0")
+    assert dataset.env_spec is None
+    assert dataset[0].observations[5] in dataset.observation_space
+
+
+def test_a_dataset_is_whole_or_not_there(pool: ExperiencePool, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    episodes = list(minari_pool._episodes(pool))
+
+    def broken(_: ExperiencePool) -> Any:
+        yield from episodes[:3]
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(minari_pool, "_episodes", broken)
+    with pytest.raises(RuntimeError, match="power cut"):
+        export_minari(pool, "abr/mix-v0", data=str(SAMPLE))
+    assert minari.list_local_datasets() == {}
+    assert [path.name for path in (store / "abr").iterdir()] == ["namespace_metadata.json"]
+    monkeypatch.undo()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(store))
+    export_minari(pool, "abr/mix-v0", data=str(SAMPLE))
+    with pytest.raises(FileExistsError, match="count the version up"):
+        export_minari(pool, "abr/mix-v0", data=str(SAMPLE))
+    with pytest.raises(ValueError, match="Malformed dataset ID"):
+        export_minari(pool, "no version", data=str(SAMPLE))
+
+
+def recorded(name: str, **changes: Any) -> None:
+    """A dataset that Minari's own functions write, of two episodes of `AbrEnv`."""
+    single, buffers = AbrEnv("sample-train", "sample", data=str(SAMPLE)), []
+    for seed in range(2):
+        state, _ = single.reset(seed=seed)
+        episode: dict[str, list[Any]] = {"observations": [state], "actions": [], "rewards": []}
+        episode |= {"terminations": [], "truncations": []}
+        ended = False
+        while not ended:
+            action = single.action_space.sample()
+            state, reward, ended, truncated, _ = single.step(action)
+            for key, value in zip(episode, (state, action, reward, ended, truncated), strict=True):
+                episode[key].append(value)
+        buffers.append(EpisodeBuffer(**{**episode, **changes}))
+    spaces = {"observation_space": single.observation_space, "action_space": single.action_space}
+    minari.create_dataset_from_buffers(name, buffers, algorithm_name="random", **spaces)
+
+
+@pytest.mark.filterwarnings("ignore:.* None")
+def test_datasets_that_others_recorded(pool: ExperiencePool) -> None:
+    recorded("random-v0")
+    found = import_minari("random-v0")
+    assert (len(found), found.episode_lengths.tolist()) == (94, [47, 47])
+    assert found.source == {"minari": "random-v0", "policies": ["random"]}
+    recorded("open-v0", terminations=[False] * 47)
+    with pytest.raises(PoolError, match="open-v0: episode 0 does not end"):
+        import_minari("open-v0")
+    export_minari(pool, "changed-v0", data=str(SAMPLE))
+    buffer = minari.load_dataset("random-v0")[0]
+    changed = minari.load_dataset("changed-v0")
+    parts = ("observations", "actions", "rewards", "terminations", "truncations")
+    changed.update_dataset_from_buffer([EpisodeBuffer(**{name: getattr(buffer, name) for name in parts})])
+    with pytest.raises(PoolError, match="not those of the pool that was exported"):
+        import_minari("changed-v0")
+
+
+@pytest.mark.filterwarnings("ignore:.* None")
+def test_datasets_of_other_tasks() -> None:
+    import gymnasium
+
+    buffer = EpisodeBuffer(observations=[0, 1], actions=[1], rewards=[1.0], terminations=[True], truncations=[False])
+    spaces = {"observation_space": gymnasium.spaces.Discrete(2), "action_space": gymnasium.spaces.Discrete(2)}
+    minari.create_dataset_from_buffers("other-v0", [buffer], **spaces)
+    with pytest.raises(PoolError, match="other-v0: observations Discrete"):
+        import_minari("other-v0")
+    with pytest.raises(FileNotFoundError, match="missing-v0"):
+        import_minari("missing-v0")
+
+
+def test_without_minari_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "minari", None)
+    for act in (lambda: import_minari("x-v0"), lambda: export_minari(toy_pool(1), "x-v0")):
+        with pytest.raises(ValueError, match=r"netllm-companion\[gym\]"):
+            act()
+
+
+def test_commands(pool: ExperiencePool, tmp_path: Path, store: Path) -> None:
+    pool.save(tmp_path / "pool.npz")
+    path, app, runner = str(tmp_path / "pool.npz"), commands.app, CliRunner()
+    shown = runner.invoke(app, ["show", path, "--json"], catch_exceptions=False)
+    assert json.loads(shown.output.splitlines()[-1])["hash"] == pool.content_hash()
+    assert pool.describe() in shown.output
+    exported = runner.invoke(app, ["export", path, "abr/mix-v0", "--json"], catch_exceptions=False)
+    assert json.loads(exported.output.splitlines()[-1])["folder"] == str(store / "abr" / "mix-v0")
+    back = runner.invoke(app, ["import", "abr/mix-v0", str(tmp_path / "back.npz"), "--json"], catch_exceptions=False)
+    assert json.loads(back.output.splitlines()[-1])["hash"] == pool.content_hash()
+    assert load_pool(tmp_path / "back.npz").content_hash() == pool.content_hash()
