@@ -18,7 +18,7 @@ TF_KERNEL := .venv/.kernel-tf
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 PYTEST     = $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help env env-tf demo test test-slow lint format notebooks lab bench clean
+.PHONY: help env env-tf demo test test-slow lint format notebooks docs lab bench clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -50,6 +50,9 @@ format: env ## Sort imports and format the sources
 
 notebooks: env ## Regenerate the .ipynb files from the .py beside them
 	$(BIN)/python -m netllm_lib.notebooks
+
+docs: env ## Write the library's reference to docs/api/, from its docstrings
+	$(BIN)/pdoc -o docs/api netllm_lib '!netllm_lib.cli'
 
 lab: env env-tf ## Open JupyterLab with both kernels
 	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-10000} $(BIN)/jupyter lab

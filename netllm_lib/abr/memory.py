@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from netllm_lib.abr.model import FEATURES, HISTORY, TOKENS_PER_STEP, NetworkConfig, PolicyNetwork, action_loss
+from netllm_lib.abr.model import FEATURES, HISTORY, NetworkConfig, PolicyNetwork, action_loss
 from netllm_lib.abr.windows import Batch
 from netllm_lib.placement import devices_of
 from netllm_lib.plm import PLMConfig, arithmetic_dtype, sketch_plm
@@ -253,12 +253,13 @@ def _decide(
     with plm.using(weights):
         cache = None
         if cached:
-            cache = plm.new_cache((steps + 1) * TOKENS_PER_STEP, TOKENS_PER_STEP * (w + 1) - 1)
-            cache.skip(TOKENS_PER_STEP * (steps - 1) - 1)
+            cache = plm.new_cache((steps + 1) * network.tokens_per_step, network.context_tokens(w + 1))
+            cache.skip(network.context_tokens(steps - 1))
         shape = (rows, seen)
         numbers = torch.zeros(shape, dtype=torch.long)
-        tokens = network.embed(torch.zeros(*shape, FEATURES, HISTORY), numbers, torch.zeros(shape), numbers)[:, :-1]
-        network.decide(tokens[:, -TOKENS_PER_STEP:] if cached else tokens, cache)
+        tokens = network.embed(torch.zeros(*shape, FEATURES, HISTORY), numbers, torch.zeros(shape), numbers)
+        tokens = tokens[:, : network.context_tokens(seen)]
+        network.decide(tokens[:, -network.tokens_per_step :] if cached else tokens, cache)
     return float(cache.nbytes) if cache is not None else 0.0, merging
 
 

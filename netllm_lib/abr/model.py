@@ -7,16 +7,19 @@ A step of an episode is eight tokens, in this order:
 The six in the middle are the rows of the Pensieve state. The action of a step is predicted at the token before it (index
 8·i + 6), which has seen the step's return and state but not its action. Source: NetLLM, `plm_special/models/rl_policy.py`
 and `state_encoder.py`; module names are those of the original, so that its files map one to one.
+
+With `NetworkConfig(tokens="step")` a step is one token, the sum of its six state embeddings: an eighth of the work. Return-to-go
+and action have no token then: the one is of no use to a policy that predicts values, the other is in the next state.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.plm import PLM, TokenCache
@@ -40,6 +43,8 @@ class NetworkConfig:
     """Standard deviation of the initial timestep embeddings. At 1, as in the original, they swamp the small state embeddings at
     first; 0.02 helps at a learning rate of 1e-3 for all, and hurts with 1e-2 for the modules around the PLM."""
     seed: int = 1  # of the initial weights
+    tokens: Literal["parts", "step"] = "parts"
+    """"parts": eight tokens a step, as in the original. "step": one."""
 
 
 class StateEncoder(nn.Module):
@@ -96,6 +101,15 @@ class PolicyNetwork(nn.Module):
         for module in self.around_plm().values():
             module.to(plm.device)
 
+    @property
+    def tokens_per_step(self) -> int:
+        """8, or 1 with `tokens="step"`."""
+        return TOKENS_PER_STEP if self.config.tokens == "parts" else 1
+
+    def context_tokens(self, steps: int) -> int:
+        """Tokens of so many steps, of which the last has no action yet: what a decision sees."""
+        return self.tokens_per_step * (steps - 1) + max(1, self.tokens_per_step - 1)
+
     def around_plm(self) -> dict[str, nn.Module]:
         """All modules but the PLM, by name, in the order in which the original stores them."""
         names = ["state_encoder", "embed_timestep", "embed_return", "embed_action", "embed_ln"]
@@ -112,7 +126,7 @@ class PolicyNetwork(nn.Module):
         actions: torch.Tensor,  # [batch, steps] levels
         returns: torch.Tensor,  # [batch, steps] return-to-go, scaled
         timesteps: torch.Tensor,  # [batch, steps]
-    ) -> torch.Tensor:  # [batch, steps · 8, hidden]
+    ) -> torch.Tensor:  # [batch, steps · tokens_per_step, hidden]
         """The tokens of all steps in the PLM's order, after the common LayerNorm."""
         batch, steps = actions.shape
         # In half precision a return-to-go would have two digits: these small layers stay in float32.
@@ -120,11 +134,11 @@ class PolicyNetwork(nn.Module):
             time = self.embed_timestep(timesteps)  # [batch, steps, hidden]
             features = self.state_encoder(states.reshape(batch * steps, FEATURES, HISTORY).float())
             embedders = [getattr(self, f"embed_state{i}") for i in range(1, 7)]
-            tokens = [
-                self.embed_return(returns.float().unsqueeze(-1)),
-                *(embed(f).view(batch, steps, -1) for embed, f in zip(embedders, features, strict=True)),
-                self.embed_action((actions.float().unsqueeze(-1) + 1) / LEVELS),
-            ]
+            state = [embed(f).view(batch, steps, -1) for embed, f in zip(embedders, features, strict=True)]
+            if self.config.tokens == "step":
+                return self.embed_ln(torch.stack(state).sum(dim=0) + time)
+            action = self.embed_action((actions.float().unsqueeze(-1) + 1) / LEVELS)
+            tokens = [self.embed_return(returns.float().unsqueeze(-1)), *state, action]
             stacked = torch.stack(tokens, dim=2) + time.unsqueeze(2)  # [batch, steps, 8, hidden]
             return self.embed_ln(stacked.view(batch, steps * TOKENS_PER_STEP, -1))
 
@@ -138,8 +152,8 @@ class PolicyNetwork(nn.Module):
     ) -> torch.Tensor:  # [batch, steps, 6]
         """Logits of the action of every step, given the steps up to it."""
         tokens = self.embed(states, actions, returns, timesteps)
-        token_mask = None if mask is None else mask.repeat_interleave(TOKENS_PER_STEP, dim=1)
-        read = slice(TOKENS_PER_STEP - 2, None, TOKENS_PER_STEP)
+        token_mask = None if mask is None else mask.repeat_interleave(self.tokens_per_step, dim=1)
+        read = slice(self.context_tokens(1) - 1, None, self.tokens_per_step)
         return self._head(self.plm(tokens, token_mask=token_mask, read=read))
 
     def decide(self, tokens: torch.Tensor, cache: TokenCache | None = None) -> torch.Tensor:
@@ -161,11 +175,31 @@ class PolicyNetwork(nn.Module):
         return mine | {f"plm.{name}": p for name, p in self.plm.trainable().items()}
 
 
-def action_loss(network: PolicyNetwork, batch: Batch, dtype: torch.dtype | None) -> torch.Tensor:
-    """Mean cross-entropy over the labels of a micro-batch."""
+VALUE_FLOOR = -8.0
+"""What is worse than the best level by more than this is all the same: no policy needs to know how bad it is."""
+
+
+def action_loss(
+    network: PolicyNetwork,
+    batch: Batch,
+    dtype: torch.dtype | None,
+    values: torch.Tensor | None = None,  # [batch, w, 6]
+    best: bool = False,
+) -> torch.Tensor:
+    """Mean cross-entropy over the labels of a micro-batch.
+
+    With `values`, what each level was worth, the head learns these in place of the actions: by the squared error against the
+    distance to the best level, not below `VALUE_FLOOR`; or, with `best`, by cross-entropy with the best level.
+    """
     with torch.autocast(network.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         logits = network(*batch)
-    return cross_entropy(*labelled(logits, batch))
+    predicted, actions = labelled(logits, batch)
+    if values is None:
+        return cross_entropy(predicted, actions)
+    wanted = values.flatten(0, 1) if batch.mask is None else values[batch.mask]
+    if best:
+        return cross_entropy(predicted, wanted.argmax(dim=-1))
+    return mse_loss(predicted, (wanted - wanted.amax(dim=-1, keepdim=True)).clamp(min=VALUE_FLOOR))
 
 
 def labelled(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

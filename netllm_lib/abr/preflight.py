@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from netllm_lib.abr.memory import Memory, estimate_memory
-from netllm_lib.abr.model import TOKENS_PER_STEP, PolicyNetwork, action_loss
+from netllm_lib.abr.model import PolicyNetwork, action_loss
 from netllm_lib.abr.windows import Windows
 from netllm_lib.placement import devices_of
 from netllm_lib.plm import arithmetic_dtype
@@ -204,7 +204,7 @@ def needs_checkpointing(network: PolicyNetwork, config: TrainConfig) -> bool:
     device_bytes = _device_bytes(plm.config.device)
     # most PLMs here are small and most machines are not: a generous bound, several times what is kept, spares the seconds of
     # tracing
-    tokens = config.batch * config.w * TOKENS_PER_STEP
+    tokens = config.batch * config.w * network.tokens_per_step
     bound = 1e9 + 16 * sum(p.numel() for p in network.parameters()) + 300.0 * tokens * plm.layers * plm.hidden_size
     if device_bytes is None or bound < 0.5 * device_bytes:
         return False

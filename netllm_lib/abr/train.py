@@ -21,11 +21,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from netllm_lib import runs
+from netllm_lib import runs, tracking
 from netllm_lib.abr import checkpoint
 from netllm_lib.abr.model import PolicyNetwork, action_loss, labelled
 from netllm_lib.abr.peers import Peers
 from netllm_lib.abr.preflight import Plan, Preflight, needs_checkpointing, preflight
+from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.abr.windows import ReturnScale, WindowConfig, Windows, make_windows
 from netllm_lib.plm import arithmetic_dtype
 
@@ -50,6 +51,10 @@ class TrainConfig:
     stride: int | None = None  # transitions from one window to the next; the original's sample_step
     gamma: float = 1.0  # discount of the return-to-go
     scale: float = 1000.0  # divides the return-to-go
+
+    learn: Literal["actions", "values", "best"] = "actions"
+    """What the head predicts: the pool's actions; or, of given values of all levels, the values, or the best level. See
+    `model.action_loss`."""
 
     # --- steps
     epochs: int = 4
@@ -126,10 +131,13 @@ class TrainConfig:
             return (epochs - 1) % self.validate_epochs == 0
         return epochs % self.validate_epochs == 0 or epochs == self.epochs
 
-    def cut(self, pool: ExperiencePool, like: ReturnScale | None = None) -> Windows:
+    def cut(self, pool: ExperiencePool, like: ReturnScale | None = None, values: np.ndarray | None = None) -> Windows:
         """The pool's training windows; a validation pool's with `like`, the training windows' scale."""
         config = WindowConfig(self.windows, self.w, self.stride)
-        return make_windows(pool, config, self.gamma, self.scale, like)
+        windows = make_windows(pool, config, self.gamma, self.scale, like)
+        if values is None:
+            return windows
+        return dataclasses.replace(windows, values=torch.from_numpy(np.asarray(values, dtype=np.float32)))
 
 
 class HeldOut(NamedTuple):
@@ -162,23 +170,34 @@ def train(
     config: TrainConfig | None = None,
     *,
     folder: Path,
+    values: np.ndarray | None = None,
     validate: Validate | None = None,
     progress: Progress | None = None,
     peers: Peers | None = None,
+    track: str = "",
 ) -> TrainResult:
     """Fine-tune `network` on `pool`; everything it leaves behind is in `folder`.
+
+    `values` [transitions, 6] is what each level was worth, for a config that does not learn the actions.
 
     `validate(network)` returns a score, higher is better; it is called every `validate_epochs` epochs (see `validate_when`)
     and decides which checkpoint is the best. `progress(done_steps, total_steps, info)` is called after every optimizer step.
     A run that was killed goes on from its last resume point when called again with the same arguments, to the same result
     bit by bit on a CPU; one that is finished is read back. `peers` are processes that call this together with equal arguments,
-    see `finetune`. Raises runs.Busy while another process trains in `folder`,
-    ValueError if `folder` holds another run, if the pool's episodes are longer than the network's timestep table, or if the
-    loss is no longer finite.
+    see `finetune`. Curves for TensorBoard are always written, into `folder / "tensorboard"`; with `track="mlflow"` they go to
+    MLflow too, see `tracking`. Raises runs.Busy while another process trains in `folder`, ValueError if `folder` holds another
+    run, if the pool's episodes are longer than the network's timestep table, if the loss is no longer finite, or if MLflow is
+    asked for and not installed.
     """
+    tracking.check(track)
     config = config or TrainConfig()
     folder = Path(folder)
-    windows = config.cut(pool)
+    if (values is None) != (config.learn == "actions") or (values is not None and values.shape != (len(pool), LEVELS)):
+        given = "none" if values is None else f"an array {values.shape}"
+        raise ValueError(
+            f'learn="{config.learn}" with {given} as values: "actions" needs none, others [{len(pool)}, 6]'
+        )
+    windows = config.cut(pool, values=values)
     if windows.scale.max_timestep > network.config.max_timestep:
         raise ValueError(
             f"the pool has episodes of {windows.scale.max_timestep + 1} steps, the network was made for "
@@ -189,7 +208,7 @@ def train(
             '4-bit weights give no gradients on a CPU (bitsandbytes): train on a GPU, or use dtype="bfloat16"'
         )
     peers = peers or Peers()
-    run = _Run(network, windows, config, folder, peers)
+    run = _Run(network, windows, config, folder, peers, track)
     if not peers.agree((folder / RESULT).is_file()):
         with runs.lock(folder) if peers.leads else contextlib.nullcontext():
             if not peers.agree((folder / RESULT).is_file()):  # by a process that has just ended
@@ -201,16 +220,23 @@ class _Run:
     """A training run in progress; `state.pt` is its image on disk."""
 
     def __init__(
-        self, network: PolicyNetwork, windows: Windows, config: TrainConfig, folder: Path, peers: Peers | None = None
+        self,
+        network: PolicyNetwork,
+        windows: Windows,
+        config: TrainConfig,
+        folder: Path,
+        peers: Peers | None = None,
+        track: str = "",
     ):
         self.network, self.windows, self.config, self.folder = network, windows, config, folder
-        self.peers = peers or Peers()
+        self.peers, self.track, self.tracker = peers or Peers(), track, tracking.Tracker()
         self.plan = Plan(config, len(windows))
         self.meta = checkpoint.describe(network, windows.scale, config.w, runs.plain(config))
         # where the PLM lies and runs may differ between two sittings; the numbers that decide the result may not
         free: dict[str, Any] = {"source": "", "device": "cpu", "placement": None, "gradient_checkpointing": False}
         plm: Any = [network.plm.identity, network.plm.layers, dataclasses.replace(network.plm.config, **free)]
-        self.key = runs.content_hash([config, windows.scale, network.config, plm])
+        worth = [] if windows.values is None else [runs.array_hash(windows.values.numpy())]
+        self.key = runs.content_hash([config, windows.scale, network.config, plm, *worth])
         self.parameters = network.trainable()
         plm_side = [p for name, p in self.parameters.items() if name.startswith("plm.")]
         around = [p for name, p in self.parameters.items() if not name.startswith("plm.")]
@@ -249,7 +275,9 @@ class _Run:
                 torch.manual_seed(
                     int(np.random.SeedSequence([self.config.seed, self.peers.rank, self.step]).generate_state(1)[0])
                 )
-            return self.go(validate, progress)
+            self.tracker = self._tracker()
+            with self.tracker:
+                return self.go(validate, progress)
 
     def go(self, validate: Validate | None, progress: Progress | None) -> TrainResult:
         config, group = self.config, self.config.batch * self.config.accumulation
@@ -260,10 +288,12 @@ class _Run:
             while self.step_in_epoch < self.plan.steps_of[self.epoch]:
                 start = time.perf_counter()
                 first = self.step_in_epoch * group
+                micro_batches = len(self.rows)
                 self._optimizer_step(self.order[first : first + group], start)
                 self.seconds += time.perf_counter() - start
                 self.step += 1
                 self.step_in_epoch += 1
+                self.tracker.log(*_step_point(self.rows[micro_batches:]))
                 if progress is not None:
                     progress(self.step, self.plan.steps, {**self.rows[-1], "windows": len(self.windows)})
                 if config.checkpoint_steps and self.step % config.checkpoint_steps == 0:
@@ -327,7 +357,10 @@ class _Run:
                 parameter.grad = None
         if len(mine):
             batch = self.windows.batch(mine).to(device)
-            loss = action_loss(self.network, batch, arithmetic_dtype(self.config.precision, device))
+            values = self.windows.values_of(mine)
+            values = None if values is None else values.to(device)
+            dtype = arithmetic_dtype(self.config.precision, device)
+            loss = action_loss(self.network, batch, dtype, values, best=self.config.learn == "best")
             part = int(lengths[mine].sum()) / int(lengths[micro].sum())
             (loss * (part * share)).backward()
             value = loss.detach() * part
@@ -361,10 +394,12 @@ class _Run:
             meta = dataclasses.replace(self.meta, step=self.step, score=score)
             checkpoint.save_checkpoint(self.folder / "best", self.network, meta)
         self.evaluations.append({"step": self.step, "epoch": self.epoch, "score": score, "seconds": took})
+        self.tracker.log(*_score_point(self.evaluations[-1]))
 
     def _finish(self, validated: bool) -> TrainResult:
         history = pd.DataFrame(self.rows)
         if self.peers.leads:
+            self.tracker.finish(self.step, self._figures(history))
             self._write(history, validated)
         self.peers.agree(None)  # the files are there for all
         return self._result(history, validated)
@@ -382,6 +417,32 @@ class _Run:
         evaluations = pd.DataFrame(self.evaluations, columns=["step", "epoch", "score", "seconds"])
         best = self.folder / ("best" if validated else "final")
         return TrainResult(history, evaluations, self.folder / "final", best, self.seconds)
+
+    # --- curves
+
+    def _tracker(self, tensorboard: bool = True) -> tracking.Tracker:
+        """Where curves go, from what is known so far on; the leading process only."""
+        if not self.peers.leads:
+            return tracking.Tracker()
+        rows: dict[float, list[dict[str, float]]] = {}
+        for row in self.rows:
+            rows.setdefault(row["step"], []).append(row)
+        points = [*map(_step_point, rows.values()), *map(_score_point, self.evaluations)]
+        plm = self.network.plm
+        settings = {"train": self.config, "plm": plm.config, "network": self.network.config, "layers": plm.layers}
+        tags = {"pool_hash": self.meta.pool_hash, "plm": plm.identity, "run_key": self.key}
+        if self.track:
+            tags["mlflow.source.git.commit"] = runs.git_revision() or "unknown"
+        return tracking.start(
+            self.folder, self.track, parameters=runs.plain(settings), tags=tags,
+            done=self.step, earlier=sorted(points, key=lambda point: point.step), tensorboard=tensorboard,
+        )  # fmt: skip
+
+    def _figures(self, history: pd.DataFrame) -> dict[str, float]:
+        """What a run is compared by; the score is the best one, NaN without validation."""
+        score = max((evaluation["score"] for evaluation in self.evaluations), default=math.nan)
+        loss = float(history["loss"].tail(20).mean())
+        return {"final/loss": loss, "final/score": score, "final/seconds": self.seconds}
 
     # --- to and from disk
 
@@ -404,6 +465,7 @@ class _Run:
         }
         with runs.atomic_path(self.folder / STATE) as aside:
             torch.save(state, aside)
+        self.tracker.flush()
 
     def resume(self) -> None:
         state = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
@@ -427,13 +489,32 @@ class _Run:
         checkpoint.load_weights(self.folder / "final", self.network)
         self.network.eval()
         self.evaluations, self.seconds = result["evaluations"], result["seconds"]
-        return self._result(pd.read_parquet(self.folder / HISTORY), result["validated"])
+        history = pd.read_parquet(self.folder / HISTORY)
+        if self.track and self.peers.leads:  # it may be asked for only now
+            self.rows = [{str(name): value for name, value in row.items()} for row in history.to_dict("records")]
+            self.step = int(history["step"].iloc[-1]) + 1
+            with self._tracker(tensorboard=False) as tracker:
+                tracker.finish(self.step, self._figures(history))
+        return self._result(history, result["validated"])
 
     def _check_key(self, key: str) -> None:
         if key != self.key:
             raise ValueError(
                 f"{self.folder} holds a run with another configuration, pool or PLM ({key}, this is {self.key}): use another folder"
             )
+
+
+def _step_point(rows: list[dict[str, float]]) -> tracking.Point:
+    """The curves' values of one optimizer step from those of its micro-batches. Curves count the steps that are done."""
+    last = rows[-1]
+    values = {f"train/{name}": last[name] for name in ("grad_norm", "lr", "lr_around", "seconds")}
+    loss = sum(row["loss"] for row in rows) / len(rows)
+    return tracking.Point(int(last["step"]) + 1, {"train/loss": loss, **values})
+
+
+def _score_point(evaluation: dict[str, float]) -> tracking.Point:
+    values = {"validation/score": evaluation["score"], "validation/seconds": evaluation["seconds"]}
+    return tracking.Point(int(evaluation["step"]), values)
 
 
 @torch.inference_mode()

@@ -79,6 +79,7 @@ class Windows:
     lengths: np.ndarray  # int64 [windows] transitions that count, w unless the episode is shorter
     w: int
     scale: ReturnScale
+    values: torch.Tensor | None = None  # float32 [transitions, 6] what each level was worth, if that is to be learnt
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -96,14 +97,21 @@ class Windows:
 
     def batch(self, numbers: np.ndarray | list[int]) -> Batch:
         """The windows with these numbers. Padding repeats the window's last transition."""
-        numbers = np.asarray(numbers, dtype=np.int64)
-        offsets, lengths = np.arange(self.w), self.lengths[numbers][:, None]
-        index = self.starts[numbers][:, None] + np.minimum(offsets, lengths - 1)
-        mask = torch.from_numpy(offsets < lengths)
+        index = self._index(numbers)
+        mask = torch.from_numpy(np.arange(self.w) < self.lengths[numbers][:, None])
         states, rows = torch.from_numpy(self.states[index]), torch.from_numpy(index)
         give_back(self.states)  # a page of a mapped pool comes with a megabyte around it
         tensors = (states, self.actions[rows], self.returns[rows], self.timesteps[rows])
         return Batch(*tensors, mask=None if bool(mask.all()) else mask)
+
+    def values_of(self, numbers: np.ndarray | list[int]) -> torch.Tensor | None:
+        """Float32 [batch, w, 6]: the values of the windows' levels, None if there are none."""
+        return None if self.values is None else self.values[torch.from_numpy(self._index(numbers))]
+
+    def _index(self, numbers: np.ndarray | list[int]) -> np.ndarray:
+        """[batch, w] transitions of the windows with these numbers."""
+        last = self.lengths[numbers][:, None] - 1
+        return self.starts[numbers][:, None] + np.minimum(np.arange(self.w), last)
 
     def __repr__(self) -> str:
         return f"Windows({len(self)} × {self.w} steps from {len(self.actions)} transitions, {self.labels} labels)"

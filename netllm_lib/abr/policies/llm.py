@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.model import TOKENS_PER_STEP, PolicyNetwork
+from netllm_lib.abr.model import PolicyNetwork
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Episodes, Observation, Policy
 from netllm_lib.abr.simulator import Simulator
@@ -24,8 +24,6 @@ from netllm_lib.plm import InferenceWeights, TokenCache, arithmetic_dtype
 
 if TYPE_CHECKING:
     from netllm_lib.abr.checkpoint import CheckpointMeta
-
-OPEN_STEP = TOKENS_PER_STEP - 1  # tokens of the current step: all but its action
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class LLMPolicy(Policy):
         if self.config.context_window == "rolling":
             decisions = self.w + 1 if self.carries_state else min(self.w + 1, decisions)
             remedy = "use a smaller w or another PLM"
-        tokens = TOKENS_PER_STEP * decisions - 1  # the last action is what is asked for
+        tokens = self.network.context_tokens(decisions)
         if self.config.cut_to_hidden:
             tokens = min(tokens, self.network.plm.hidden_size)
         self.network.plm.check_length(tokens, remedy)
@@ -170,8 +168,8 @@ class LLMPolicy(Policy):
             self._clear()
         if self.config.context_window == "cached":
             steps = self.network.config.max_timestep + 2
-            attend = TOKENS_PER_STEP * self.w + OPEN_STEP
-            self._cache = self.network.plm.new_cache(steps * TOKENS_PER_STEP, attend)
+            attend = self.network.context_tokens(self.w + 1)
+            self._cache = self.network.plm.new_cache(steps * self.network.tokens_per_step, attend)
         self._target = np.full(episodes, self.scale.target_return * self.config.target_return_scale)
 
     def _remember(self, observation: Observation) -> None:
@@ -197,10 +195,9 @@ class LLMPolicy(Policy):
             torch.stack(self._actions, dim=1).to(network.device),
             torch.stack(self._returns, dim=1).to(network.device),
             torch.tensor([self._timesteps], device=network.device).expand(len(self._states[0]), steps),
-        )[:, :-1]  # the action of the current step is what is asked for
-        if self._cache is not None:
-            new = OPEN_STEP if steps == 1 else TOKENS_PER_STEP  # the previous action, then the current step
-            return network.decide(tokens[:, -new:], self._cache)
+        )[:, : network.context_tokens(steps)]  # the action of the current step is what is asked for
+        if self._cache is not None:  # the previous action, then the current step
+            return network.decide(tokens[:, -network.tokens_per_step :], self._cache)
         if self.config.cut_to_hidden:
             tokens = tokens[:, -network.plm.hidden_size :]
         return network.decide(tokens)

@@ -306,7 +306,7 @@ def best_plans(
         def search(row: int) -> None:
             _plan_episode(*inputs(row), config.bin_ms, config.width, plans[row])
 
-        _in_threads(search, range(len(episodes)), threads, progress)
+        in_threads(search, range(len(episodes)), threads, progress)
         levels = plans
         if cached:
             with suppress(OSError), atomic_path(path) as aside, open(aside, "wb") as stream:
@@ -369,7 +369,7 @@ def continuations(
         row = int(chosen[place])
         _values_episode(*inputs(row), levels[row], config.continuation_bin_ms, config.continuation_width, values[place])
 
-    _in_threads(search, range(len(chosen)), threads, progress)
+    in_threads(search, range(len(chosen)), threads, progress)
     return values
 
 
@@ -386,7 +386,7 @@ def _inputs(simulator: Simulator) -> Callable[[int], tuple[Array, Array, Array, 
     return inputs
 
 
-def _in_threads(
+def in_threads(
     work: Callable[[int], None], items: Sequence[int], threads: int | None, progress: Progress | None
 ) -> None:
     """The compiled functions release the interpreter lock, so plain threads use all cores."""

@@ -1,4 +1,5 @@
-"""Reference policies: one constant level, random levels, given levels, and given levels that another policy goes on from."""
+"""Reference policies: one constant level, random levels, given levels; and wrappers of another policy: given levels that it
+goes on from, its own levels mixed with random ones."""
 
 from __future__ import annotations
 
@@ -78,3 +79,34 @@ class Prefixed(Policy):
 
     def extras(self) -> Mapping[str, np.ndarray]:
         return {**self.policy.extras(), "wanted": self._wanted}
+
+
+class Exploring(Policy):
+    """Another policy, some of whose levels are replaced by uniformly random ones, to visit states that it would not.
+
+    `share` is the probability of a random level, one for all episodes or [episodes]. Each episode has a stream of its own.
+    """
+
+    def __init__(self, policy: Policy, share: float | np.ndarray):
+        self.policy, self.share = policy, np.asarray(share, dtype=float)
+        if ((self.share < 0) | (self.share > 1)).any():
+            raise ValueError(f"the share of random levels must lie between 0 and 1, not {share}")
+        self.name, self.block = f"{policy.name} exploring", policy.block
+        self.carries_state, self.draws_actions = policy.carries_state, policy.draws_actions
+
+    def reset(self, episodes: Episodes) -> None:
+        self.policy.reset(episodes)
+        streams = [np.random.default_rng([episodes.seed, row, 1]) for row in range(len(episodes))]
+        self._levels = np.array([stream.integers(0, LEVELS, CHUNKS) for stream in streams])
+        chance = np.array([stream.random(CHUNKS) for stream in streams])
+        self._random = chance < np.broadcast_to(self.share, len(episodes))[:, None]
+
+    def act(self, observation: Observation) -> np.ndarray:
+        rows, decision = observation.episode, observation.chunk - 1
+        wanted = self.policy.act(observation)
+        levels = np.where(self._random[rows, decision], self._levels[rows, decision], wanted)
+        self.policy.played(levels)
+        return levels
+
+    def extras(self) -> Mapping[str, np.ndarray]:
+        return self.policy.extras()

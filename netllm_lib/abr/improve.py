@@ -1,0 +1,197 @@
+"""From a poor policy to a good one: learn what every level would have been worth, where the policy itself goes.
+
+Cloning a teacher teaches its actions in its own states; a mistake leads to states that nobody has shown. Here, round by round,
+the current policy plays perturbed training traces, with some random levels, so that the pool holds the states that it really
+visits; hindsight dynamic programming values all six levels in each of them; the network learns these values from all rounds'
+pools, starting from the round before; the level of the highest predicted value is played (dataset aggregation, Ross et al. 2011,
+with values in place of actions). The values know the future of the trace, the network does not: it learns their mean over
+the futures that look alike so far, which is why values can be cloned where the optimum's actions cannot.
+
+    folder/round-0/pool.npz, values.npy, training/     the same for every round
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from netllm_lib import runs
+from netllm_lib.abr import checkpoint
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.model import PolicyNetwork
+from netllm_lib.abr.play import Progress
+from netllm_lib.abr.policies.base import Policy
+from netllm_lib.abr.policies.hindsight import Grid, hindsight_values
+from netllm_lib.abr.policies.llm import LLMPolicy
+from netllm_lib.abr.policies.mpc import RobustMPC
+from netllm_lib.abr.policies.simple import Exploring
+from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.traces import CHUNKS, Trace, TraceSet, Video
+from netllm_lib.abr.train import TrainConfig, Validate, train
+
+DECISIONS = CHUNKS - 1
+
+
+def _training() -> TrainConfig:
+    return TrainConfig(w=DECISIONS, batch=64, lr=1e-3, lr_around=1e-3, weight_decay=0.01, max_grad_norm=1.0)
+
+
+@dataclass(frozen=True)
+class ImproveConfig:
+    """How a policy is improved. The defaults are those of a small network; a PLM with LoRA needs a smaller batch."""
+
+    # --- what is played
+    groups: int = 120  # perturbed traces in a round
+    starts: int = 8  # episodes on each, from random places
+    scale: tuple[float, float] = (
+        0.6,
+        1.6,
+    )  # the bandwidths of a trace are multiplied by a factor from here (log-uniform)
+    mean_mbps: tuple[float, float] = (0.45, 4.5)  # the factor is cut so that the trace's mean stays within
+    exploration: float = (
+        0.1  # part of the levels that are random, in all episodes of the first round and half of the later ones
+    )
+
+    # --- what is learnt
+    grid: Grid = field(default_factory=Grid)  # of the hindsight values
+    learn: Literal["values", "best"] = "values"  # "best": cross-entropy with the best level, to compare with
+    epochs: tuple[int, ...] = (8, 5, 4, 4)  # of each round, over all pools so far; as many rounds
+    later_rate: float = 0.7  # factor on the learning rates from the second round on
+    train: TrainConfig = field(default_factory=_training)
+    seed: int = 1  # of traces, starts, exploration and the order of windows
+
+    def __post_init__(self) -> None:
+        if not self.epochs or min(self.groups, self.starts, *self.epochs) < 1:
+            raise ValueError(f"at least one round, group, start and epoch are needed: {self}")
+        if not 0 < self.scale[0] <= self.scale[1] or not 0 < self.mean_mbps[0] < self.mean_mbps[1]:
+            raise ValueError(f"scale={self.scale}, mean_mbps={self.mean_mbps}: (lowest, highest), both positive")
+
+
+@dataclass(frozen=True)
+class Improved:
+    """What improving leaves behind. The network itself holds the last round's weights."""
+
+    rounds: (
+        pd.DataFrame
+    )  # a row per round: round, episodes, pool_reward, regret (of the states' levels), loss, score, seconds
+    policy: Path  # checkpoint of the best round by validation; of the last one without
+    pools: list[Path]  # of each round
+
+
+def perturbed(
+    traces: TraceSet, count: int, scale: tuple[float, float], mean_mbps: tuple[float, float], seed: int
+) -> TraceSet:
+    """`count` traces drawn from `traces` (each as often as any other), their bandwidths multiplied by a random factor."""
+    rng = np.random.default_rng(seed)
+    rounds = -(-count // len(traces))
+    order = np.concatenate([rng.permutation(len(traces)) for _ in range(rounds)])[:count]
+    factors = np.exp(rng.uniform(np.log(scale[0]), np.log(scale[1]), count))
+    made = []
+    for number, (index, factor) in enumerate(zip(order, factors, strict=True)):
+        trace = traces.traces[index]
+        factor = float(np.clip(factor, mean_mbps[0] / trace.mean_mbps, mean_mbps[1] / trace.mean_mbps))
+        made.append(Trace(f"{number:04d}-{trace.name}", trace.time_s, trace.mbps * factor))
+    return TraceSet(f"{traces.name} (perturbed)", tuple(made))
+
+
+def improve(
+    network: PolicyNetwork,
+    traces: TraceSet,
+    video: Video,
+    config: ImproveConfig | None = None,
+    *,
+    folder: Path,
+    first: Policy | None = None,
+    validate: Validate | None = None,
+    progress: Callable[[str], Callable[..., None]] | None = None,
+) -> Improved:
+    """Improve `network` on training traces, round by round; everything it leaves behind is in `folder`.
+
+    The first round's states are those of `first` (sound MPC by default; a diagnosed policy will do), the later ones' are the
+    network's own. `validate(network)` scores each round on traces of its own and chooses the checkpoint. `progress(label)`
+    makes a callback for one stage of a round. A killed call goes on where it was when it is made again with the same arguments.
+    """
+    config = config or ImproveConfig()
+    folder = Path(folder)
+    pools: list[ExperiencePool] = []
+    values: list[np.ndarray] = []
+    rows, policies = [], []
+    player: Policy = first or RobustMPC(video)
+    report = progress or (lambda label: lambda *told: None)
+    for number, epochs in enumerate(config.epochs):
+        place, label = folder / f"round-{number}", f"round {number + 1} of {len(config.epochs)}"
+        pool, worth = _play(player, traces, video, config, number, place, report(f"{label}, play"))
+        pools.append(pool)
+        values.append(worth)
+        training = dataclasses.replace(
+            config.train,
+            epochs=epochs,
+            learn=config.learn,
+            seed=config.seed + number,
+            lr=config.train.lr * (config.later_rate if number else 1),
+            lr_around=config.train.lr_around * (config.later_rate if number else 1),
+            validate_epochs=epochs,
+        )
+        done = train(
+            network,
+            concatenate(pools),
+            training,
+            folder=place / "training",
+            values=np.concatenate(values),
+            validate=validate,
+            progress=report(f"{label}, train"),
+        )
+        score = float(done.evaluations["score"].max()) if len(done.evaluations) else float("nan")
+        chosen = np.take_along_axis(worth, pool.actions[:, None], axis=1)[:, 0]
+        rows.append(
+            {
+                "round": number,
+                "episodes": len(pool.episode_starts),
+                "pool_reward": float(pool.rewards.mean()),
+                "regret": float((worth.max(axis=1) - chosen).mean()),
+                "loss": float(done.history["loss"].tail(20).mean()),
+                "score": score,
+                "seconds": done.seconds,
+            }
+        )
+        policies.append(done.final)
+        scale = training.cut(pool).scale
+        player = LLMPolicy(network, checkpoint.describe(network, scale, training.w))
+    table = pd.DataFrame(rows)
+    best = len(rows) - 1 if table["score"].isna().all() else int(table["score"].argmax())
+    return Improved(table, policies[best], [folder / f"round-{n}" / "pool.npz" for n in range(len(rows))])
+
+
+def _play(
+    player: Policy,
+    traces: TraceSet,
+    video: Video,
+    config: ImproveConfig,
+    number: int,
+    place: Path,
+    progress: Progress | None,
+) -> tuple[ExperiencePool, np.ndarray]:
+    """A round's pool and the values [T, 6] of all levels in its states."""
+    seed = config.seed * 1000 + number
+    chosen = perturbed(traces, config.groups, config.scale, config.mean_mbps, seed)
+    episodes = sound_episodes(chosen, seed=seed, repeats=config.starts)
+    exploring = np.arange(len(episodes)) % 2 == 0 if number else np.ones(len(episodes), dtype=bool)
+    explorer = Exploring(player, config.exploration * exploring)
+    pool = generate_pool(explorer, chosen, video, episodes, path=place / "pool.npz", progress=progress)
+    path, key = place / "values.npy", runs.content_hash([config.grid, pool.content_hash()])
+    if path.is_file() and runs.read_json(place / "values.json")["made_from"] == key:
+        return pool, np.load(path)
+    levels = np.concatenate([np.zeros((len(episodes), 1), np.int64), pool.actions.reshape(-1, DECISIONS)], axis=1)
+    worth = hindsight_values(Simulator(chosen, video, episodes), levels, config.grid)[:, 1:].reshape(-1, 6)
+    worth = worth.astype(np.float32)
+    runs.write_json(place / "values.json", {"made_from": key})
+    with runs.atomic_path(path) as aside, open(aside, "wb") as stream:
+        np.save(stream, worth)
+    return pool, worth

@@ -1,0 +1,239 @@
+"""Improving a policy: perturbed traces, exploration, values as targets, rounds that go on after an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from netllm_lib import runs
+from netllm_lib.abr import improve as improving
+from netllm_lib.abr import qoe
+from netllm_lib.abr.checkpoint import describe, load_checkpoint
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.improve import ImproveConfig, Improved, improve, perturbed
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
+from netllm_lib.abr.play import play, rollout
+from netllm_lib.abr.policies.base import Observation
+from netllm_lib.abr.policies.bba import BBA
+from netllm_lib.abr.policies.catalogue import load_llm_policy
+from netllm_lib.abr.policies.hindsight import Grid
+from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy, validator
+from netllm_lib.abr.policies.simple import Constant, Exploring
+from netllm_lib.abr.pool import generate_pool, load_pool
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.synthetic import generate_traces, generate_video
+from netllm_lib.abr.train import TrainConfig, train
+from netllm_lib.abr.windows import Batch
+from netllm_lib.plm import PLMConfig, load_plm
+
+TRACES, VIDEO = generate_traces("t", 6, 3), generate_video("v", 3)
+TRAINING = TrainConfig(w=47, batch=4, lr=1e-3, lr_around=1e-3, precision="float32")
+SMALL = ImproveConfig(groups=4, starts=2, epochs=(2, 1), grid=Grid(10, 10), train=TRAINING)
+
+
+def small_network(tokens: str = "step", rank: int = -1) -> PolicyNetwork:
+    config = NetworkConfig(tokens=tokens, state_feature_dim=8)  # type: ignore[arg-type]
+    return PolicyNetwork(load_plm(PLMConfig("tiny-llama", rank=rank)), config)
+
+
+# --- what is played
+
+
+def test_perturbed_traces_stay_within_their_limits() -> None:
+    made = perturbed(TRACES, 20, (0.6, 1.6), (0.8, 2.0), seed=1)
+    assert len(set(made.names)) == len(made) == 20
+    originals = {trace.name: trace for trace in TRACES.traces}
+    counts = dict.fromkeys(originals, 0)
+    for trace in made.traces:
+        original = originals[trace.name.partition("-")[2]]
+        counts[original.name] += 1
+        np.testing.assert_array_equal(trace.time_s, original.time_s)
+        factors = trace.mbps / original.mbps
+        assert np.ptp(factors) < 1e-12
+        assert 0.6 <= factors[0] <= 1.6 or trace.mean_mbps == pytest.approx(np.clip(trace.mean_mbps, 0.8, 2.0))
+        assert 0.8 - 1e-9 <= trace.mean_mbps <= 2.0 + 1e-9
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert perturbed(TRACES, 20, (0.6, 1.6), (0.8, 2.0), seed=1).content_hash == made.content_hash
+    assert perturbed(TRACES, 20, (0.6, 1.6), (0.8, 2.0), seed=2).content_hash != made.content_hash
+
+
+def test_exploring_replaces_a_share_of_the_levels() -> None:
+    episodes = sound_episodes(TRACES, repeats=20)
+    simulator = Simulator(TRACES, VIDEO, episodes)
+    share = np.where(np.arange(len(episodes)) % 2 == 0, 0.3, 0.0)
+    levels = rollout(Exploring(Constant(2), share), simulator).level[:, 1:]
+    assert (levels[1::2] == 2).all()
+    assert (levels[::2] != 2).mean() == pytest.approx(0.3 * 5 / 6, abs=0.03)
+    # an episode's random numbers are its own, however many others are played with it
+    few = Simulator(TRACES, VIDEO, episodes.rows(range(4)))
+    np.testing.assert_array_equal(rollout(Exploring(Constant(2), share[:4]), few).level[:, 1:], levels[:4])
+    in_blocks = rollout(Exploring(Constant(2), share), simulator, block=7).level[:, 1:]
+    np.testing.assert_array_equal(in_blocks, levels)
+    with pytest.raises(ValueError, match="between 0 and 1, not 1.5"):
+        Exploring(Constant(2), 1.5)
+
+
+# --- what is learnt
+
+
+def test_the_loss_is_the_distance_to_the_best_level() -> None:
+    network = small_network().eval()
+    states, zeros = torch.randn(2, 3, 6, 6), torch.zeros(2, 3)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    batch = Batch(states, zeros.long(), zeros, torch.arange(3).expand(2, 3), mask)
+    values = torch.randn(2, 3, 6) * 10
+    logits, worth = network(*batch)[mask].detach().numpy(), values[mask].numpy()
+    wanted = np.maximum(worth - worth.max(axis=1, keepdims=True), -8.0)
+    assert wanted.min() == -8.0
+    assert action_loss(network, batch, None, values).item() == pytest.approx(((logits - wanted) ** 2).mean(), rel=1e-5)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    entropy = -np.log(shares[np.arange(4), worth.argmax(axis=1)]).mean()
+    assert action_loss(network, batch, None, values, best=True).item() == pytest.approx(entropy, rel=1e-5)
+
+
+def test_values_are_asked_for_and_given_together(tmp_path: Path) -> None:
+    pool = generate_pool(BBA(), TRACES, VIDEO, sound_episodes(TRACES))
+    values = np.zeros((len(pool), 6), np.float32)
+    for config, given in (
+        (TRAINING, values),
+        (TrainConfig(learn="values"), None),
+        (TrainConfig(learn="values"), values[1:]),
+    ):
+        with pytest.raises(ValueError, match=f'learn="{config.learn}" with'):
+            train(small_network(), pool, config, folder=tmp_path, values=given)
+
+
+@pytest.mark.parametrize("tokens", ["step", "parts"])
+def test_a_cached_test_is_the_trained_function(tokens: str) -> None:
+    """All 47 decisions of an episode, computed in one pass and one after the other."""
+    network = small_network(tokens).eval()
+    simulator = Simulator(TRACES, VIDEO, sound_episodes(TRACES))
+    pool = generate_pool(BBA(), TRACES, VIDEO, simulator.episodes)
+    policy = LLMPolicy(network, describe(network, TRAINING.cut(pool).scale, 47), EvalConfig(merge_lora=False))
+    seen: list[np.ndarray] = []
+
+    class Recording(LLMPolicy):
+        def act(self, observation: Observation) -> np.ndarray:
+            levels = super().act(observation)
+            seen.append(self.logits.copy())
+            return levels
+
+    played = rollout(Recording(network, describe(network, policy.scale, 47)), simulator, keep_states=True)
+    returns = np.array(played.extras["return_to_go"][:, 1:], dtype=np.float32)
+    assert played.states is not None
+    with torch.inference_mode():
+        logits = network(
+            torch.from_numpy(played.states[:, :-1]),
+            torch.from_numpy(played.level[:, 1:]),
+            torch.from_numpy(returns),
+            torch.arange(47).expand(len(TRACES), 47),
+        )
+    np.testing.assert_allclose(np.stack(seen, axis=1), logits.numpy(), atol=1e-4)
+
+
+# --- rounds
+
+
+class Killed(Exception):
+    pass
+
+
+def run(
+    folder: Path, network: PolicyNetwork | None = None, die: tuple[str, int] | None = None
+) -> tuple[PolicyNetwork, Improved]:
+    """Improve a small network; `die`: raise at the so-manieth call of a stage's progress callback."""
+    network = network or small_network()
+
+    def progress(label: str) -> Callable[..., None]:
+        calls = 0
+
+        def report(*told: object) -> None:
+            nonlocal calls
+            calls += 1
+            if (label, calls) == die:
+                raise Killed(label)
+
+        return report
+
+    simulator = Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=9))
+    validate = validator(simulator, describe(network, SCALE, 47))
+    return network, improve(network, TRACES, VIDEO, SMALL, folder=folder, validate=validate, progress=progress)
+
+
+SCALE = TRAINING.cut(generate_pool(BBA(), TRACES, VIDEO, sound_episodes(TRACES))).scale
+
+
+def test_rounds_leave_pools_values_and_a_policy(tmp_path: Path) -> None:
+    _, improved = run(tmp_path)
+    assert list(improved.rounds["episodes"]) == [8, 8]
+    assert (improved.rounds["regret"] > 0).all()
+    pools = [load_pool(path) for path in improved.pools]
+    assert pools[0].source["policies"] == ["mpc exploring"]
+    assert pools[1].source["policies"] == ["llm exploring"]
+    for number, pool in enumerate(pools):
+        values = np.load(tmp_path / f"round-{number}" / "values.npy")
+        assert values.shape == (len(pool), 6)
+        assert np.isfinite(values).all()
+        # the value of a state's last level is its reward: nothing comes after it
+        last = pool.dones
+        np.testing.assert_allclose(values[last, pool.actions[last]], pool.rewards[last], atol=1e-5)
+    best = int(improved.rounds["score"].argmax())
+    assert improved.policy == tmp_path / f"round-{best}" / "training" / "final"
+
+    simulator = Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=9))
+    score = qoe.summarise(play(load_llm_policy(improved.policy, precision="auto"), simulator)).reward
+    assert score == pytest.approx(improved.rounds["score"].max(), abs=1e-6)
+    meta = load_checkpoint(improved.policy)[1]
+    assert meta.network.tokens == "step"
+    assert meta.train is not None
+    assert meta.train["learn"] == "values"
+
+
+def test_an_interrupted_improvement_ends_the_same(tmp_path: Path) -> None:
+    whole, expected = run(tmp_path / "whole")
+    resumed = small_network()
+    for stage, calls in (("1 of 2, play", 3), ("1 of 2, train", 3), ("2 of 2, play", 20), ("2 of 2, train", 2)):
+        with pytest.raises(Killed):
+            run(tmp_path / "parts", small_network(), (f"round {stage}", calls))
+    _, improved = run(tmp_path / "parts", resumed)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    columns = ["pool_reward", "regret", "loss", "score"]
+    np.testing.assert_array_equal(improved.rounds[columns], expected.rounds[columns])
+
+
+def test_other_arguments_do_not_take_up_a_folder(tmp_path: Path) -> None:
+    run(tmp_path)
+    other = runs.plain(SMALL)
+    assert other["learn"] == "values"
+    with pytest.raises(ValueError, match="another configuration"):
+        improve(small_network(), TRACES, VIDEO, improving.dataclasses.replace(SMALL, learn="best"), folder=tmp_path)
+
+
+def test_a_lora_of_the_original_shape_can_be_improved_too(tmp_path: Path) -> None:
+    network = small_network("parts", rank=4)
+    improved = improve(network, TRACES, VIDEO, improving.dataclasses.replace(SMALL, epochs=(1,)), folder=tmp_path)
+    assert improved.rounds["score"].isna().all()
+    assert (improved.policy / "adapter_model.safetensors").is_file()
+
+
+def test_a_config_says_what_is_wrong_with_it() -> None:
+    with pytest.raises(ValueError, match="at least one round"):
+        ImproveConfig(epochs=())
+    with pytest.raises(ValueError, match="both positive"):
+        ImproveConfig(scale=(1.6, 0.6))
+
+
+@pytest.mark.slow
+def test_it_learns_above_bba(tmp_path: Path) -> None:
+    """A minute of rounds on synthetic traces, tested on others."""
+    training, test = generate_traces("a", 40, 21), generate_traces("b", 40, 22)
+    config = ImproveConfig(groups=40, starts=4, epochs=(12, 8), train=improving._training())
+    improved = improve(small_network(), training, VIDEO, config, folder=tmp_path)
+    simulator = Simulator(test, VIDEO, sound_episodes(test))
+    ours = qoe.summarise(play(load_llm_policy(improved.policy), simulator)).reward
+    assert ours > qoe.summarise(play(BBA(), simulator)).reward + 0.05
