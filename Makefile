@@ -67,7 +67,7 @@ clean: ## Remove both environments and every cache; reports and data stay
 $(LLM_STAMP): pyproject.toml
 	@echo "Making .venv (PyTorch and the notebooks). The first time this takes some minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python $(PIP) "$(TORCH)" -e ".[llm,sweep,gym,mlflow,dev]"
+	@$(BIN)/python $(PIP) "$(TORCH)" -e ".[llm,sweep,slurm,gym,mlflow,dev]"
 	@$(BIN)/python $(PIP) --no-deps "$(PLM)"
 	@$(BIN)/python -m ipykernel install --prefix .venv --name netllm-llm --display-name "NetLLM (PyTorch)" >/dev/null
 	@touch $@

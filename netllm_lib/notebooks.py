@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import netllm_lib
-from netllm_lib import pages, runs
+from netllm_lib import kernels, pages, runs
 
 NOTEBOOKS = runs.PROJECT / "notebooks"
 REPORT = "report.html"
@@ -40,6 +40,9 @@ TIMEOUT_S = 3600.0
 
 LARGE_BYTES = 64 * 2**20
 """Input files above this size are identified by size and time of change, not by content."""
+
+# jsonschema, which nbformat imports, would build a grammar of web addresses for seconds; notebooks have none to check
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 SKIPPED = {"__pycache__", ".git", "cache"}
 """Folders whose content is never an input: `data/cache` holds what can be made again."""
@@ -293,8 +296,8 @@ def shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _inputs(notebook: Any, parameters: Mapping[str, Any]) -> dict[str, str]:
-    """Hashes of all that may change the outcome: cells, library, data found by default, files in parameters."""
+def input_hashes(notebook: Any, parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes, by name, of all that may change the outcome: cells, library, data found by default, files in parameters."""
     sources = [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in notebook.cells]
     found = {
         "notebook": runs.content_hash(sources, digits=16),
@@ -347,21 +350,14 @@ def run_notebook(
     """
     source, declared, notebook = open_notebook(path)
     fitted = fit_parameters(declared, parameters or {}, source.stem)
-    kernel = kernel or notebook.metadata.get("kernelspec", {}).get("name", "python3")
+    kernel = kernel or _kernel(notebook)
     promised = list(dict.fromkeys([*expected_files(notebook), *expected]))
 
     if run_dir is None:
-        config = {
-            "notebook": source.stem,
-            "kernel": kernel,
-            "parameters": {key: _portable(value) for key, value in fitted.items()},
-        }
-        inputs = _inputs(notebook, fitted)
+        config, inputs = _identity(source, notebook, fitted, kernel)
         run = runs.open_run(source.stem, name, config, inputs)
-        if not force and run.done and not _missing(run.folder, [*promised, REPORT]):
-            seconds = float(runs.read_json(run.folder / runs.MANIFEST).get("seconds", 0.0))
-            executed, report = run.folder / source.name, run.folder / REPORT
-            return NotebookRun(run.folder, executed, report, _metrics(run.folder), seconds, reused=True)
+        if not force and (finished := _finished(run, source, promised)):
+            return finished
         folder = run.folder
     else:
         folder = Path(run_dir).resolve()
@@ -369,7 +365,7 @@ def run_notebook(
     if executed.resolve() == source:
         raise ValueError(f"{source}: a notebook is never run in place; give another run folder")
 
-    with runs.lock(folder), runs.storage_errors(folder):
+    with runs.lock(folder) as handle, runs.storage_errors(folder):
         if run_dir is None and force and run.done:
             (folder / runs.MANIFEST).unlink()  # first: half-emptied, the folder must not pass for a finished run
             shutil.rmtree(folder)
@@ -379,7 +375,7 @@ def run_notebook(
             (folder / stale).unlink(missing_ok=True)
         started = time.monotonic()
         try:
-            _execute(source, executed, {**fitted, "run_dir": str(folder)}, kernel, timeout_s, echo)
+            _execute(source, executed, {**fitted, "run_dir": str(folder)}, kernel, timeout_s, echo, handle)
             if missing := _missing(folder, promised):
                 raise NotebookError(f"{source.stem} ran, but did not write {', '.join(missing)} to {folder}", executed)
             metrics = _metrics(folder)
@@ -394,6 +390,44 @@ def run_notebook(
             _note(folder, seconds=round(seconds, 1), error=None)
             runs.Run(folder).finish()
     return NotebookRun(folder, executed, folder / REPORT, metrics, seconds, reused=False)
+
+
+def find_run(
+    path: str | Path,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    name: str = "run",
+    kernel: str | None = None,
+    expected: Sequence[str] = (),
+) -> NotebookRun | None:
+    """The finished run that `run_notebook` would reuse for these arguments, if there is one. Raises what that raises for them."""
+    source, declared, notebook = open_notebook(path)
+    fitted = fit_parameters(declared, parameters or {}, source.stem)
+    config, inputs = _identity(source, notebook, fitted, kernel or _kernel(notebook))
+    run = runs.Run(runs.run_folder(source.stem, name, config, inputs))
+    return _finished(run, source, [*expected_files(notebook), *expected])
+
+
+def _kernel(notebook: Any) -> str:
+    return notebook.metadata.get("kernelspec", {}).get("name", "python3")
+
+
+def _identity(
+    source: Path, notebook: Any, fitted: Mapping[str, Any], kernel: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(config, inputs) of a run: what its folder is named after."""
+    portable = {key: _portable(value) for key, value in fitted.items()}
+    config = {"notebook": source.stem, "kernel": kernel, "parameters": portable}
+    return config, input_hashes(notebook, fitted)
+
+
+def _finished(run: runs.Run, source: Path, promised: Sequence[str]) -> NotebookRun | None:
+    """A run that is done, with everything that was promised still there."""
+    if not run.done or _missing(run.folder, [*promised, REPORT]):
+        return None
+    seconds = float(runs.read_json(run.folder / runs.MANIFEST).get("seconds", 0.0))
+    executed, report = run.folder / source.name, run.folder / REPORT
+    return NotebookRun(run.folder, executed, report, _metrics(run.folder), seconds, reused=True)
 
 
 def _missing(folder: Path, names: Iterable[str]) -> list[str]:
@@ -417,9 +451,18 @@ def _note(folder: Path, **facts: Any) -> None:
 
 
 def _execute(
-    source: Path, executed: Path, parameters: dict[str, Any], kernel: str, timeout_s: float, echo: Echo
+    source: Path,
+    executed: Path,
+    parameters: dict[str, Any],
+    kernel: str,
+    timeout_s: float,
+    echo: Echo,
+    handle: int | None,
 ) -> None:
-    """Papermill with a deadline for the whole notebook; every failure becomes a NotebookError naming the cell."""
+    """Papermill with a deadline for the whole notebook; every failure becomes a NotebookError naming the cell.
+
+    The kernel ends with this process, however that ends, and until it has, it holds the lock file `handle`.
+    """
     import nbformat
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -447,6 +490,7 @@ def _execute(
                 stdout_file=lines,
                 timeout_func=seconds_left,
                 start_timeout=120,
+                kernel_manager_class=kernels.bound_to(handle),
             )
     except papermill.PapermillExecutionError as error:
         failure, traceback = f"{error.ename}: {error.evalue}".strip(": "), error.traceback

@@ -60,7 +60,7 @@ def export_html(executed: Path, report: Path) -> None:
         if cell.cell_type == "code":
             widget = "application/vnd.jupyter.widget-view+json"
             cell.outputs = [output for output in cell.outputs if widget not in output.get("data", {})]
-    exporter = HTMLExporter(raw_template=_NOTEBOOK)
+    exporter = HTMLExporter(raw_template=_NOTEBOOK, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": executed.stem}})
     with runs.atomic_path(report) as aside:
         aside.write_text(body, encoding="utf-8")
@@ -85,7 +85,8 @@ _PAGE = """<!DOCTYPE html>
 body {{ font: 14px/1.45 system-ui, sans-serif; margin: 2em; }}
 table {{ border-collapse: collapse; }}
 th, td {{ padding: .3em .8em; text-align: left; border-bottom: 1px solid #8884; vertical-align: top; }}
-td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+td {{ white-space: nowrap; }}
+td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
 th {{ cursor: pointer; position: sticky; top: 0; background: Canvas; white-space: nowrap; }}
 th::after {{ content: " \\2195"; color: #8888; }}
 th[aria-sort=ascending]::after {{ content: " \\2191"; color: inherit; }}

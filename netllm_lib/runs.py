@@ -276,12 +276,13 @@ class Busy(OSError):
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[int | None]:
     """Only one process at a time is inside this block for `path`, a run folder or a single file.
 
     A second one gets `Busy` at once, in one line that names the path and the process that has it. The lock is the system's, on
     a file beside `path`, and ends with its process, however that ends. Whoever gets it removes what killed processes have
-    left half-written in the folder, or beside the file. Where the system or the file system has no such locks, a
+    left half-written in the folder, or beside the file. The block gets the open handle of the lock file: a process that inherits it
+    holds the lock too. Where the system or the file system has no such locks, a
     warning says so and the work goes on.
     """
     path = Path(path).absolute()
@@ -294,7 +295,7 @@ def lock(path: Path) -> Iterator[None]:
         if path.is_dir():
             for name in {match[1] for entry in path.iterdir() if (match := _ASIDE.fullmatch(entry.name))}:
                 clean_up(path / name, alone=True)
-        yield
+        yield handle
     finally:
         if handle is not None:
             beside.unlink(missing_ok=True)
@@ -383,6 +384,14 @@ class Run:
         write_json(self.folder / MANIFEST, manifest | {"status": "done", "finished": time_text()})
 
 
+def run_folder(
+    kind: str, name: str, config: Any, inputs: Mapping[str, str] | None = None, root: Path | None = None
+) -> Path:
+    """Where `open_run` puts this work; it need not be there."""
+    content = content_hash({"config": config, "inputs": inputs or {}})
+    return (root or reports_root()) / "runs" / kind / f"{name}-{content}"
+
+
 def open_run(
     kind: str, name: str, config: Any, inputs: Mapping[str, str] | None = None, root: Path | None = None
 ) -> Run:
@@ -391,9 +400,7 @@ def open_run(
     `config` is anything JSON-like or a dataclass; `inputs` maps the name of each input to its content hash. Both decide the
     folder's name; versions, device and git revision are recorded in the manifest but do not.
     """
-    folder = (
-        (root or reports_root()) / "runs" / kind / f"{name}-{content_hash({'config': config, 'inputs': inputs or {}})}"
-    )
+    folder = run_folder(kind, name, config, inputs, root)
     run = Run(folder)
     if not (folder / MANIFEST).exists():
         write_json(folder / "config.json", config)

@@ -40,7 +40,7 @@ def write_index(root: Path | None = None) -> Path:
     page = (root or runs.reports_root()) / INDEX
     rows = []
     for row in overview(root):
-        shown = {name: row[name] for name in COLUMNS}
+        shown = {name: row[name] for name in COLUMNS} | {"finished": row["finished"][:16].replace("T", " ")}
         if row["report"] is not None:
             shown["run"] = Link(row["run"], quote(os.path.relpath(row["report"], page.parent)))
         rows.append(shown)

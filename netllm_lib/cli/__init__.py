@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from netllm_lib.cli import batch, bitrate, data, pool
+from netllm_lib.cli import batch, bitrate, data, pool, sweep
 from netllm_lib.cli.options import DataOption, JsonOption
 from netllm_lib.cli.reports import reports
 
@@ -57,6 +57,7 @@ def check(
 
 
 app.command()(batch.run)
+app.command()(sweep.sweep)
 app.command()(bitrate.play)
 app.command("import")(bitrate.import_)
 app.command()(bitrate.diagnose)

@@ -1,0 +1,126 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: NetLLM (PyTorch)
+#     language: python
+#     name: netllm-llm
+# ---
+
+# %% [markdown]
+# # 08 · Which setting of a sweep is best, and which parameter matters?
+#
+# A *setting* is a point of the sweep without its seed; its seeds are pooled. The intervals come from resampling traces and seeds
+# together, and differences are paired by trace: they say how well the same recipe would do with another seed on other traces.
+# Without tests, a metric of the runs is compared, with Student's interval over the seeds.
+
+# %% tags=["parameters"]
+sweep_dir: str = ""  # folder of a sweep; empty: the last one that was completed
+policy: str = ""  # the one compared between settings; empty: llm, or the first that does not do the same in all points
+baseline: str = ""  # the policy to compare with; empty: mpc, or the best of the others
+metric: str = (
+    ""  # compare this metric of the runs; empty: the test's reward, or where nothing was tested the last step's first
+)
+order: str = "auto"  # which values of a metric are better: high, low; auto: low for a loss, else high
+run_dir: str = ""  # where results go; filled in by `netllm run`
+
+# %%
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from netllm_lib import runs
+from netllm_lib.abr import comparing, plots
+
+# %%
+out = runs.output_folder(run_dir, "08_compare")
+tables = comparing.load(sweep_dir or runs.latest("sweep"))
+tested = len(tables.results) > 0 and not metric
+print(
+    f"{tables.name}: {len(tables.points)} points done, {len(tables.failed)} failed; varied: {', '.join(tables.varied)}"
+)
+tables.failed[["point", "setting", "seed", "problem"]]
+
+# %%
+if tested:
+    subject = policy or comparing.subject(tables.results)
+    baseline = baseline or comparing.default_baseline(tables, subject)
+    samples, others = comparing.reward_samples(tables, subject), comparing.baseline_samples(tables, subject)
+    what, higher = f"mean reward of {subject} per chunk", True
+else:
+    subject, baseline, what = "", "", metric or comparing.default_metric(tables.points)
+    samples, others = comparing.metric_samples(tables, what), {}
+    higher = order == "high" or (order == "auto" and "loss" not in what)
+print(f"compared: {what}, {'higher' if higher else 'lower'} is better")
+
+# %% [markdown]
+# ## Who got how much
+# The setting is chosen by the validation reward where every run has one: choosing by the test and then reporting that test flatters
+# the winner. `worst_run` and `best_run` are the means of single seeds.
+
+# %%
+league = comparing.league(samples, higher)
+samples = {name: samples[name] for name in league.index}  # the best first
+best, by = comparing.chosen(tables, samples, higher)
+shown = league.join(comparing.parts(tables, subject)) if tested else league
+shown.to_csv(out / "league.csv")
+print(
+    f"chosen: {best}, by {by}"
+    + ("" if by.endswith(comparing.VALIDATION) else "; its figure is flattered by the choice")
+)
+shown.round(4)
+
+# %%
+comparing.plot_league(samples, others, best, higher, what)
+plt.savefig(out / "league.png", dpi=120)
+plt.show()
+
+# %% [markdown]
+# ## Against the baseline, and against each other
+# A difference whose interval holds zero is none. With many settings some interval excludes zero by chance: one in twenty does.
+
+# %%
+reference = comparing.baseline_sample(tables, baseline) if baseline else None
+against = {} if reference is None else comparing.differences(samples, reference)
+between = comparing.differences(samples, samples[best], skip=[best])
+for title, intervals in ((f"minus {baseline}", against), (f"minus {best}", between)):
+    if intervals:
+        ax = plots.plot_differences(intervals)
+        ax.set(title=f"{title} (hollow: no difference shown)", xlabel=f"difference of {what}, 95 % interval")
+        plt.savefig(out / f"differences_{'baseline' if intervals is against else 'settings'}.png", dpi=120)
+        plt.show()
+
+# %% [markdown]
+# ## The effect of each parameter
+# Only combinations of the other parameters that were run with all of its values count, with the seeds that they share: nothing but
+# the parameter differs. `difference` is that to the first value.
+
+# %%
+effects = {name: comparing.effect(tables, samples, name) for name in tables.varied}
+found = {name: table for name, table in effects.items() if len(table)}
+for name in effects.keys() - found.keys():
+    print(f"{name}: no settings differ in it alone and were run with all its values")
+if found:
+    comparing.plot_effects(found, what)
+    plt.savefig(out / "effects.png", dpi=120)
+    plt.show()
+
+# %%
+pd.concat({name: table.drop(columns="each").round(4) for name, table in found.items()}) if found else None
+
+# %%
+words = comparing.summary(tables, league, against, best, by, what, baseline)
+(out / "summary.txt").write_text(words + "\n")
+print(words)
+
+# %%
+metrics = {"what": what, "higher_is_better": higher, "points": len(tables.points), "failed": len(tables.failed)}
+metrics |= {"best": best, "chosen_by": by, "best_interval": list(comparing.pooled(samples[best]))}
+metrics |= {"settings": league.to_dict("index"), "baseline": baseline or None}
+metrics |= {"minus_baseline": {name: list(one) for name, one in against.items()}}
+metrics |= {"minus_best": {name: list(one) for name, one in between.items()}}
+metrics |= {"effects": {name: table.to_dict("records") for name, table in found.items()}}
+runs.write_json(out / "metrics.json", metrics)
+# expected: summary.txt, league.csv, league.png
