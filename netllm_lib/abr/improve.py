@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ import pandas as pd
 from netllm_lib import runs
 from netllm_lib.abr import checkpoint
 from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.model import PolicyNetwork
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import Progress
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.hindsight import Grid, hindsight_values
@@ -33,8 +33,10 @@ from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Exploring
 from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import CHUNKS, Trace, TraceSet, Video
+from netllm_lib.abr.synthetic import generate_traces
+from netllm_lib.abr.traces import CHUNKS, Trace, TraceSet, Video, overlapping, split_validation
 from netllm_lib.abr.train import TrainConfig, Validate, train
+from netllm_lib.plm import PLMConfig, load_plm
 
 DECISIONS = CHUNKS - 1
 
@@ -83,6 +85,48 @@ class Improved:
     )  # a row per round: round, episodes, pool_reward, regret (of the states' levels), loss, score, seconds
     policy: Path  # checkpoint of the best round by validation; of the last one without
     pools: list[Path]  # of each round
+
+
+def small_network(seed: int = 1, state_feature_dim: int = 64) -> PolicyNetwork:
+    """A transformer of two layers, 0.8 M parameters, from random weights, all of it trained: what a PLM is to be held against."""
+    plm = load_plm(PLMConfig("tiny-llama", rank=-1, seed=seed))
+    return PolicyNetwork(plm, NetworkConfig(state_feature_dim=state_feature_dim, tokens="step", seed=seed))
+
+
+class Split(NamedTuple):
+    """Traces to improve a policy with, none of which shares content with the test traces."""
+
+    training: TraceSet
+    validation: TraceSet  # no content of which is in `training`
+    dropped: int  # training traces that share content with a test trace
+
+
+def leak_free(
+    traces: TraceSet,
+    test: TraceSet,
+    *,
+    share: float = 0.3,
+    synthetic: int = 0,
+    mean_mbps: tuple[float, float] = (0.45, 4.5),
+    seed: int = 1,
+) -> Split:
+    """Training and validation traces out of `traces` without those that share content with `test`, and `synthetic` made ones.
+
+    Made traces are of the default `BandwidthModel`, which no trace set was fitted to. The validation traces' bandwidths are
+    scaled into `mean_mbps`, like those that are trained on: a trace on which nobody can play decides every mean. Raises
+    ValueError if fewer than two traces are left.
+    """
+    clean = traces.subset(np.flatnonzero(~overlapping(traces, test)))
+    if len(clean) < 2:
+        raise ValueError(
+            f"{len(traces) - len(clean)} of {len(traces)} traces of {traces.name} share content with {test.name}"
+        )
+    training, held = split_validation(clean, share, seed)
+    validation = perturbed(held, len(held), (1.0, 1.0), mean_mbps, seed)
+    made = generate_traces("synthetic", synthetic, seed).traces
+    return Split(
+        TraceSet(f"{traces.name} without overlap", training.traces + made), validation, len(traces) - len(clean)
+    )
 
 
 def perturbed(

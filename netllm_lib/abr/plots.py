@@ -121,6 +121,34 @@ def plot_differences(differences: Mapping[str, Interval], axes: Axes | None = No
     return ax
 
 
+def plot_steps(rewards: Mapping[str, float], axes: Axes | None = None) -> Axes:
+    """A waterfall: the reward that the first entry had, and what each later one added or took."""
+    ax = given_or_new(axes, (1.1 * len(rewards) + 1.5, 3.4))
+    before = None
+    for place, reward in enumerate(rewards.values()):
+        if before is None:
+            ax.plot([place - 0.35, place + 0.35], [reward, reward], color="k", linewidth=2)
+        else:
+            gain = reward - before
+            color, hatch = (PALETTE[2], "") if gain >= 0 else (PALETTE[3], "///")
+            ax.bar(place, gain, bottom=before, width=0.7, facecolor=color, edgecolor="k", linewidth=0.5, hatch=hatch)
+            ax.plot([place - 1, place + 0.35], [before, before], color="0.6", linewidth=0.8, zorder=0)
+        text = f"{reward:.3f}" if before is None else f"{reward:.3f}\n({reward - before:+.3f})"
+        ax.annotate(
+            text,
+            (place, max(reward, before or reward)),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
+        before = reward
+    ax.set_xticks(range(len(rewards)), list(rewards))
+    low, high = ax.get_ylim()
+    ax.set(ylim=(low, high + 0.2 * (high - low)), ylabel="mean reward per chunk")
+    return ax
+
+
 def plot_trace_gaps(
     ours: pd.DataFrame, baseline: pd.DataFrame, names: tuple[str, str], axes: Axes | None = None
 ) -> Axes:

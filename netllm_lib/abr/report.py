@@ -55,6 +55,18 @@ def league(
     return pd.DataFrame.from_dict(rows, orient="index").sort_values("reward", ascending=False)
 
 
+def against(tables: Mapping[str, pd.DataFrame], subject: str) -> dict[str, float]:
+    """Traces, each policy's reward, and the paired difference to each other one: "− mpc", "− mpc low", "− mpc high"."""
+    by_trace = {name: qoe.per_trace(table)["reward"] for name, table in tables.items()}
+    found: dict[str, float] = {"traces": len(by_trace[subject])}
+    found |= {name: float(rewards.mean()) for name, rewards in by_trace.items()}
+    for name in tables:
+        if name != subject:
+            difference = stats.bootstrap((by_trace[subject] - by_trace[name]).to_numpy())
+            found |= {f"− {name}": difference.mean, f"− {name} low": difference.low, f"− {name} high": difference.high}
+    return found
+
+
 def trace_gaps(ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
     """Per trace that both played, worst first: difference of the mean reward and what each part adds to it (reward per chunk)."""
     gap = (qoe.per_trace(ours) - qoe.per_trace(baseline)).dropna()

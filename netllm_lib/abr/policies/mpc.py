@@ -30,10 +30,16 @@ class MPCConfig:
     robust: bool = True  # divide the harmonic mean by 1 + the largest recent relative error
     window: int = 5  # throughput samples in the harmonic mean
     error_window: int = 5  # errors in the maximum
+    error_weight: float = 1.0  # by which the largest error counts
     carry_history: bool = False
     """Keep estimates and errors from trace to trace, so that the order of the traces matters, as the original does."""
     float32_throughput: Literal["none", "first-trace", "all"] = "none"
     """The traces whose throughput samples are rounded to float32."""
+
+    @classmethod
+    def strong(cls) -> MPCConfig:
+        """The setting that did best on validation traces: a longer look ahead, and more caution after errors."""
+        return cls(horizon=8, error_window=8, error_weight=1.25)
 
     @classmethod
     def upstream(cls, pool: bool = False) -> MPCConfig:
@@ -117,11 +123,13 @@ def _plan_all(
 
 @njit(cache=True, error_model="numpy")
 def _predict(
-    past_mb_per_s: np.ndarray, estimate: np.ndarray, errors: np.ndarray, call: int, error_window: int, out: np.ndarray
-) -> None:
+    past_mb_per_s: np.ndarray, estimate: np.ndarray, errors: np.ndarray, call: int, error_window: int,
+    error_weight: float, out: np.ndarray,
+) -> None:  # fmt: skip
     """The throughput of the next chunks, `out` [N]; updates `estimate` [N] and column `call` of `errors` [N, calls].
 
-    The harmonic mean of `past_mb_per_s` [N, samples], by 1 + the largest relative error of the last `error_window` estimates.
+    The harmonic mean of `past_mb_per_s` [N, samples], by 1 + `error_weight` · the largest relative error of the last `error_window`
+    estimates.
     """
     samples = past_mb_per_s.shape[1]
     for i in range(len(out)):
@@ -135,7 +143,7 @@ def _predict(
         worst = 0.0
         for j in range(max(0, call + 1 - error_window), call + 1):
             worst = max(worst, errors[i, j])
-        out[i] = estimate[i] / (1 + worst)
+        out[i] = estimate[i] / (1 + error_weight * worst)
 
 
 class RobustMPC(Policy):
@@ -173,9 +181,8 @@ class RobustMPC(Policy):
             past = past.astype(np.float32).astype(np.float64)
 
         prediction = np.empty(len(past))
-        _predict(
-            past, self._estimate, self._errors, self._calls, config.error_window if config.robust else 0, prediction
-        )
+        errors = config.error_window if config.robust else 0
+        _predict(past, self._estimate, self._errors, self._calls, errors, config.error_weight, prediction)
         self._calls += 1
 
         horizon = min(config.horizon, CHUNKS - observation.chunk)

@@ -1,0 +1,215 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: NetLLM (PyTorch)
+#     language: python
+#     name: netllm-llm
+# ---
+
+# %% [markdown]
+# # 07 · How good can it get?
+#
+# From a diagnosed run to a better policy. Round by round the policy plays perturbed training traces, hindsight values say what
+# every level would have been worth in the states that it visits, and the network learns to predict them. Nothing is chosen on
+# the test traces, and no training trace shares content with one.
+
+# %% tags=["parameters"]
+data: str = ""  # folder with traces/ and videos/
+before: str = (
+    ""  # run folder of notebook 04, or a checkpoint: the policy to compare with; the first round plays it; empty: MPC
+)
+plm: str = "tiny-llama"  # trained from random weights; or smollm2, or a Hugging Face folder, which get LoRA
+layers: int = 4  # first layers that are kept; 0: all
+rank: int = 128  # LoRA rank; tiny-llama is trained as a whole
+random_weights: bool = False  # the control for pretraining
+tokens: str = "step"  # one token a step; "parts": eight, as the original has them
+groups: int = 120  # perturbed traces in a round, each played from `starts` places
+starts: int = 8
+epochs: list[int] = [8, 5, 4, 4]  # of each round, over all rounds' pools so far
+batch: int = 64  # episodes
+lr: float = 1e-3
+lr_around: float = 1e-3  # the modules around the PLM
+learn: str = "values"  # or "best": cross-entropy with the best level
+synthetic: int = 150  # made traces that are added to the training set
+traces: str = ""  # training traces; empty: the first set of the split "train"
+test_traces: str = ""  # empty: the first set of the split "test"
+video: str = ""  # empty: the first one
+pool_episodes: int = 200  # of the pool that the improved policy leaves for notebook 04; 0: none
+seed: int = 1
+run_dir: str = ""  # where results go; filled in by `netllm run`
+
+# %%
+import shutil
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from netllm_lib import runs
+from netllm_lib.abr import diagnosis, plots, pool, qoe, report
+from netllm_lib.abr import traces as sets
+from netllm_lib.abr.checkpoint import describe
+from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.improve import ImproveConfig, improve, leak_free, small_network
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
+from netllm_lib.abr.policies.llm import validator
+from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.train import TrainConfig
+from netllm_lib.abr.windows import ReturnScale
+from netllm_lib.plm import PLMConfig, load_plm
+
+# %%
+out = runs.output_folder(run_dir, "07_improve")
+registry = sets.find_registry(data or None)
+test = registry.trace_set(test_traces or registry.default_traces("test"))
+whole = registry.trace_set(traces or registry.default_traces("train"))
+clip = registry.video(video or registry.default_video())
+split = leak_free(whole, test, synthetic=synthetic, seed=seed)
+print(f"{split.dropped} of {len(whole)} training traces share content with {test.name} and are left out")
+print(f"training: {len(split.training)} traces, {synthetic} of them made; validation: {len(split.validation)}")
+plots.plot_bandwidths([split.training, split.validation, test])
+plt.show()
+
+# %%
+if plm == "tiny-llama":
+    network = small_network(seed)
+else:
+    shape = PLMConfig(plm, layers=layers or None, rank=rank, random_weights=random_weights, seed=seed)
+    network = PolicyNetwork(load_plm(shape), NetworkConfig(tokens=tokens, seed=seed))
+parameters = sum(p.numel() for p in network.trainable().values())
+print(f"{network.plm.family}, {network.plm.layers} layers, hidden {network.plm.hidden_size}, {parameters:,} trained")
+
+# %% [markdown]
+# ## Rounds
+# `regret`: what the levels that were played cost against the best ones, per chunk, in hindsight. `score`: mean reward on the
+# validation traces, by which the round is chosen.
+
+# %%
+limits = {"weight_decay": 0.01, "max_grad_norm": 1.0, "w": 47}
+training = TrainConfig(batch=batch, lr=lr, lr_around=lr_around, **limits)
+config = ImproveConfig(groups=groups, starts=starts, epochs=tuple(epochs), learn=learn, train=training, seed=seed)
+held = Simulator(split.validation, clip, sound_episodes(split.validation, seed=seed, repeats=4))
+validate = validator(held, describe(network, ReturnScale(-1.0, 1.0, 0.0, 46), 47))
+first = load_llm_policy(Path(before), precision="auto") if before else None
+
+# %%
+folder = out / "rounds" / runs.content_hash([config, network.plm.identity, split.training.content_hash])
+improved = improve(
+    network, split.training, clip, config, folder=folder, first=first, validate=validate, progress=runs.progress
+)
+with runs.atomic_path(out / "policy") as aside:
+    shutil.copytree(improved.policy, aside)
+improved.rounds.round(4)
+
+# %% [markdown]
+# ## Before and after
+# On the test traces, played once.
+
+
+# %%
+def tested(players, trace_set, video):
+    """A table of chunks for each policy."""
+    tables = {}
+    for name, player in players.items():
+        chosen = {"trace_num": -1, "draws_actions": player.draws_actions, "clock": "episode"}
+        tables[name] = play(player, Simulator(trace_set, video, upstream_episodes(trace_set, **chosen)))
+    return tables
+
+
+# %%
+players = {"improved": load_llm_policy(out / "policy")}
+if before:
+    players["before"] = load_llm_policy(Path(before))
+players |= baselines(clip, registry)
+players["mpc (strong)"] = RobustMPC(clip, MPCConfig.strong())
+tables = tested(players, test, clip)
+clean = ~sets.overlapping(test, whole)
+league = report.league(tables, clean=clean)
+league.to_parquet(out / "league.parquet")
+league.round(4)
+
+# %%
+others = [name for name in tables if name != "improved"]
+differences = {f"− {name}": diagnosis.paired(tables["improved"], tables[name]) for name in others}
+plots.plot_differences(differences)
+plt.savefig(out / "differences.png", dpi=120, bbox_inches="tight")
+plt.show()
+
+# %%
+plots.plot_decomposition({name: tables[name] for name in ("improved", *others)})
+plt.savefig(out / "decomposition.png", dpi=120)
+plt.show()
+
+# %% [markdown]
+# ## What each round gave
+# Mean reward on the validation traces, from the policy that the first round played to the last round.
+
+# %%
+start = "before" if before else "mpc"
+scores = {start: qoe.summarise(play(first or RobustMPC(clip), held)).reward}
+scores |= {f"round {row.round + 1}": row.score for row in improved.rounds.itertuples()}
+plots.plot_steps(scores)
+plt.savefig(out / "rounds.png", dpi=120, bbox_inches="tight")
+plt.show()
+
+# %% [markdown]
+# ## Elsewhere
+# The same policy on the test traces that share no content with any training trace of the data, with the other videos, and on
+# the trace sets that share nothing with what it was trained on.
+
+# %%
+places = {
+    f"{test.name}, {name}": (test, registry.video(name)) for name in registry.video_folders() if name != clip.name
+}
+for name in registry.trace_folders():
+    other = registry.trace_set(name)
+    if name != test.name and not sets.overlapping(other, split.training).any():
+        places[f"{name}, {clip.name}"] = (other, clip)
+subset = test.subset(clean.nonzero()[0], f"{test.name}, no overlap at all")
+if 1 < len(subset) < len(test):
+    places[subset.name] = (subset, clip)
+
+# %%
+rows = {}
+for place, (trace_set, other_clip) in {f"{test.name}, {clip.name}": (test, clip), **places}.items():
+    pair = {"improved": load_llm_policy(out / "policy"), "mpc": RobustMPC(other_clip)}
+    pair["mpc (strong)"] = RobustMPC(other_clip, MPCConfig.strong())
+    rows[place] = report.against(tested(pair, trace_set, other_clip), "improved")
+elsewhere = pd.DataFrame.from_dict(rows, orient="index")
+elsewhere.to_parquet(out / "elsewhere.parquet")
+elsewhere.round(4)
+
+# %% [markdown]
+# ## A pool to clone
+# For the original's way of training: episodes of the improved policy on the training traces, `-p pool_dir` of notebook 04.
+
+# %%
+if pool_episodes:
+    repeats = -(-pool_episodes // len(split.training))
+    chosen = sound_episodes(split.training, seed=seed, repeats=repeats).rows(range(pool_episodes))
+    teacher = load_llm_policy(out / "policy", precision="auto")
+    rolled = pool.generate_pool(teacher, split.training, clip, chosen, path=out / "pool.npz")
+    print(rolled.describe())
+
+# %%
+card = {"plm": plm, "layers": network.plm.layers, "tokens": tokens, "random_weights": random_weights, "seed": seed}
+card |= {"trained_parameters": parameters, "training_traces": split.training.names, "dropped": split.dropped}
+card |= {"video": clip.name, "learn": learn, "rounds": improved.rounds.to_dict("records")}
+card |= {"test": league.loc["improved"].to_dict(), "elsewhere": rows}
+runs.write_json(out / "model_card.json", card)
+
+# %%
+policies = league.rename(index={"improved": "llm"}).to_dict("index")
+metrics = {"policies": policies, "rounds": improved.rounds.to_dict("records"), "elsewhere": rows}
+metrics |= {"differences": {name: list(interval) for name, interval in differences.items()}}
+metrics |= {"clean_traces": int(clean.sum()), "parameters": parameters}
+runs.write_json(out / "metrics.json", metrics)
+print(league[["reward", "low", "high"]].round(4).to_string())
+# expected: policy/config.json, league.parquet, elsewhere.parquet, model_card.json, differences.png, rounds.png
