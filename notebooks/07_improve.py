@@ -188,7 +188,8 @@ elsewhere.round(4)
 
 # %% [markdown]
 # ## A pool to clone
-# For the original's way of training: episodes of the improved policy on the training traces, `-p pool_dir` of notebook 04.
+# For the original's way of training: episodes of the improved policy on the training traces. This run folder is a `pool_dir` for
+# notebook 04.
 
 # %%
 if pool_episodes:
@@ -196,6 +197,10 @@ if pool_episodes:
     chosen = sound_episodes(split.training, seed=seed, repeats=repeats).rows(range(pool_episodes))
     teacher = load_llm_policy(out / "policy", precision="auto")
     rolled = pool.generate_pool(teacher, split.training, clip, chosen, path=out / "pool.npz")
+    own = sound_episodes(split.held, seed=seed)
+    pool.generate_pool(teacher, split.held, clip, own, path=out / "validation_pool.npz")
+    parts = {"train": split.training.names, "validation": split.held.names}
+    runs.write_json(out / "split.json", {"traces": whole.name, "video": clip.name, **parts})
     print(rolled.describe())
 
 # %%

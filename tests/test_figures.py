@@ -358,3 +358,14 @@ def test_gaps_by_trace_are_sums_of_their_parts(tables: dict) -> None:
     np.testing.assert_allclose(gaps["reward"], gaps[["quality", "rebuffering", "smoothness"]].sum(axis=1))
     assert gaps["reward"].is_monotonic_increasing
     assert report.timeline_policies(tables, "llm", "mpc")[:2] == ["llm", "mpc"]
+
+
+def test_against_pairs_by_trace(tables: dict[str, pd.DataFrame]) -> None:
+    found = report.against({name: tables[name] for name in ("llm", "mpc")}, "llm")
+    ours, theirs = (qoe.per_trace(tables[name])["reward"] for name in ("llm", "mpc"))
+    assert found["traces"] == len(ours)
+    assert found["llm"] == pytest.approx(ours.mean())
+    assert found["mpc"] == pytest.approx(theirs.mean())
+    assert found["− mpc"] == pytest.approx((ours - theirs).mean())
+    assert found["− mpc low"] < found["− mpc"] < found["− mpc high"]
+    assert "− llm" not in found

@@ -14,7 +14,7 @@ from netllm_lib.abr import improve as improving
 from netllm_lib.abr import qoe
 from netllm_lib.abr.checkpoint import describe, load_checkpoint
 from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.improve import ImproveConfig, Improved, improve, perturbed
+from netllm_lib.abr.improve import ImproveConfig, Improved, improve, leak_free, perturbed
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.base import Observation
@@ -26,6 +26,7 @@ from netllm_lib.abr.policies.simple import Constant, Exploring
 from netllm_lib.abr.pool import generate_pool, load_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
+from netllm_lib.abr.traces import TraceSet, overlapping
 from netllm_lib.abr.train import TrainConfig, train
 from netllm_lib.abr.windows import Batch
 from netllm_lib.plm import PLMConfig, load_plm
@@ -75,6 +76,22 @@ def test_exploring_replaces_a_share_of_the_levels() -> None:
     np.testing.assert_array_equal(in_blocks, levels)
     with pytest.raises(ValueError, match="between 0 and 1, not 1.5"):
         Exploring(Constant(2), 1.5)
+
+
+def test_no_training_trace_shares_content_with_a_test_trace() -> None:
+    others = generate_traces("u", 2, 77)
+    leaking = TraceSet("train", (*TRACES.traces, *others.traces[:1]))
+    test = TraceSet("test", (TRACES.traces[0], others.traces[1]))
+    split = leak_free(leaking, test, share=0.4, synthetic=3, mean_mbps=(1.0, 1.5), seed=2)
+    assert split.dropped == 1
+    assert not overlapping(split.training, test).any()
+    assert not overlapping(split.training, split.held).any()
+    assert sorted([*split.training.names[:-3], *split.held.names]) == sorted([*TRACES.names[1:], *others.names[:1]])
+    assert split.training.names[-3:] == ["synthetic_000", "synthetic_001", "synthetic_002"]
+    assert [name.partition("-")[2] for name in sorted(split.validation.names)] != []
+    assert all(1.0 - 1e-9 <= trace.mean_mbps <= 1.5 + 1e-9 for trace in split.validation.traces)
+    with pytest.raises(ValueError, match="7 of 7 traces of train share content with train"):
+        leak_free(leaking, leaking)
 
 
 # --- what is learnt

@@ -11,6 +11,7 @@ import pytest
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
+from netllm_lib.abr.policies import mpc
 from netllm_lib.abr.policies.base import Observation, Policy
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.catalogue import make_policy
@@ -81,6 +82,16 @@ def test_each_upstream_switch_of_mpc_matters() -> None:
         if name in ("jump_limit", "size_index", "carry_history"):
             assert (levels != sound).any(), name
         assert levels.shape == sound.shape
+
+
+def test_a_larger_error_weight_predicts_less() -> None:
+    past, errors = np.array([[1.0, 2.0, 4.0]]), np.zeros((1, 48))
+    for weight in (0.0, 1.0, 1.25):
+        estimate, out = np.array([2.0]), np.empty(1)
+        mpc._predict(past, estimate, errors, 1, 5, weight, out)
+        mean = 3 / (1 + 1 / 2 + 1 / 4)
+        assert out[0] == pytest.approx(mean / (1 + weight * abs(2.0 - 4.0) / 4.0))
+        assert estimate[0] == pytest.approx(mean)
 
 
 def test_upstream_mpc_needs_a_49th_chunk() -> None:

@@ -97,7 +97,8 @@ class Split(NamedTuple):
     """Traces to improve a policy with, none of which shares content with the test traces."""
 
     training: TraceSet
-    validation: TraceSet  # no content of which is in `training`
+    held: TraceSet  # for validation: no content of these is in `training`
+    validation: TraceSet  # the same, bandwidths scaled into the range that is trained on
     dropped: int  # training traces that share content with a test trace
 
 
@@ -124,9 +125,8 @@ def leak_free(
     training, held = split_validation(clean, share, seed)
     validation = perturbed(held, len(held), (1.0, 1.0), mean_mbps, seed)
     made = generate_traces("synthetic", synthetic, seed).traces
-    return Split(
-        TraceSet(f"{traces.name} without overlap", training.traces + made), validation, len(traces) - len(clean)
-    )
+    whole = TraceSet(f"{traces.name} without overlap", training.traces + made)
+    return Split(whole, held, validation, len(traces) - len(clean))
 
 
 def perturbed(
