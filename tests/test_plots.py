@@ -77,6 +77,6 @@ def test_references_of_a_pool_are_lines_with_their_values() -> None:
 
 def test_steps_add_up_to_the_last_reward() -> None:
     ax = plots.plot_steps({"before": 0.5, "round 1": 0.75, "round 2": 0.7})
-    bars = [(bar.get_y(), bar.get_height()) for bar in ax.patches]
+    bars = [(bar.get_y(), bar.get_height()) for bar in ax.patches]  # type: ignore[attr-defined]
     assert bars == [(0.5, pytest.approx(0.25)), (0.75, pytest.approx(-0.05))]
     assert [text.get_text() for text in ax.texts] == ["0.500", "0.750\n(+0.250)", "0.700\n(-0.050)"]
