@@ -307,7 +307,8 @@ def input_hashes(notebook: Any, parameters: Mapping[str, Any]) -> dict[str, str]
     for name, value in parameters.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and 0 < len(text) < 1024:
-                places[f"{name}: {_portable(text)}"] = runs.PROJECT / text
+                file = re.sub(r"(\.py):\w+$", r"\1", text)  # FILE.py:NAME is something in that file
+                places[f"{name}: {_portable(text)}"] = runs.PROJECT / file
     for name, place in places.items():
         if place.is_file() or place.is_dir():
             found[name] = fingerprint(place)

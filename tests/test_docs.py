@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib
+import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pdoc
 import pytest
 
-from netllm_lib.abr import report
+import netllm_lib
+from netllm_lib.abr import qoe, report
 from netllm_lib.abr.diagnosis import RULES
 from netllm_lib.abr.policies.llm import EvalConfig
 from netllm_lib.abr.policies.mpc import MPCConfig
@@ -57,8 +63,85 @@ def test_every_key_of_a_tests_setting_is_documented(tmp_path: Path) -> None:
     assert set(read_json(tmp_path / report.SETTING)) <= listed
 
 
+def test_the_index_fits_a_screen_and_leads_to_every_page() -> None:
+    text = (DOCS / "index.md").read_text()
+    assert len(text.splitlines()) <= 26
+    links = set(re.findall(r"\]\(([\w./-]+)\)", text))
+    assert links == {path.name for path in DOCS.glob("*.md")} - {"index.md"}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for path in (*PROJECT.glob("README*.md"), *DOCS.rglob("*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name} links {link}"
+
+
 def test_files_that_the_documents_name_exist() -> None:
     named = re.compile(r"`((?:netllm_lib|notebooks|tests|docs|reports/benchmarks)/[\w./-]+\.\w+)`")
     for path in (PROJECT / "README.md", *DOCS.glob("*.md")):
         for name in named.findall(path.read_text()):
             assert "NN_" in name or (PROJECT / name).exists(), f"{path.name} names {name}"
+
+
+# --- the library's reference, from its docstrings -------------------------------------------------------------------------
+
+
+def test_the_reference_is_made_from_docstrings(tmp_path: Path) -> None:
+    """As `make docs` does, for two modules."""
+    pdoc.pdoc("netllm_lib.abr.qoe", "netllm_lib.stats", output_directory=tmp_path)
+    page = (tmp_path / "netllm_lib" / "abr" / "qoe.html").read_text()
+    assert (tmp_path / "netllm_lib" / "stats.html").is_file()
+    first = (qoe.per_trace.__doc__ or "").splitlines()[0]
+    assert len(first) > 20
+    assert first in re.sub(r"<[^>]+>", "", page)
+
+
+def undocumented(module_name: str) -> Iterator[str]:
+    """Public names of a module without a docstring: functions, classes, and methods except those of at most two statements, and
+    those that a documented base class or protocol declares."""
+    module = importlib.import_module(module_name)
+    tree = ast.parse(Path(str(module.__file__)).read_text())
+    if ast.get_docstring(tree) is None:
+        yield module_name
+    protocols = [n for n in tree.body if isinstance(n, ast.ClassDef) and "Protocol" in map(ast.unparse, n.bases)]
+    declared = {m.name for n in protocols if ast.get_docstring(n) for m in n.body if isinstance(m, ast.FunctionDef)}
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
+            continue
+        if ast.get_docstring(node) is None:
+            yield f"{module_name}.{node.name}"
+        if isinstance(node, ast.FunctionDef):
+            continue
+        bases = getattr(module, node.name).__mro__[1:]
+        for method in node.body:
+            if not isinstance(method, ast.FunctionDef) or method.name.startswith("_") or len(method.body) <= 2:
+                continue
+            inherited = any(getattr(getattr(base, method.name, None), "__doc__", None) for base in bases)
+            if ast.get_docstring(method) is None and not inherited and method.name not in declared:
+                yield f"{module_name}.{node.name}.{method.name}"
+
+
+def test_everything_public_has_a_docstring() -> None:
+    """In all modules that `make docs` shows."""
+    names = [info.name for info in pkgutil.walk_packages(netllm_lib.__path__, "netllm_lib.")]
+    shown = [name for name in names if not name.startswith("netllm_lib.cli")]
+    assert len(shown) > 50
+    missing = [name for module in shown for name in undocumented(module)]
+    assert not missing, f"without docstrings: {missing}"
+
+
+def test_the_chinese_readme_has_the_same_commands_code_and_figures() -> None:
+    english, chinese = ((PROJECT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
+
+    def code(text: str) -> list[str]:
+        return [re.sub(r"\s+# .*", "", block) for block in re.findall(r"```\w+\n.*?```", text, flags=re.DOTALL)]
+
+    def figures(text: str) -> list[str]:
+        """Numbers in the tables, and every decimal number of the text."""
+        return sorted(re.findall(r"(?<![\w/.])\d*\.\d+", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
+
+    assert code(english) == code(chinese)
+    assert figures(english) == figures(chinese)
+    assert english.count("\n## ") == chinese.count("\n## ")
+    assert english.count("\n| ") == chinese.count("\n| ")
+    assert english.count("\n- ") == chinese.count("\n- ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,3 +207,19 @@ def test_unknown_policy_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="known: bba, mpc"):
         make_policy("mcp", VIDEO, Registry(SAMPLE))
     assert make_policy("constant-4", VIDEO, Registry(SAMPLE)).name == "constant-4"
+
+
+def test_a_class_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import numpy as np\nfrom netllm_lib.abr.policies.base import Policy\n\n\nclass Mine(Policy):\n"
+        "    name = 'mine'\n\n    def act(self, observation):\n        return np.ones(len(observation.episode), int)\n"
+    )
+    policy = make_policy(f"{path}:Mine", VIDEO, Registry(SAMPLE))
+    assert policy.name == "mine"
+    table = play(policy, Simulator(TRACES, VIDEO, sound_episodes(TRACES)))
+    assert set(table["level"]) == {0, 1}
+    with pytest.raises(ValueError, match=r"mine\.py: it has no class Other that is"):
+        make_policy(f"{path}:Other", VIDEO, Registry(SAMPLE))
+    with pytest.raises(FileNotFoundError, match=r"none\.py: no such file"):
+        make_policy(f"{tmp_path / 'none.py'}:Mine", VIDEO, Registry(SAMPLE))

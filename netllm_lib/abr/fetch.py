@@ -208,6 +208,7 @@ class Tree:
     """Files of a source by path relative to the data folder."""
 
     def names(self) -> list[str]:
+        """Relative paths of all files."""
         raise NotImplementedError
 
     def bring(self, names: list[str], to: Path) -> None:
@@ -381,6 +382,7 @@ class Git:
     repository: str | None = None
 
     def run(self, *words: str, input: bytes = b"", check: bool = True) -> subprocess.CompletedProcess[bytes]:
+        """`git words…` in the folder. With `check`, OSError or ValueError with git's own last line and what to do if it fails."""
         settings = [word for key, value in GIT_SETTINGS.items() for word in ("-c", f"{key}={value}")]
         # "--git-dir" and its like may come from a hook that this runs in
         environment = {key: value for key, value in os.environ.items() if key not in _OF_A_HOOK} | _QUIET

@@ -55,7 +55,7 @@ def remake_pool(settings: Mapping[str, Any], registry: Registry) -> ExperiencePo
     """The pool that the original's generation makes for these settings (see `upstream_logs.settings_of`), bit for bit.
 
     Raises ValueError if the settings do not tell how it was made or the original cannot have made it, FileNotFoundError if traces,
-    video or actor are not in the registry, and RuntimeError if an actor would have to be read without TensorFlow.
+    video or actor are not in the registry, and OSError if an actor would have to be read without TensorFlow.
     """
     lacking = [key for key in POOL_SETTINGS if key not in settings]
     if lacking:
@@ -138,7 +138,7 @@ def _find_pool(found: Found, pool: Path | ExperiencePool | None, registry: Regis
         given, origin, path = load_pool(found.pools[0]), "found", found.pools[0]
     try:
         named = remake_pool(found.settings, registry)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         return _Pool(given, origin, path, None, str(error))
     if given is None:
         return _Pool(named, "made anew", None, named.content_hash(), None)

@@ -214,7 +214,7 @@ def needs_checkpointing(network: PolicyNetwork, config: TrainConfig) -> bool:
 def _device_bytes(device: str) -> float | None:
     """Memory of all devices that a PLM is on. All of it, not what is free now: what follows from it must not depend on the hour."""
     devices = [torch.device(name) for name in devices_of(device)]
-    if all(d.type == "cuda" for d in devices):
+    if all(d.type == "cuda" for d in devices) and torch.cuda.is_available():
         return float(sum(torch.cuda.get_device_properties(d).total_memory for d in devices))
     if all(d.type == "cpu" for d in devices) and hasattr(os, "sysconf"):
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -239,6 +239,7 @@ class Registry:
         return folders
 
     def video_folders(self) -> dict[str, Path]:
+        """Video name -> folder with its size files."""
         return {
             path.name.removesuffix("_sizes"): path for path in sorted(self.root.glob("videos/*_sizes")) if path.is_dir()
         }
@@ -252,6 +253,7 @@ class Registry:
         return read_trace_set(_lookup(self.trace_folders(), name, "trace set", self.root))
 
     def video(self, name: str) -> Video:
+        """The video `name`; `default_video` names the one to use when nothing is asked for."""
         return read_video(_lookup(self.video_folders(), name, "video", self.root))
 
     def actor(self, name: str) -> Path:
@@ -266,6 +268,7 @@ class Registry:
         raise FileNotFoundError(f"{self.root / 'traces' / split}: no trace set in it")
 
     def default_video(self) -> str:
+        """Name of the first video."""
         for name in self.video_folders():
             return name
         raise FileNotFoundError(f"{self.root / 'videos'}: no video in it")

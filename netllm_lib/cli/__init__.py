@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from netllm_lib.cli import batch, bitrate, data, pool, sweep
-from netllm_lib.cli.options import DataOption, JsonOption
+from netllm_lib.cli.options import DataOption, JsonOption, waiting
 from netllm_lib.cli.reports import reports
 
 app = typer.Typer(
@@ -39,15 +39,20 @@ def options(
 @app.command()
 def check(
     data: DataOption = None,
-    plm: Annotated[str, typer.Option(metavar="SOURCE", help="smollm2, or a Hugging Face folder.")] = "smollm2",
-    layers: Annotated[int | None, typer.Option(help="How many of its layers would be trained [all].")] = None,
+    plm: Annotated[
+        str, typer.Option(metavar="SOURCE", help="smollm2, a Hugging Face folder, or <type>/<size>.")
+    ] = "smollm2",
+    layers: Annotated[
+        int | None, typer.Option(metavar="N", help="How many of its layers would be trained [all].")
+    ] = None,
     load: Annotated[bool, typer.Option("--load", help="Load the weights too, not only look at the files.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check this machine: packages, device, language model, memory, data, disk, kernels."""
+    """Check this machine: packages, device, PLM, data, disk, kernels."""
     from netllm_lib import envcheck, runs
 
-    checks = envcheck.llm_checks(data, plm, layers, load=load)
+    with waiting("checking"):
+        checks = envcheck.llm_checks(data, plm, layers, load=load)
     print(envcheck.as_text(checks))
     if as_json:
         print(json.dumps(runs.plain(checks)))

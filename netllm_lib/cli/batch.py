@@ -36,7 +36,7 @@ def run(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run again what is there already.")] = False,
     timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Limit for each notebook; 0 for none.")
+        float | None, typer.Option(metavar="SECONDS", help="Limit for each notebook; 0 for none [3600, or the step's].")
     ] = None,
     kernel: Annotated[str | None, typer.Option(metavar="NAME", help="Jupyter kernel [the notebook's own].")] = None,
     fail_below: Annotated[
@@ -54,7 +54,10 @@ def run(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a notebook, or a pipeline of them, headless; results go to reports/runs/, see reports/index.html."""
+    """Run a notebook, or a pipeline of them, headless.
+
+    Results go to reports/runs/; reports/index.html lists them.
+    """
     from netllm_lib import notebooks, pipelines
     from netllm_lib.abr.overview import write_index
 

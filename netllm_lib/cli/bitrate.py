@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
-from netllm_lib.cli.options import DataOption, JsonOption, Preset
+from netllm_lib.cli.options import DataOption, JsonOption, Preset, counting, waiting
 
 
 def play(
     policy: Annotated[str, typer.Option(help="bba, mpc, genet, udr_1, …, random, constant-2, or a policy's folder.")],
     traces: Annotated[str | None, typer.Option(help="Trace set [the first one of the split test].")] = None,
-    video: Annotated[str | None, typer.Option(help="[the first one]")] = None,
+    video: Annotated[str | None, typer.Option(help="Video [the first one].")] = None,
     preset: Annotated[Preset, typer.Option(help="upstream: policy and protocol as in the original.")] = Preset.sound,
     trace_num: Annotated[
         int | None, typer.Option(metavar="N", help="Traces to play; -1: all [upstream: 100; sound: all].")
@@ -54,7 +54,9 @@ def play(
             raise ValueError(f"--trace-num {trace_num}: give a positive number, or -1 for all")
         episodes = sound_episodes(trace_set, seed=seed, repeats=-(-count // len(trace_set))).rows(range(count))
     table = playing.play(
-        player, Simulator(trace_set, clip, episodes), progress=runs.progress(policy) if sys.stderr.isatty() else None
+        player,
+        Simulator(trace_set, clip, episodes),
+        progress=runs.progress(policy) if sys.stderr.isatty() else counting("chunks played"),
     )
     quality = qoe.summarise(table)
     if out is not None:
@@ -95,12 +97,16 @@ def import_(
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a run of the original into a run folder, whatever is there of it; say what is missing."""
+    """Turn a run of the original into a run folder.
+
+    Whatever is there of it is taken; what is missing is named, with what it would add.
+    """
     from netllm_lib import runs
     from netllm_lib.abr import importing
 
-    found = importing.discover(folder, run)
-    imported = importing.convert(found, pool=pool, plm=plm, data=data)
+    with waiting("importing"):
+        found = importing.discover(folder, run)
+        imported = importing.convert(found, pool=pool, plm=plm, data=data)
     told = runs.read_json(imported.folder / "settings.json")
     missing = runs.read_json(imported.folder / "missing.json")
     has_policy = (imported.folder / "policy").is_dir()
@@ -163,15 +169,16 @@ def diagnose(
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say why a run's reward is poor: findings, the first thing to fix first."""
+    """Say why a run's reward is poor: the first thing to fix first."""
     # threads that wait by spinning make PyTorch many times slower beside a busy process; it reads this when it is loaded
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from netllm_lib.abr import diagnosis
     from netllm_lib.abr.diagnosis import sources
 
-    evidence = sources.load(*folders, pool=pool, plm=plm, data=data, results=results, run=run)
-    progress = (lambda line: print(line, file=sys.stderr, flush=True)) if sys.stderr.isatty() else None
-    found = diagnosis.diagnose(evidence, budget, retrain, progress)
+    with waiting("diagnosing"):
+        evidence = sources.load(*folders, pool=pool, plm=plm, data=data, results=results, run=run)
+        progress = (lambda line: print(line, file=sys.stderr, flush=True)) if sys.stderr.isatty() else None
+        found = diagnosis.diagnose(evidence, budget, retrain, progress)
     print(found)
     if found.waterfall is not None:
         print(f"\n{found.waterfall.round(3).to_string(index=False)}")

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from netllm_lib.cli.options import DataOption, JsonOption
+from netllm_lib.cli.options import DataOption, JsonOption, counting, waiting
 
-app = typer.Typer(help="Trace sets and videos.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Trace sets and videos: list, fetch, import, export, generate.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 class TraceFormat(StrEnum):
+    """Formats that traces are written in."""
+
     mahimahi = "mahimahi"
     csv = "csv"
     sabre = "sabre"
 
 
 class SourceFormat(StrEnum):
+    """Formats that traces, and a video (movie), are read from."""
+
     mahimahi = "mahimahi"
     csv = "csv"
     sabre = "sabre"
@@ -43,19 +46,6 @@ def _fetched_to(folder: Path | None) -> Path:
     return PROJECT / "data" / "netllm" if folder is None else folder
 
 
-def _lines(what: str, after_s: float = 2.0) -> Callable[..., None]:
-    """A progress callback that says nothing for two seconds, then a line every two."""
-    last = time.monotonic()
-
-    def line(done: int, total: int, info: object = None) -> None:
-        nonlocal last
-        if time.monotonic() - last >= after_s:
-            last = time.monotonic()
-            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
-
-    return line
-
-
 def _end(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         from netllm_lib.runs import plain
@@ -73,7 +63,7 @@ def data_list(data: DataOption = None, as_json: JsonOption = False) -> None:
     from netllm_lib.abr.traces import find_registry, overlap_matrix
 
     registry = find_registry(data)
-    sets = registry.trace_sets(_lines("reading trace sets"))
+    sets = registry.trace_sets(counting("reading trace sets"))
     table, overlaps = registry.describe(sets), overlap_matrix(sets)
     shown = table.round({"hours": 2, "min_s": 0, "median_s": 0, "max_s": 0}).round(3)
     print(f"{registry.root}\n\nMean bandwidth of the traces in Mbps:\n{shown.to_string(index=False)}\n")
@@ -109,7 +99,7 @@ def data_fetch(
         commit=commit or fetch.COMMIT,
         sums=fetch.read_sums(sums) if sums is not None else None,
         replace=replace,
-        progress=_lines("files"),
+        progress=counting("files"),
     )
     total = done.kept + done.brought
     print(f"{done.folder}: all {total} files are there and right; {done.kept} were there, {done.brought} fetched")
@@ -131,7 +121,7 @@ def data_check(folder: FolderArgument = None, sums: SumsOption = None, as_json: 
     from netllm_lib.abr import fetch
 
     found = fetch.check_data(
-        _fetched_to(folder), fetch.read_sums(sums) if sums is not None else None, _lines("checked files")
+        _fetched_to(folder), fetch.read_sums(sums) if sums is not None else None, counting("checked files")
     )
     print(found)
     _end({"complete": found.complete, "folder": found.folder, "right": len(found.right)} | {
@@ -168,14 +158,16 @@ def data_import(
     from netllm_lib.abr import convert
 
     if form is SourceFormat.movie:
-        video, written = convert.import_movie(source, folder, name, replace)
+        with waiting("reading"):
+            video, written = convert.import_movie(source, folder, name, replace)
         print(f"{written}: {video.sizes_bytes.shape[1]} chunks in {len(video.sizes_bytes)} levels")
         _end({"folder": written, "chunks": video.sizes_bytes.shape[1]}, as_json)
         return
     reading = convert.Reading(time_column, bandwidth, unit, time_unit, interval)
-    traces, written = convert.import_traces(
-        source, folder, form.value, name=name, split=split, reading=reading, replace=replace
-    )
+    with waiting("converting traces"):
+        traces, written = convert.import_traces(
+            source, folder, form.value, name=name, split=split, reading=reading, replace=replace
+        )
     means = traces.describe()["mean_mbps"]
     print(
         f"{written}: {len(traces)} traces of {means.min():.3f} to {means.max():.3f} Mbps, median {means.median():.3f}"
@@ -187,7 +179,7 @@ def data_import(
 def data_export(
     trace_set: Annotated[str, typer.Argument(help="Name of a trace set, as `netllm data list` shows it.")],
     folder: Annotated[Path, typer.Argument(help="New folder, one file per trace.")],
-    form: Annotated[TraceFormat, typer.Option("--format")],
+    form: Annotated[TraceFormat, typer.Option("--format", help="What to write; docs/data.md describes each.")],
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -196,7 +188,8 @@ def data_export(
     from netllm_lib.abr.traces import find_registry
 
     traces = find_registry(data).trace_set(trace_set)
-    written = convert.export_traces(traces, folder, form.value)
+    with waiting("writing traces"):
+        written = convert.export_traces(traces, folder, form.value)
     print(f"{written}: {len(traces)} files")
     _end({"folder": written, "traces": len(traces)}, as_json)
 
@@ -204,9 +197,9 @@ def data_export(
 @app.command("generate")
 def data_generate(
     folder: Annotated[Path, typer.Argument(help="Root folder to write to.")],
-    train: Annotated[int, typer.Option(help="Training traces.")] = 60,
-    test: Annotated[int, typer.Option(help="Test traces.")] = 30,
-    seed: int = 7,
+    train: Annotated[int, typer.Option(metavar="N", help="How many training traces.")] = 60,
+    test: Annotated[int, typer.Option(metavar="N", help="How many test traces.")] = 30,
+    seed: Annotated[int, typer.Option(metavar="S", help="Of all random numbers.")] = 7,
     like: Annotated[
         str | None, typer.Option(metavar="TRACE_SET", help="Fit the model to this trace set, print fit and match.")
     ] = None,
@@ -226,7 +219,8 @@ def data_generate(
     if train < 1 or test < 1:
         raise ValueError(f"--train {train} --test {test}: at least one trace of each is needed")
     if like is None:
-        synthetic.write_sample(folder, train, test, seed)
+        with waiting("generating"):
+            synthetic.write_sample(folder, train, test, seed)
         print(f"wrote {train} + {test} traces and a video to {folder}")
         _end({"folder": folder, "trace_sets": ["sample-train", "sample-test"]}, as_json)
         return
@@ -234,9 +228,10 @@ def data_generate(
     from netllm_lib.abr.traces import find_registry
 
     traces = find_registry(data).trace_set(like)
-    model = fit.fit_model(traces)
-    made = fit.write_like(traces, model, folder, train, test, seed)
-    match = fit.compare({like: traces, **{each.name: each for each in made}}, model.interval_s)
+    with waiting("fitting and generating"):
+        model = fit.fit_model(traces)
+        made = fit.write_like(traces, model, folder, train, test, seed)
+        match = fit.compare({like: traces, **{each.name: each for each in made}}, model.interval_s)
     for name, value in plain(model).items():
         print(f"{name:12}  {value if not isinstance(value, list) else ', '.join(map(str, value))}")
     print(f"\n{match.round(3).to_string()}\n")

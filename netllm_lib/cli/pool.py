@@ -10,7 +10,7 @@ import typer
 
 from netllm_lib.cli.options import DataOption, JsonOption
 
-app = typer.Typer(help="Experience pools.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Experience pools: show, and to and from Minari.", no_args_is_help=True, rich_markup_mode=None)
 
 PoolArgument = Annotated[Path, typer.Argument(metavar="POOL", help="A pool.npz, or the original's exp_pool.pkl.")]
 IdArgument = Annotated[str, typer.Argument(metavar="DATASET_ID", help="name-v0 or namespace/name-v0.")]
@@ -38,7 +38,10 @@ def pool_export(
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a pool as a Minari dataset, to $MINARI_DATASETS_PATH or ~/.minari/datasets."""
+    """Write a pool as a Minari dataset.
+
+    To $MINARI_DATASETS_PATH or ~/.minari/datasets.
+    """
     from netllm_lib.abr.minari_pool import export_minari
     from netllm_lib.abr.pool import load_pool
 

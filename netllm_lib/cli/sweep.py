@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from netllm_lib.cli.options import JsonOption, echo
+from netllm_lib.cli.options import JsonOption, echo, waiting
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -34,20 +34,24 @@ def sweep(
         str | None, typer.Option(metavar="KEY=VALUE,…", help="Jobs of SLURM: partition, cores, memory, walltime, jobs.")
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Limit for each notebook; 0 for none.")
+        float | None, typer.Option(metavar="SECONDS", help="Limit for each notebook; 0 for none [the file's].")
     ] = None,
     dashboard: Annotated[bool, typer.Option("--dashboard", help="Serve dask's dashboard at port 8787.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, run nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run all points of a sweep side by side and compare them; start it again to go on."""
+    """Run a notebook or pipeline at many points, and compare them.
+
+    Start it again to go on where it was.
+    """
     from netllm_lib import notebooks, runs, sweeps
     from netllm_lib.abr import comparing
     from netllm_lib.abr.overview import write_index
     from netllm_lib.sweep_file import read_sweep
 
     asked = read_sweep(file)
-    finished = sweeps.finished_runs(asked)
+    with waiting("looking for finished runs"):
+        finished = sweeps.finished_runs(asked)
     echo(sweeps.plan(asked, finished))
     cluster = _cluster(asked, len(asked.steps) - len(finished), workers, scheduler, slurm, dashboard)
     if dry_run:

@@ -67,6 +67,7 @@ class Effect:
 
     @classmethod
     def of(cls, interval: Interval, how: str) -> Effect:
+        """The effect whose interval is known, and how it was measured."""
         return cls(interval.mean, interval.low, interval.high, how)
 
     @property

@@ -89,7 +89,7 @@ def _size(evidence: Evidence) -> list[Finding]:
             _severity(evidence),
             f"the pool is too small or one-sided: {' and '.join(word for word in words if word)}",
             {"episodes": episodes, "transitions": len(pool), "shares": [float(s) for s in shares], "absent": absent},
-            "generate a pool of all training traces with a policy that uses every level (notebook 03: policy=mpc, trace_num=-1)",
+            "generate a pool of all training traces with a policy that uses every level (notebook 03: policies mpc, episodes 200)",
         )
     ]
 
@@ -114,7 +114,7 @@ def _teacher(evidence: Evidence) -> list[Finding]:
             f"the pool's own mean reward is {own.mean:.2f}, where MPC as published gets {reference:.2f} on the training traces: a "
             "policy that clones it is no better",
             {"pool_reward": list(own), "mpc_reward": reference, "difference": gap},
-            "generate the pool with a better policy: sound MPC (notebook 03: policy=mpc, preset=sound)",
+            "generate the pool with a better policy: sound MPC (notebook 03: policies mpc, preset sound)",
         )
     ]
 

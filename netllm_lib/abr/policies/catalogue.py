@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,8 @@ Preset = Literal["sound", "upstream"]
 
 
 def make_policy(name: str, video: Video, registry: Registry, preset: Preset = "sound", *, pool: bool = False) -> Policy:
-    """The policy `name`: bba, mpc, random, constant-<level>, an actor of the registry (genet, udr_1, …), or a folder that
-    holds a fine-tuned policy.
+    """The policy `name`: bba, mpc, random, constant-<level>, an actor of the registry (genet, udr_1, …), a folder that holds a
+    fine-tuned policy, or FILE.py:CLASS, a policy class that is made without arguments.
 
     `preset="upstream"` plays it as the original does (`pool=True`: as its pool generation does). Raises ValueError, with the
     known names, for anything else.
@@ -35,10 +36,24 @@ def make_policy(name: str, video: Video, registry: Registry, preset: Preset = "s
         return Constant(int(match[1]))
     if name in registry.actor_folders():
         return Pensieve(Actor.load(exported_actor(registry.actor(name))), name)
+    if match := re.fullmatch(r"(.+\.py):(\w+)", name):
+        return _own_policy(Path(match[1]), match[2])
     if Path(name).is_dir():
         return load_llm_policy(Path(name), preset)
     known = ["bba", "mpc", "random", f"constant-0..{LEVELS - 1}", *registry.actor_folders()]
-    raise ValueError(f"unknown policy {name!r}; known: {', '.join(known)}, or the folder of a fine-tuned policy")
+    raise ValueError(
+        f"unknown policy {name!r}; known: {', '.join(known)}, the folder of a fine-tuned policy, or FILE.py:CLASS"
+    )
+
+
+def _own_policy(path: Path, name: str) -> Policy:
+    """A policy of the user's own: runs the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    made = runpy.run_path(str(path)).get(name)
+    if not isinstance(made, type) or not issubclass(made, Policy):
+        raise ValueError(f"{path}: it has no class {name} that is a netllm_lib.abr.policies.base.Policy")
+    return made()
 
 
 def load_llm_policy(folder: Path, preset: Preset = "sound", **changes: Any) -> Policy:

@@ -52,7 +52,7 @@ def tensorflow_python() -> str | None:
 def exported_actor(folder: Path) -> Path:
     """The exported weights of the newest checkpoint in `folder`, from the cache; exported now if need be (some seconds).
 
-    Raises RuntimeError if that needs TensorFlow and no environment has it.
+    Raises OSError if that needs TensorFlow and no environment has it.
     """
     checkpoint = latest_checkpoint(folder)
     digest = file_hash(checkpoint.with_name(f"{checkpoint.name}.data-00000-of-00001"), digits=10)
@@ -61,7 +61,7 @@ def exported_actor(folder: Path) -> Path:
         return path
     python = tensorflow_python()
     if python is None:
-        raise RuntimeError(
+        raise OSError(
             f"actor {Path(folder).name}: its TensorFlow checkpoint was never exported and no TensorFlow was found; "
             "run `make env-tf` once (or set $NETLLM_TF_PYTHON to a Python that has it)"
         )
@@ -71,7 +71,7 @@ def exported_actor(folder: Path) -> Path:
     done = subprocess.run(command, cwd=PROJECT, env=quiet, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"exporting {checkpoint} with {python} failed: {reason}")
+        raise OSError(f"exporting {checkpoint} with {python} failed: {reason}")
     return path
 
 
