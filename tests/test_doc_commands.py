@@ -32,6 +32,7 @@ ELSEWHERE = {
     r"make demo( .*)?": f"{CI}: make demo DATA=",
     r"make test( .*)?": f"{CI}: make test\n",
     r".*netllm run notebooks/pipelines/demo\.toml.*": f"{CI}: make demo DATA=",
+    r".*netllm run notebooks/pipelines/improve-\S+ .*": "tests/test_improve.py: def test_notebook_07",
     r".*netllm run 04_finetune -p track mlflow": "tests/test_tracking.py: def test_mlflow_keeps_parameters_curves_and_tags",
     r".*netllm sweep \S+ --workers.*": "tests/test_sweeps.py: def test_command",
     r".*netllm sweep .*--(scheduler|slurm) .*": "tests/test_sweeps.py: def test_existing_cluster",

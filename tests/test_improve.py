@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from netllm_lib import runs
+from netllm_lib import notebooks, runs
 from netllm_lib.abr import improve as improving
 from netllm_lib.abr import qoe
 from netllm_lib.abr.checkpoint import describe, load_checkpoint
 from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.improve import ImproveConfig, Improved, improve, leak_free, perturbed
+from netllm_lib.abr.improve import ImproveConfig, Improved, improve, leak_free, perturbed, small_network
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.base import Observation
@@ -26,7 +26,7 @@ from netllm_lib.abr.policies.simple import Constant, Exploring
 from netllm_lib.abr.pool import generate_pool, load_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.abr.traces import TraceSet, overlapping
+from netllm_lib.abr.traces import SAMPLE, TraceSet, overlapping
 from netllm_lib.abr.train import TrainConfig, train
 from netllm_lib.abr.windows import Batch
 from netllm_lib.plm import PLMConfig, load_plm
@@ -36,7 +36,7 @@ TRAINING = TrainConfig(w=47, batch=4, lr=1e-3, lr_around=1e-3, precision="float3
 SMALL = ImproveConfig(groups=4, starts=2, epochs=(2, 1), grid=Grid(10, 10), train=TRAINING)
 
 
-def small_network(tokens: str = "step", rank: int = -1) -> PolicyNetwork:
+def tiny_network(tokens: str = "step", rank: int = -1) -> PolicyNetwork:
     config = NetworkConfig(tokens=tokens, state_feature_dim=8)  # type: ignore[arg-type]
     return PolicyNetwork(load_plm(PLMConfig("tiny-llama", rank=rank)), config)
 
@@ -98,7 +98,7 @@ def test_no_training_trace_shares_content_with_a_test_trace() -> None:
 
 
 def test_the_loss_is_the_distance_to_the_best_level() -> None:
-    network = small_network().eval()
+    network = tiny_network().eval()
     states, zeros = torch.randn(2, 3, 6, 6), torch.zeros(2, 3)
     mask = torch.tensor([[True, True, True], [True, False, False]])
     batch = Batch(states, zeros.long(), zeros, torch.arange(3).expand(2, 3), mask)
@@ -121,13 +121,13 @@ def test_values_are_asked_for_and_given_together(tmp_path: Path) -> None:
         (TrainConfig(learn="values"), values[1:]),
     ):
         with pytest.raises(ValueError, match=f'learn="{config.learn}" with'):
-            train(small_network(), pool, config, folder=tmp_path, values=given)
+            train(tiny_network(), pool, config, folder=tmp_path, values=given)
 
 
 @pytest.mark.parametrize("tokens", ["step", "parts"])
 def test_a_cached_test_is_the_trained_function(tokens: str) -> None:
     """All 47 decisions of an episode, computed in one pass and one after the other."""
-    network = small_network(tokens).eval()
+    network = tiny_network(tokens).eval()
     simulator = Simulator(TRACES, VIDEO, sound_episodes(TRACES))
     pool = generate_pool(BBA(), TRACES, VIDEO, simulator.episodes)
     policy = LLMPolicy(network, describe(network, TRAINING.cut(pool).scale, 47), EvalConfig(merge_lora=False))
@@ -163,7 +163,7 @@ def run(
     folder: Path, network: PolicyNetwork | None = None, die: tuple[str, int] | None = None
 ) -> tuple[PolicyNetwork, Improved]:
     """Improve a small network; `die`: raise at the so-manieth call of a stage's progress callback."""
-    network = network or small_network()
+    network = network or tiny_network()
 
     def progress(label: str) -> Callable[..., None]:
         calls = 0
@@ -212,10 +212,10 @@ def test_rounds_leave_pools_values_and_a_policy(tmp_path: Path) -> None:
 
 def test_an_interrupted_improvement_ends_the_same(tmp_path: Path) -> None:
     whole, expected = run(tmp_path / "whole")
-    resumed = small_network()
+    resumed = tiny_network()
     for stage, calls in (("1 of 2, play", 3), ("1 of 2, train", 3), ("2 of 2, play", 20), ("2 of 2, train", 2)):
         with pytest.raises(Killed):
-            run(tmp_path / "parts", small_network(), (f"round {stage}", calls))
+            run(tmp_path / "parts", tiny_network(), (f"round {stage}", calls))
     _, improved = run(tmp_path / "parts", resumed)
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
@@ -228,11 +228,11 @@ def test_other_arguments_do_not_take_up_a_folder(tmp_path: Path) -> None:
     other = runs.plain(SMALL)
     assert other["learn"] == "values"
     with pytest.raises(ValueError, match="another configuration"):
-        improve(small_network(), TRACES, VIDEO, improving.dataclasses.replace(SMALL, learn="best"), folder=tmp_path)
+        improve(tiny_network(), TRACES, VIDEO, improving.dataclasses.replace(SMALL, learn="best"), folder=tmp_path)
 
 
 def test_a_lora_of_the_original_shape_can_be_improved_too(tmp_path: Path) -> None:
-    network = small_network("parts", rank=4)
+    network = tiny_network("parts", rank=4)
     improved = improve(network, TRACES, VIDEO, improving.dataclasses.replace(SMALL, epochs=(1,)), folder=tmp_path)
     assert improved.rounds["score"].isna().all()
     assert (improved.policy / "adapter_model.safetensors").is_file()
@@ -250,7 +250,22 @@ def test_it_learns_above_bba(tmp_path: Path) -> None:
     """A minute of rounds on synthetic traces, tested on others."""
     training, test = generate_traces("a", 40, 21), generate_traces("b", 40, 22)
     config = ImproveConfig(groups=40, starts=4, epochs=(12, 8), train=improving._training())
-    improved = improve(small_network(), training, VIDEO, config, folder=tmp_path)
+    improved = improve(tiny_network(), training, VIDEO, config, folder=tmp_path)
     simulator = Simulator(test, VIDEO, sound_episodes(test))
     ours = qoe.summarise(play(load_llm_policy(improved.policy), simulator)).reward
     assert ours > qoe.summarise(play(BBA(), simulator)).reward + 0.05
+
+
+def test_notebook_07(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headless on the sample, at the smallest size; its pool is what notebook 04 takes."""
+    monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path))
+    small = {"groups": 4, "starts": 2, "epochs": [1, 1], "batch": 8, "synthetic": 5, "pool_episodes": 4}
+    done = notebooks.run_notebook("07_improve", {**small, "data": str(SAMPLE)}, echo=lambda line: None)
+    assert set(done.metrics["policies"]) == {"llm", "mpc", "mpc (strong)", "mpc (original)", "bba"}
+    assert [row["episodes"] for row in done.metrics["rounds"]] == [8, 8]
+    card = runs.read_json(done.folder / "model_card.json")
+    assert card["trained_parameters"] == sum(p.numel() for p in small_network().trainable().values())
+    split = runs.read_json(done.folder / "split.json")
+    assert set(split["train"]).isdisjoint(split["validation"])
+    assert len(load_pool(done.folder / "pool.npz").episode_starts) == 4
+    assert load_llm_policy(done.folder).name == "llm"
