@@ -65,7 +65,7 @@ league = comparing.league(samples, higher)
 samples = {name: samples[name] for name in league.index}  # the best first
 best, by = comparing.chosen(tables, samples, higher)
 shown = league.join(comparing.parts(tables, subject)) if tested else league
-shown.to_csv(out / "league.csv")
+shown.to_parquet(out / "league.parquet")
 print(
     f"chosen: {best}, by {by}"
     + ("" if by.endswith(comparing.VALIDATION) else "; its figure is flattered by the choice")
@@ -123,4 +123,4 @@ metrics |= {"minus_baseline": {name: list(one) for name, one in against.items()}
 metrics |= {"minus_best": {name: list(one) for name, one in between.items()}}
 metrics |= {"effects": {name: table.to_dict("records") for name, table in found.items()}}
 runs.write_json(out / "metrics.json", metrics)
-# expected: summary.txt, league.csv, league.png
+# expected: summary.txt, league.parquet, league.png
