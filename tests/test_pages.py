@@ -129,6 +129,8 @@ def test_overview_reads_what_the_notebooks_write(tmp_path: Path, monkeypatch: py
         "findings": ["undertrained", "gap"],
     }
     make_run("06_diagnostics", 2, diagnosis)
+    sweep = {"what": "mean reward of llm per chunk", "best": "rank 8", "best_interval": [0.5, 0.25, 0.75]}
+    make_run("08_compare", 5, {**sweep, "baseline": "mpc", "minus_baseline": {"rank 8": [-0.5, -0.75, -0.25]}})
     make_run("import", 3, {"mean_reward": {"llm": -9.5}})
     make_run("04_finetune", 4, None)
     (tmp_path / "runs" / "05_test" / "broken").mkdir()
@@ -143,6 +145,14 @@ def test_overview_reads_what_the_notebooks_write(tmp_path: Path, monkeypatch: py
     ]
     assert explained["first finding"] == "undertrained"
     assert rows["import", "done"]["reward"] == -9.5
+    compared = rows["08_compare", "done"]
+    assert [compared[name] for name in ("policy", "reward", "low", "high", "− mpc")] == [
+        "rank 8",
+        0.5,
+        0.25,
+        0.75,
+        -0.5,
+    ]
     assert rows["04_finetune", "started"]["reward"] is None
     assert rows["05_test", "unreadable"]["run"] == "broken"
 

@@ -91,6 +91,13 @@ def _rewards(metrics: Mapping[str, Any]) -> dict[str, Any]:
         found |= {f"− {other}": differences[other][0] for other in BASELINES if other in differences}
         regret = metrics.get("regret")
         found["− optimum"] = None if regret is None else -regret
+    elif str(metrics.get("what")).startswith("mean reward") and "best_interval" in metrics:  # notebook 08
+        found |= dict(zip(("reward", "low", "high"), metrics["best_interval"], strict=True)) | {
+            "policy": metrics["best"]
+        }
+        name, against = metrics.get("baseline"), metrics.get("minus_baseline", {}).get(metrics["best"])
+        if name in BASELINES and against:
+            found[f"− {name}"] = against[0]
     elif isinstance(means := metrics.get("mean_reward"), Mapping) and means:  # an import
         name = next(iter(means))
         found |= {"policy": name, "reward": means[name]}
