@@ -8,7 +8,6 @@ trace costs little more than one. `oracle.continuations` searches the same value
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,9 +144,5 @@ def hindsight_values(
         for row in np.flatnonzero(episodes.trace_index == trace):
             _label(table, step_s, sizes_bytes, times, rates, int(episodes.start_ptr[row]), levels[row], values[row])
 
-    in_threads(label, _present(episodes.trace_index), threads, progress)
+    in_threads(label, np.unique(episodes.trace_index).tolist(), threads, progress)
     return values
-
-
-def _present(trace_index: np.ndarray) -> Sequence[int]:
-    return [int(trace) for trace in np.unique(trace_index)]
