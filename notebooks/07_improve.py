@@ -52,17 +52,14 @@ import pandas as pd
 from netllm_lib import runs
 from netllm_lib.abr import diagnosis, plots, pool, qoe, report
 from netllm_lib.abr import traces as sets
-from netllm_lib.abr.checkpoint import describe
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.improve import ImproveConfig, improve, leak_free, small_network
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
-from netllm_lib.abr.policies.llm import validator
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.train import TrainConfig
-from netllm_lib.abr.windows import ReturnScale
 from netllm_lib.plm import PLMConfig, load_plm
 
 # %%
@@ -89,21 +86,18 @@ print(f"{network.plm.family}, {network.plm.layers} layers, hidden {network.plm.h
 # %% [markdown]
 # ## Rounds
 # `regret`: what the levels that were played cost against the best ones, per chunk, in hindsight. `score`: mean reward on the
-# validation traces, by which the round is chosen.
+# validation traces. The last round's policy is kept, unless an earlier one played these surely better.
 
 # %%
 limits = {"weight_decay": 0.01, "max_grad_norm": 1.0, "w": 47}
 training = TrainConfig(batch=batch, lr=lr, lr_around=lr_around, **limits)
 config = ImproveConfig(groups=groups, starts=starts, epochs=tuple(epochs), learn=learn, train=training, seed=seed)
 held = Simulator(split.validation, clip, sound_episodes(split.validation, seed=seed, repeats=4))
-validate = validator(held, describe(network, ReturnScale(-1.0, 1.0, 0.0, 46), 47))
 first = load_llm_policy(Path(before), precision="auto") if before else None
 
 # %%
 folder = out / "rounds" / runs.content_hash([config, network.plm.identity, split.training.content_hash])
-improved = improve(
-    network, split.training, clip, config, folder=folder, first=first, validate=validate, progress=runs.progress
-)
+improved = improve(network, split.training, clip, config, folder=folder, first=first, held=held, progress=runs.progress)
 with runs.atomic_path(out / "policy") as aside:
     shutil.copytree(improved.policy, aside)
 improved.rounds.round(4)

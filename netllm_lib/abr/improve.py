@@ -22,10 +22,11 @@ import numpy as np
 import pandas as pd
 
 from netllm_lib import runs
-from netllm_lib.abr import checkpoint
+from netllm_lib.abr import checkpoint, qoe
+from netllm_lib.abr.diagnosis.evidence import paired
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
-from netllm_lib.abr.play import Progress
+from netllm_lib.abr.play import Progress, play
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.hindsight import Grid, hindsight_values
 from netllm_lib.abr.policies.llm import LLMPolicy
@@ -35,7 +36,7 @@ from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces
 from netllm_lib.abr.traces import CHUNKS, Trace, TraceSet, Video, overlapping, split_validation
-from netllm_lib.abr.train import TrainConfig, Validate, train
+from netllm_lib.abr.train import TrainConfig, train
 from netllm_lib.plm import PLMConfig, load_plm
 
 DECISIONS = CHUNKS - 1
@@ -83,7 +84,7 @@ class Improved:
     rounds: (
         pd.DataFrame
     )  # a row per round: round, episodes, pool_reward, regret (of the states' levels), loss, score, seconds
-    policy: Path  # checkpoint of the best round by validation; of the last one without
+    policy: Path  # checkpoint of the last round, or of an earlier one that played the validation episodes surely better
     pools: list[Path]  # of each round
 
 
@@ -153,20 +154,20 @@ def improve(
     *,
     folder: Path,
     first: Policy | None = None,
-    validate: Validate | None = None,
+    held: Simulator | None = None,
     progress: Callable[[str], Callable[..., None]] | None = None,
 ) -> Improved:
     """Improve `network` on training traces, round by round; everything it leaves behind is in `folder`.
 
     The first round's states are those of `first` (sound MPC by default; a diagnosed policy will do), the later ones' are the
-    network's own. `validate(network)` scores each round on traces of its own and chooses the checkpoint. `progress(label)`
-    makes a callback for one stage of a round. A killed call goes on where it was when it is made again with the same arguments.
+    network's own. Each round is played on `held`, validation episodes, see `chosen_round`. `progress(label)` makes a callback
+    for one stage of a round. A killed call goes on where it was when it is made again with the same arguments.
     """
     config = config or ImproveConfig()
     folder = Path(folder)
     pools: list[ExperiencePool] = []
     values: list[np.ndarray] = []
-    rows, policies = [], []
+    rows, tables, policies = [], [], []
     player: Policy = first or RobustMPC(video)
     report = progress or (lambda label: lambda *told: None)
     for number, epochs in enumerate(config.epochs):
@@ -181,7 +182,6 @@ def improve(
             seed=config.seed + number,
             lr=config.train.lr * (config.later_rate if number else 1),
             lr_around=config.train.lr_around * (config.later_rate if number else 1),
-            validate_epochs=epochs,
         )
         done = train(
             network,
@@ -189,28 +189,36 @@ def improve(
             training,
             folder=place / "training",
             values=np.concatenate(values),
-            validate=validate,
             progress=report(f"{label}, train"),
         )
-        score = float(done.evaluations["score"].max()) if len(done.evaluations) else float("nan")
-        chosen = np.take_along_axis(worth, pool.actions[:, None], axis=1)[:, 0]
+        player = LLMPolicy(network, checkpoint.describe(network, training.cut(pool).scale, training.w))
+        if held is not None:
+            tables.append(play(player, held))
+        played = np.take_along_axis(worth, pool.actions[:, None], axis=1)[:, 0]
         rows.append(
             {
                 "round": number,
                 "episodes": len(pool.episode_starts),
                 "pool_reward": float(pool.rewards.mean()),
-                "regret": float((worth.max(axis=1) - chosen).mean()),
+                "regret": float((worth.max(axis=1) - played).mean()),
                 "loss": float(done.history["loss"].tail(20).mean()),
-                "score": score,
+                "score": qoe.summarise(tables[-1]).reward if tables else float("nan"),
                 "seconds": done.seconds,
             }
         )
         policies.append(done.final)
-        scale = training.cut(pool).scale
-        player = LLMPolicy(network, checkpoint.describe(network, scale, training.w))
-    table = pd.DataFrame(rows)
-    best = len(rows) - 1 if table["score"].isna().all() else int(table["score"].argmax())
-    return Improved(table, policies[best], [folder / f"round-{n}" / "pool.npz" for n in range(len(rows))])
+    best = chosen_round(tables) if tables else len(rows) - 1
+    return Improved(pd.DataFrame(rows), policies[best], [folder / f"round-{n}" / "pool.npz" for n in range(len(rows))])
+
+
+def chosen_round(tables: list[pd.DataFrame]) -> int:
+    """The last round, or the best of those that were better on the same episodes with their paired interval above zero.
+
+    A few traces with long outages decide a mean; the round of the highest mean is often the one that was lucky there.
+    """
+    last = tables[-1]
+    better = [number for number, table in enumerate(tables[:-1]) if paired(table, last).low > 0]
+    return max(better, key=lambda number: paired(tables[number], last).mean, default=len(tables) - 1)
 
 
 def _play(
