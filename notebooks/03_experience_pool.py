@@ -25,17 +25,22 @@ preset: str = "sound"  # "upstream": policies, traces and random numbers as the 
 episodes: int = 200  # per policy; traces are repeated from other starting points as needed (upstream: traces, -1 all)
 noise: bool = False  # multiply download times by 0.9 … 1.1
 validation_share: float = 0.15  # of the training traces
+estimate_steps: int = 200  # training steps of the small network that estimates what a clone would earn; 0: no estimate
 seed: int = 1  # of starts, noise and sampling
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 
 from netllm_lib import runs
-from netllm_lib.abr import diagnosis, plots, pool
+from netllm_lib.abr import diagnosis, plots, pool, report, teaching
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.catalogue import make_policy
+from netllm_lib.abr.simulator import Simulator
 
 # %%
 out = runs.output_folder(run_dir, "03_experience_pool")
@@ -90,11 +95,29 @@ plt.show()
 entropy, conditional = diagnosis.behaviour_entropy(training)
 print(f"chance {diagnosis.CHANCE:.3f}   H(a) {entropy:.3f}   H(a | previous level) {conditional:.3f}   nats")
 
+# %% [markdown]
+# ## What would a clone of it earn?
+# A small network copies the pool's actions for a while and plays the validation traces, beside the behaviour policies. A language
+# model that is trained soundly on this pool ends near there. If that is too little, longer training will not help; a better pool
+# will: notebook 07 makes one.
+
+# %%
+estimate = {}
+if estimate_steps:
+    simulator = Simulator(validation_part, clip, sound_episodes(validation_part, seed=seed, repeats=4))
+    told = runs.progress("estimate")
+    tables = {"clone": teaching.cloning_estimate(training, simulator, estimate_steps, seed=seed, progress=told)}
+    tables |= {Path(name).name: play(make_policy(name, clip, registry), simulator) for name in policies}
+    league = report.league(tables)
+    estimate = league["reward"].to_dict()
+    print(league[["reward", "low", "high", "worst_5%"]].round(3).to_string())
+
 # %%
 split = {"traces": trace_set.name, "video": clip.name, "train": train_part.names, "validation": validation_part.names}
 runs.write_json(out / "split.json", split)
 metrics = {"transitions": len(training), "episodes": len(training.episode_starts), "hash": training.content_hash()}
 metrics |= {"mean_reward": float(training.rewards.mean()), "H(a)": entropy, "H(a|previous)": conditional}
+metrics["validation_reward"] = estimate
 runs.write_json(out / "metrics.json", metrics)
 print(f"{training!r}\nsaved to {out / 'pool.npz'}")
 # expected: pool.npz, pool.json, validation_pool.npz, split.json, pool.png

@@ -23,11 +23,13 @@ plm: str = "smollm2"  # smollm2, or a Hugging Face folder, <type>/<size>, or a h
 layers: int = 4  # first layers that are kept (early stop); 0: all
 random_weights: bool = False  # the same shape with random weights: the control for pretraining
 rank: int = 128  # LoRA rank; 0: frozen, -1: the whole PLM
+tokens: str = "parts"  # eight tokens a step, as the original has them; "step": one, an eighth of the work
 w: int = 20  # steps in a training window
 epochs: int = 8
 batch: int = 8  # windows in a batch
 lr: float = 1e-3  # LoRA
 lr_around: float = 1e-2  # the modules around the PLM
+advantage: float = 0.0  # above 0: clone what went better than usual most; temperature of the weights, try 0.5
 validate_epochs: int = 2  # epochs between two plays of the validation traces
 seed: int = 1
 device: str = "auto"  # cpu, cuda, auto
@@ -52,12 +54,12 @@ from netllm_lib.plm import PLMConfig, load_plm
 out = runs.output_folder(run_dir, "04_finetune")
 pool_dir = pool_dir or str(runs.latest("03_experience_pool"))
 experience = pool.load_pool(Path(pool_dir) / "pool.npz")
-config = train.TrainConfig(
-    w=w, epochs=epochs, batch=batch, lr=lr, lr_around=lr_around, seed=seed, validate_epochs=validate_epochs
-)
+rates = {"lr": lr, "lr_around": lr_around, "advantage": advantage or None}
+config = train.TrainConfig(w=w, epochs=epochs, batch=batch, seed=seed, validate_epochs=validate_epochs, **rates)
 plm_config = PLMConfig(plm, layers=layers or None, random_weights=random_weights, rank=rank, seed=seed, device=device)
 longest = int(experience.episode_lengths.max())
-network = model.PolicyNetwork(load_plm(plm_config), model.NetworkConfig(max_timestep=longest - 1, seed=seed))
+around = model.NetworkConfig(max_timestep=longest - 1, tokens=tokens, seed=seed)
+network = model.PolicyNetwork(load_plm(plm_config), around)
 print(f"{network.plm.family}, {network.plm.layers} layers, hidden {network.plm.hidden_size}, on {network.device}")
 
 # %% [markdown]
@@ -75,6 +77,8 @@ print(flight)
 split = runs.read_json(Path(pool_dir) / "split.json")
 registry = sets.find_registry(data or None)
 everything = registry.trace_set(split["traces"])
+if not split["validation"]:
+    raise ValueError(f"{pool_dir}/split.json names no validation traces: make the pool with validation_share above 0")
 held = everything.subset([everything.names.index(name) for name in split["validation"]], "validation")
 simulator = Simulator(held, registry.video(split["video"]), sound_episodes(held, seed=seed))
 validate = llm.validator(simulator, checkpoint.describe(network, config.cut(experience).scale, w))
@@ -114,7 +118,7 @@ final_loss = float(result.history.tail(20)["loss"].mean())
 metrics = {"steps": flight.steps, "warmup_steps": flight.warmup_steps, "lr": flight.lr, "lr_peak": flight.lr_peak}
 metrics |= {"windows": flight.windows, "crossing": flight.crossing, "final_loss": final_loss, "seconds": result.seconds}
 metrics |= {"held_out_loss": held_out.cross_entropy, "validation_reward": float(result.evaluations["score"].max())}
-metrics |= {"plm": plm, "layers": network.plm.layers, "random_weights": random_weights}
+metrics |= {"plm": plm, "layers": network.plm.layers, "random_weights": random_weights, "tokens": tokens}
 metrics["pool_hash"] = experience.content_hash()
 runs.write_json(out / "metrics.json", metrics)
 # expected: policy/config.json, policy/modules.safetensors, training.png

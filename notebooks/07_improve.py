@@ -53,7 +53,7 @@ from netllm_lib import runs
 from netllm_lib.abr import diagnosis, plots, pool, qoe, report
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
-from netllm_lib.abr.improve import ImproveConfig, improve, leak_free, small_network
+from netllm_lib.abr.improve import ImproveConfig, improve, leak_free, roll_pool, small_network
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
@@ -95,6 +95,16 @@ config = ImproveConfig(groups=groups, starts=starts, epochs=tuple(epochs), learn
 held = Simulator(split.validation, clip, sound_episodes(split.validation, seed=seed, repeats=4))
 first = load_llm_policy(Path(before), precision="auto") if before else None
 
+
+# %%
+def rivals(video):
+    """The policies to compare with."""
+    players = {"before": load_llm_policy(Path(before))} if before else {}
+    return players | baselines(video, registry) | {"mpc (strong)": RobustMPC(video, MPCConfig.strong())}
+
+
+others = rivals(clip)  # now: what they miss is said before hours of training, not after
+
 # %%
 folder = out / "rounds" / runs.content_hash([config, network.plm.identity, split.training.content_hash])
 improved = improve(network, split.training, clip, config, folder=folder, first=first, held=held, progress=runs.progress)
@@ -118,19 +128,13 @@ def tested(players, trace_set, video):
 
 
 # %%
-players = {"improved": load_llm_policy(out / "policy")}
-if before:
-    players["before"] = load_llm_policy(Path(before))
-players |= baselines(clip, registry)
-players["mpc (strong)"] = RobustMPC(clip, MPCConfig.strong())
-tables = tested(players, test, clip)
+tables = tested({"improved": load_llm_policy(out / "policy")} | others, test, clip)
 clean = ~sets.overlapping(test, whole)
 league = report.league(tables, clean=clean)
 league.to_parquet(out / "league.parquet")
 league.round(4)
 
 # %%
-others = [name for name in tables if name != "improved"]
 differences = {f"− {name}": diagnosis.paired(tables["improved"], tables[name]) for name in others}
 plots.plot_differences(differences)
 plt.savefig(out / "differences.png", dpi=120, bbox_inches="tight")
@@ -173,24 +177,22 @@ if 1 < len(subset) < len(test):
 # %%
 rows = {}
 for place, (trace_set, other_clip) in {f"{test.name}, {clip.name}": (test, clip), **places}.items():
-    pair = {"improved": load_llm_policy(out / "policy"), "mpc": RobustMPC(other_clip)}
-    pair["mpc (strong)"] = RobustMPC(other_clip, MPCConfig.strong())
-    rows[place] = report.against(tested(pair, trace_set, other_clip), "improved")
+    players = {"improved": load_llm_policy(out / "policy")} | rivals(other_clip)
+    rows[place] = report.against(tested(players, trace_set, other_clip), "improved")
 elsewhere = pd.DataFrame.from_dict(rows, orient="index")
 elsewhere.to_parquet(out / "elsewhere.parquet")
-elsewhere.round(4)
+elsewhere[["traces", *players, "− mpc", "− mpc low", "− mpc (strong)", "− mpc (strong) low"]].round(4)
 
 # %% [markdown]
 # ## A pool to clone
-# For the original's way of training: episodes of the improved policy on the training traces. This run folder is a `pool_dir` for
-# notebook 04.
+# For the original's way of training: episodes of the improved policy on perturbed training traces. This run folder is a
+# `pool_dir` for notebook 04.
 
 # %%
 if pool_episodes:
-    repeats = -(-pool_episodes // len(split.training))
-    chosen = sound_episodes(split.training, seed=seed, repeats=repeats).rows(range(pool_episodes))
     teacher = load_llm_policy(out / "policy", precision="auto")
-    rolled = pool.generate_pool(teacher, split.training, clip, chosen, path=out / "pool.npz")
+    told = {"path": out / "pool.npz", "progress": runs.progress("pool")}
+    rolled = roll_pool(teacher, split.training, clip, pool_episodes, config, **told)
     own = sound_episodes(split.held, seed=seed)
     pool.generate_pool(teacher, split.held, clip, own, path=out / "validation_pool.npz")
     parts = {"train": split.training.names, "validation": split.held.names}

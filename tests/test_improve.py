@@ -15,7 +15,16 @@ from netllm_lib.abr import improve as improving
 from netllm_lib.abr import qoe
 from netllm_lib.abr.checkpoint import describe, load_checkpoint
 from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.improve import ImproveConfig, Improved, chosen_round, improve, leak_free, perturbed, small_network
+from netllm_lib.abr.improve import (
+    ImproveConfig,
+    Improved,
+    chosen_round,
+    improve,
+    leak_free,
+    perturbed,
+    roll_pool,
+    small_network,
+)
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.base import Observation
@@ -219,6 +228,16 @@ def test_an_earlier_round_is_kept_only_if_it_was_surely_better() -> None:
     assert chosen_round([table(lucky), table(last)]) == 1
     assert chosen_round([table(last + 0.05), table(last + 0.1), table(lucky), table(last)]) == 1
     assert chosen_round([table(last)]) == 0
+
+
+def test_a_rolled_pool_is_as_long_as_asked_and_of_other_episodes_than_the_rounds(tmp_path: Path) -> None:
+    rolled = roll_pool(BBA(), TRACES, VIDEO, 7, SMALL, path=tmp_path / "pool.npz")
+    assert len(rolled.episode_starts) == 7
+    assert rolled.source["policies"] == ["bba"]
+    assert roll_pool(BBA(), TRACES, VIDEO, 7, SMALL).content_hash() == rolled.content_hash()
+    first = perturbed(TRACES, SMALL.groups, SMALL.scale, SMALL.mean_mbps, SMALL.seed * 1000)
+    round_0 = generate_pool(BBA(), first, VIDEO, sound_episodes(first, seed=SMALL.seed * 1000, repeats=SMALL.starts))
+    assert not np.isin(rolled.rewards, round_0.rewards).all()
 
 
 def test_an_interrupted_improvement_ends_the_same(tmp_path: Path) -> None:

@@ -88,10 +88,11 @@ class Improved:
     pools: list[Path]  # of each round
 
 
-def small_network(seed: int = 1, state_feature_dim: int = 64) -> PolicyNetwork:
+def small_network(seed: int = 1, state_feature_dim: int = 64, max_timestep: int = DECISIONS - 1) -> PolicyNetwork:
     """A transformer of two layers, 0.8 M parameters, from random weights, all of it trained: what a PLM is to be held against."""
     plm = load_plm(PLMConfig("tiny-llama", rank=-1, seed=seed))
-    return PolicyNetwork(plm, NetworkConfig(state_feature_dim=state_feature_dim, tokens="step", seed=seed))
+    config = NetworkConfig(state_feature_dim, max_timestep=max_timestep, tokens="step", seed=seed)
+    return PolicyNetwork(plm, config)
 
 
 class Split(NamedTuple):
@@ -209,6 +210,24 @@ def improve(
         policies.append(done.final)
     best = chosen_round(tables) if tables else len(rows) - 1
     return Improved(pd.DataFrame(rows), policies[best], [folder / f"round-{n}" / "pool.npz" for n in range(len(rows))])
+
+
+def roll_pool(
+    policy: Policy,
+    traces: TraceSet,
+    video: Video,
+    count: int,
+    config: ImproveConfig | None = None,
+    *,
+    path: Path | None = None,
+    progress: Progress | None = None,
+) -> ExperiencePool:
+    """A pool to clone: `count` episodes of a policy on perturbed traces, as in a round but others, and without exploration."""
+    config = config or ImproveConfig()
+    seed = config.seed * 1000 + len(config.epochs)
+    chosen = perturbed(traces, -(-count // config.starts), config.scale, config.mean_mbps, seed)
+    episodes = sound_episodes(chosen, seed=seed, repeats=config.starts).rows(range(count))
+    return generate_pool(policy, chosen, video, episodes, path=path, progress=progress)
 
 
 def chosen_round(tables: list[pd.DataFrame]) -> int:

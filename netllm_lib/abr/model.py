@@ -185,8 +185,9 @@ def action_loss(
     dtype: torch.dtype | None,
     values: torch.Tensor | None = None,  # [batch, w, 6]
     best: bool = False,
+    weights: torch.Tensor | None = None,  # [batch, w]
 ) -> torch.Tensor:
-    """Mean cross-entropy over the labels of a micro-batch.
+    """Mean cross-entropy over the labels of a micro-batch, each times its weight if there are weights.
 
     With `values`, what each level was worth, the head learns these in place of the actions: by the squared error against the
     distance to the best level, not below `VALUE_FLOOR`; or, with `best`, by cross-entropy with the best level.
@@ -195,7 +196,10 @@ def action_loss(
         logits = network(*batch)
     predicted, actions = labelled(logits, batch)
     if values is None:
-        return cross_entropy(predicted, actions)
+        if weights is None:
+            return cross_entropy(predicted, actions)
+        counts = weights.flatten() if batch.mask is None else weights[batch.mask]
+        return (cross_entropy(predicted, actions, reduction="none") * counts).mean()
     wanted = values.flatten(0, 1) if batch.mask is None else values[batch.mask]
     if best:
         return cross_entropy(predicted, wanted.argmax(dim=-1))

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from netllm_lib import runs, tracking
 from netllm_lib.abr import checkpoint
+from netllm_lib.abr.advantage import advantage_weights
 from netllm_lib.abr.model import PolicyNetwork, action_loss, labelled
 from netllm_lib.abr.peers import Peers
 from netllm_lib.abr.preflight import Plan, Preflight, needs_checkpointing, preflight
@@ -55,6 +56,9 @@ class TrainConfig:
     learn: Literal["actions", "values", "best"] = "actions"
     """What the head predicts: the pool's actions; or, of given values of all levels, the values, or the best level. See
     `model.action_loss`."""
+    advantage: float | None = None
+    """Temperature of advantage weights on the actions, in standard deviations of the advantage; None: all count the same. For pools
+    of mixed quality, see `advantage`. Smaller is choosier; 1 is a good start."""
 
     # --- steps
     epochs: int = 4
@@ -95,6 +99,8 @@ class TrainConfig:
     original does: after the very first, and after the last only if its number happens to be a multiple of k."""
 
     def __post_init__(self) -> None:
+        if self.advantage is not None and (self.advantage <= 0 or self.learn != "actions"):
+            raise ValueError(f'advantage={self.advantage}, learn="{self.learn}": it is above 0, and for actions only')
         for name in ("epochs", "batch", "accumulation", "w", "validate_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -135,9 +141,11 @@ class TrainConfig:
         """The pool's training windows; a validation pool's with `like`, the training windows' scale."""
         config = WindowConfig(self.windows, self.w, self.stride)
         windows = make_windows(pool, config, self.gamma, self.scale, like)
-        if values is None:
-            return windows
-        return dataclasses.replace(windows, values=torch.from_numpy(np.asarray(values, dtype=np.float32)))
+        if values is not None:
+            return dataclasses.replace(windows, values=torch.from_numpy(np.asarray(values, dtype=np.float32)))
+        if self.advantage is not None:
+            return dataclasses.replace(windows, weights=torch.from_numpy(advantage_weights(pool, self.advantage)))
+        return windows
 
 
 class HeldOut(NamedTuple):
@@ -357,10 +365,11 @@ class _Run:
                 parameter.grad = None
         if len(mine):
             batch = self.windows.batch(mine).to(device)
-            values = self.windows.values_of(mine)
+            values, weights = self.windows.values_of(mine), self.windows.weights_of(mine)
             values = None if values is None else values.to(device)
+            weights = None if weights is None else weights.to(device)
             dtype = arithmetic_dtype(self.config.precision, device)
-            loss = action_loss(self.network, batch, dtype, values, best=self.config.learn == "best")
+            loss = action_loss(self.network, batch, dtype, values, self.config.learn == "best", weights)
             part = int(lengths[mine].sum()) / int(lengths[micro].sum())
             (loss * (part * share)).backward()
             value = loss.detach() * part

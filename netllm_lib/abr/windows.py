@@ -80,6 +80,7 @@ class Windows:
     w: int
     scale: ReturnScale
     values: torch.Tensor | None = None  # float32 [transitions, 6] what each level was worth, if that is to be learnt
+    weights: torch.Tensor | None = None  # float32 [transitions] how much each action counts; all the same if None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -107,6 +108,10 @@ class Windows:
     def values_of(self, numbers: np.ndarray | list[int]) -> torch.Tensor | None:
         """Float32 [batch, w, 6]: the values of the windows' levels, None if there are none."""
         return None if self.values is None else self.values[torch.from_numpy(self._index(numbers))]
+
+    def weights_of(self, numbers: np.ndarray | list[int]) -> torch.Tensor | None:
+        """Float32 [batch, w]: how much the windows' actions count, None if all the same."""
+        return None if self.weights is None else self.weights[torch.from_numpy(self._index(numbers))]
 
     def _index(self, numbers: np.ndarray | list[int]) -> np.ndarray:
         """[batch, w] transitions of the windows with these numbers."""

@@ -1,0 +1,111 @@
+"""What a pool can teach: advantages of its actions, their weights in the loss, and what a clone earns."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from netllm_lib.abr import advantage, qoe
+from netllm_lib.abr.advantage import advantage_weights, advantages
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.improve import small_network
+from netllm_lib.abr.model import action_loss
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.mpc import RobustMPC
+from netllm_lib.abr.policies.simple import Random
+from netllm_lib.abr.pool import ExperiencePool, generate_mix, generate_pool, load_pool
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.synthetic import generate_traces, generate_video
+from netllm_lib.abr.teaching import cloning_estimate
+from netllm_lib.abr.train import TrainConfig, train
+from netllm_lib.abr.windows import Batch
+
+TRACES, VIDEO = generate_traces("t", 12, 3), generate_video("v", 3)
+EPISODES = sound_episodes(TRACES, repeats=4)
+
+
+@pytest.fixture(scope="module")
+def mixed() -> ExperiencePool:
+    """Half of it by MPC, half at random; MPC's half comes first."""
+    return generate_mix([(RobustMPC(VIDEO), EPISODES), (Random(), EPISODES)], TRACES, VIDEO)
+
+
+def test_an_advantage_is_what_was_earned_less_what_such_states_earn(mixed: ExperiencePool) -> None:
+    gains = advantages(mixed, horizon=4)
+    rewards = np.maximum(mixed.rewards, advantage.FLOOR)
+    earned = np.empty(len(mixed))
+    for start, length in zip(mixed.episode_starts, mixed.episode_lengths, strict=True):
+        for step in range(start, start + length):
+            earned[step] = rewards[step : min(step + 4, start + length)].mean()
+    flat = mixed.states.reshape(len(mixed), -1).astype(np.float64)
+    columns = np.concatenate([np.ones((len(flat), 1)), flat, np.sqrt(flat)], axis=1)
+    # ridge regression as least squares with a small observation of zero for every weight
+    padding = np.sqrt(advantage.RIDGE * len(mixed)) * np.eye(columns.shape[1])
+    padded = np.concatenate([columns, padding]), np.concatenate([earned, np.zeros(columns.shape[1])])
+    residual = earned - columns @ np.linalg.lstsq(*padded, rcond=None)[0]
+    assert abs(gains.mean()) < 1e-12
+    np.testing.assert_allclose(gains, residual - residual.mean(), atol=1e-6)
+
+
+def test_better_players_weigh_more(mixed: ExperiencePool) -> None:
+    half = len(mixed) // 2
+    for temperature in (0.3, 1.0):
+        weights = advantage_weights(mixed, temperature)
+        assert weights.dtype == np.float32
+        assert weights.mean() == pytest.approx(1, rel=1e-5)
+        assert weights[:half].mean() > 1.1 > 0.9 > weights[half:].mean()
+        gains = advantages(mixed)
+        assert (np.diff(weights[np.argsort(gains)]) >= 0).all()
+
+
+def test_a_pool_on_disk_gives_the_same_advantages(mixed: ExperiencePool, tmp_path: Path) -> None:
+    mapped = load_pool(mixed.save(tmp_path / "pool.npz"))
+    np.testing.assert_allclose(advantages(mapped), advantages(mixed), rtol=0, atol=1e-12)
+
+
+def test_the_loss_counts_each_action_by_its_weight() -> None:
+    network = small_network().eval()
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    actions = torch.tensor([[0, 3, 5], [2, 1, 1]])
+    batch = Batch(torch.rand(2, 3, 6, 6), actions, torch.zeros(2, 3), torch.arange(3).expand(2, 3), mask)
+    weights = torch.tensor([[0.0, 2.0, 0.5], [3.0, 9.0, 9.0]])
+    each = cross_entropy(network(*batch)[mask], actions[mask], reduction="none")
+    expected = (each * torch.tensor([0.0, 2.0, 0.5, 3.0])).mean().item()
+    assert action_loss(network, batch, None, weights=weights).item() == pytest.approx(expected, rel=1e-5)
+    whole = batch._replace(mask=None)
+    each = cross_entropy(network(*whole).flatten(0, 1), actions.flatten(), reduction="none")
+    expected = (each * weights.flatten()).mean().item()
+    assert action_loss(network, whole, None, weights=weights).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_change_what_is_learnt_and_the_run_knows_it(mixed: ExperiencePool, tmp_path: Path) -> None:
+    config = TrainConfig(w=47, batch=8, epochs=1, lr=1e-3, lr_around=1e-3, precision="float32")
+    plain, weighted = small_network(), small_network()
+    train(plain, mixed, config, folder=tmp_path / "plain")
+    choosy = dataclasses.replace(config, advantage=0.5)
+    train(weighted, mixed, choosy, folder=tmp_path / "weighted")
+    assert not torch.equal(plain.action_head.weight, weighted.action_head.weight)
+    with pytest.raises(ValueError, match="another configuration"):
+        train(weighted, mixed, choosy, folder=tmp_path / "plain")
+    for wrong in ({"advantage": 0.0}, {"advantage": 1.0, "learn": "values"}):
+        with pytest.raises(ValueError, match="for actions only"):
+            TrainConfig(**wrong)
+
+
+def test_an_estimate_tells_a_good_pool_from_a_bad_one() -> None:
+    held = generate_traces("h", 12, 9)
+    simulator = Simulator(held, VIDEO, sound_episodes(held))
+    told: list[int] = []
+    rewards = {}
+    for player in (RobustMPC(VIDEO), Random()):
+        pool = generate_pool(player, TRACES, VIDEO, EPISODES)
+        table = cloning_estimate(pool, simulator, 60, progress=lambda done, total, info: told.append(total))
+        assert len(table) == len(play(player, simulator))
+        rewards[player.name] = qoe.summarise(table).reward
+    assert told == [60] * 120  # 48 episodes are 3 steps an epoch
+    assert rewards["mpc"] > rewards["random"] + 0.3
