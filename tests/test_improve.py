@@ -13,7 +13,7 @@ import torch
 from netllm_lib import notebooks, runs
 from netllm_lib.abr import improve as improving
 from netllm_lib.abr import qoe
-from netllm_lib.abr.checkpoint import describe, load_checkpoint
+from netllm_lib.abr.checkpoint import describe, load_checkpoint, save_checkpoint
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.improve import (
     ImproveConfig,
@@ -289,9 +289,20 @@ def test_it_learns_above_bba(tmp_path: Path) -> None:
 def test_notebook_07(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Headless on the sample, at the smallest size; its pool is what notebook 04 takes."""
     monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path))
-    small = {"groups": 4, "starts": 2, "epochs": [1, 1], "batch": 8, "synthetic": 5, "pool_episodes": 4}
+    network = tiny_network("parts", rank=4)
+    scale = TRAINING.cut(generate_pool(BBA(), TRACES, VIDEO, sound_episodes(TRACES))).scale
+    before = save_checkpoint(tmp_path / "before", network, describe(network, scale, 20))
+    small = {
+        "before": str(before),
+        "groups": 4,
+        "starts": 2,
+        "epochs": [1, 1],
+        "batch": 8,
+        "synthetic": 5,
+        "pool_episodes": 4,
+    }
     done = notebooks.run_notebook("07_improve", {**small, "data": str(SAMPLE)}, echo=lambda line: None)
-    assert set(done.metrics["policies"]) == {"llm", "mpc", "mpc (strong)", "mpc (original)", "bba"}
+    assert set(done.metrics["policies"]) == {"llm", "before", "mpc", "mpc (strong)", "mpc (original)", "bba"}
     assert [row["episodes"] for row in done.metrics["rounds"]] == [8, 8]
     card = runs.read_json(done.folder / "model_card.json")
     assert card["trained_parameters"] == sum(p.numel() for p in small_network().trainable().values())

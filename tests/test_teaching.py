@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from netllm_lib import notebooks, runs
 from netllm_lib.abr import advantage, qoe
 from netllm_lib.abr.advantage import advantage_weights, advantages
+from netllm_lib.abr.checkpoint import load_checkpoint
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.improve import small_network
 from netllm_lib.abr.model import action_loss
@@ -22,8 +24,11 @@ from netllm_lib.abr.pool import ExperiencePool, generate_mix, generate_pool, loa
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.teaching import cloning_estimate
+from netllm_lib.abr.traces import SAMPLE
 from netllm_lib.abr.train import TrainConfig, train
 from netllm_lib.abr.windows import Batch
+from netllm_lib.pipelines import read_pipeline
+from netllm_lib.runs import PROJECT
 
 TRACES, VIDEO = generate_traces("t", 12, 3), generate_video("v", 3)
 EPISODES = sound_episodes(TRACES, repeats=4)
@@ -109,3 +114,30 @@ def test_an_estimate_tells_a_good_pool_from_a_bad_one() -> None:
         rewards[player.name] = qoe.summarise(table).reward
     assert told == [60] * 120  # 48 episodes are 3 steps an epoch
     assert rewards["mpc"] > rewards["random"] + 0.3
+
+
+@pytest.mark.parametrize("name", ["improve-small", "improve-smollm2", "cloning", "mixed-pool"])
+def test_pipelines_of_the_results_are_read(name: str) -> None:
+    """All parameters are those of the notebooks, and each seed is another run."""
+    steps = read_pipeline(PROJECT / "notebooks" / "pipelines" / f"{name}.toml").steps
+    seeds = [step.parameters.get("seed") for step in steps if step.notebook.stem in ("07_improve", "04_finetune")]
+    assert set(seeds) == {1, 2, 3}
+
+
+def test_notebooks_03_and_04_with_every_option_of_a_mixed_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path))
+    asked = {"policies": ["mpc", "random"], "episodes": 6, "estimate_steps": 3}
+    made = notebooks.run_notebook("03_experience_pool", {**asked, "data": str(SAMPLE)}, echo=lambda line: None)
+    assert set(made.metrics["validation_reward"]) == {"clone", "mpc", "random"}
+    small = {"plm": "tiny-llama", "layers": 0, "rank": -1, "tokens": "step", "w": 47, "epochs": 1, "advantage": 0.5}
+    asked = {**small, "pool_dir": str(made.folder), "data": str(SAMPLE)}
+    done = notebooks.run_notebook("04_finetune", asked, echo=lambda line: None)
+    meta = load_checkpoint(done.folder / "policy")[1]
+    assert meta.network.tokens == "step"
+    assert meta.train is not None
+    assert meta.train["advantage"] == 0.5
+
+    split = runs.read_json(made.folder / "split.json")
+    runs.write_json(made.folder / "split.json", {**split, "validation": []})
+    with pytest.raises(Exception, match="names no validation traces"):
+        notebooks.run_notebook("04_finetune", {**asked, "seed": 2}, echo=lambda line: None)
