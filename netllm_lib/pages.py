@@ -60,10 +60,23 @@ def export_html(executed: Path, report: Path) -> None:
         if cell.cell_type == "code":
             widget = "application/vnd.jupyter.widget-view+json"
             cell.outputs = [output for output in cell.outputs if widget not in output.get("data", {})]
+            for output in cell.outputs:
+                if output.output_type == "stream":
+                    output.text = _ends_of_progress(output.text)
     exporter = HTMLExporter(raw_template=_NOTEBOOK, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": executed.stem}})
     with runs.atomic_path(report) as aside:
         aside.write_text(body, encoding="utf-8")
+
+
+def _ends_of_progress(text: str) -> str:
+    """Of each stage's progress lines only the last: who reads a report was not there to wait."""
+    lines = text.splitlines(keepends=True)
+    labels = [found[1] if (found := runs.PROGRESS_LINE.match(line)) else None for line in lines]
+    following = [*labels[1:], None]
+    return "".join(
+        line for line, label, after in zip(lines, labels, following, strict=True) if label is None or label != after
+    )
 
 
 @dataclass(frozen=True)

@@ -443,6 +443,10 @@ def headless() -> bool:
     return bool(os.environ.get("NETLLM_HEADLESS"))
 
 
+PROGRESS_LINE = re.compile(r"(.+): \d+/\d+ .* s, about \d+ s left$")
+"""What `progress` prints, for who wants to leave it out; the group is the label."""
+
+
 def progress(label: str, every_s: float = 5.0) -> Callable[..., None]:
     """A callback `(done, total, info={})` for the library's loops: a bar for a person, a line every few seconds headless."""
     if not headless():

@@ -51,6 +51,25 @@ def test_a_report_fetches_nothing_and_has_its_figures_inside(report: Path) -> No
     assert "interactive(" not in html
 
 
+def test_a_report_keeps_the_last_line_of_each_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "headless", lambda: True)
+    print("before")
+    for stage in ("round 1, play", "round 1, train", "round 2, play"):
+        told = runs.progress(stage, every_s=0)
+        for done in (1, 2, 3):
+            told(done, 3, {"loss": 0.5})
+    print("after")
+    output = new_output("stream", name="stdout", text=capsys.readouterr().out)
+    nbformat.write(new_notebook(cells=[new_code_cell("1", outputs=[output])]), tmp_path / "a.ipynb")
+    pages.export_html(tmp_path / "a.ipynb", tmp_path / "a.html")
+    shown = re.findall(r"^(?:<pre>)?(before|after|.*left)$", (tmp_path / "a.html").read_text(), re.MULTILINE)
+    assert [line.split("  ")[0] for line in shown] == [
+        "before", "round 1, play: 3/3", "round 1, train: 3/3", "round 2, play: 3/3", "after",
+    ]  # fmt: skip
+
+
 def test_fetched_sees_what_nbconvert_does_by_default() -> None:
     assert fetched('<script src="https://cdn/x.js"></script>')
     assert fetched('import mermaid from "https://cdn/x.mjs"'.replace('"https', "'https"))
