@@ -53,13 +53,16 @@ def export_html(executed: Path, report: Path) -> None:
     """
     import nbformat
     from nbconvert import HTMLExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
+    joined = CoalesceStreamsPreprocessor()  # each line was sent on its own
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             widget = "application/vnd.jupyter.widget-view+json"
             cell.outputs = [output for output in cell.outputs if widget not in output.get("data", {})]
+            joined.preprocess_cell(cell, {}, 0)  # in place
             for output in cell.outputs:
                 if output.output_type == "stream":
                     output.text = _ends_of_progress(output.text)

@@ -61,8 +61,9 @@ def test_a_report_keeps_the_last_line_of_each_stage(
         for done in (1, 2, 3):
             told(done, 3, {"loss": 0.5})
     print("after")
-    output = new_output("stream", name="stdout", text=capsys.readouterr().out)
-    nbformat.write(new_notebook(cells=[new_code_cell("1", outputs=[output])]), tmp_path / "a.ipynb")
+    lines = capsys.readouterr().out.splitlines(keepends=True)
+    outputs = [new_output("stream", name="stdout", text=line) for line in lines]  # as a kernel sends them
+    nbformat.write(new_notebook(cells=[new_code_cell("1", outputs=outputs)]), tmp_path / "a.ipynb")
     pages.export_html(tmp_path / "a.ipynb", tmp_path / "a.html")
     shown = re.findall(r"^(?:<pre>)?(before|after|.*left)$", (tmp_path / "a.html").read_text(), re.MULTILINE)
     assert [line.split("  ")[0] for line in shown] == [
