@@ -97,9 +97,9 @@ print(f"chance {diagnosis.CHANCE:.3f}   H(a) {entropy:.3f}   H(a | previous leve
 
 # %% [markdown]
 # ## What would a clone of it earn?
-# A small network copies the pool's actions for a while and plays the validation traces, beside the behaviour policies. A language
-# model that is trained soundly on this pool ends near there. If that is too little, longer training will not help; a better pool
-# will: notebook 07 makes one.
+# A small network copies the pool's actions for half a minute and plays the validation traces, beside the behaviour policies: an
+# estimate of what a language model can learn here. If that is too little, a better pool helps more than longer training;
+# notebook 07 makes one.
 
 # %%
 estimate = {}

@@ -112,7 +112,7 @@ def test_an_estimate_tells_a_good_pool_from_a_bad_one() -> None:
         table = cloning_estimate(pool, simulator, 60, progress=lambda done, total, info: told.append(total))
         assert len(table) == len(play(player, simulator))
         rewards[player.name] = qoe.summarise(table).reward
-    assert told == [60] * 120  # 48 episodes are 3 steps an epoch
+    assert told == [60] * 120
     assert rewards["mpc"] > rewards["random"] + 0.3
 
 

@@ -1,7 +1,7 @@
 """What a pool can teach, before hours of training: what a small network earns that clones it for seconds.
 
-A PLM that is trained soundly on the same pool ends near the estimate, or above it: the small transformer sees whole episodes,
-and what it cannot copy is mostly what the pool does not show. It is an estimate of the pool, not of the PLM.
+What a small transformer that sees whole episodes cannot copy is mostly what the pool does not show: the estimate is one of the
+pool, not of the PLM. After seconds it is still a little below what longer training gives.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from netllm_lib.abr import checkpoint
@@ -32,16 +33,17 @@ def cloning_estimate(
     seed: int = 1,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """The table of chunks that `improve.small_network` plays in `held` after about so many steps on the pool's actions.
+    """The table of chunks that `improve.small_network` plays in `held` after so many steps on the pool's actions.
 
     `held` holds validation episodes: no content of theirs may be in the pool. `advantage` weights the actions, see
     `TrainConfig`. `progress` hears of every training step.
     """
-    episodes = len(pool.episode_starts)
+    rng, episodes = np.random.default_rng(seed), len(pool.episode_starts)
     longest = int(pool.episode_lengths.max())
     network = small_network(seed, max_timestep=longest - 1)
-    epochs = max(1, round(steps * BATCH / episodes))
-    shape = dataclasses.replace(ImproveConfig().train, w=longest, batch=BATCH, epochs=epochs)
+    passes = [rng.permutation(episodes) for _ in range(-(-steps * BATCH // episodes))]
+    order = tuple(np.concatenate(passes)[: steps * BATCH].tolist())  # of a large pool a part, of a small one many times
+    shape = dataclasses.replace(ImproveConfig().train, w=longest, batch=BATCH, epochs=1, order=(order,))
     config = dataclasses.replace(shape, advantage=advantage, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         train(network, pool, config, folder=Path(folder), progress=progress)

@@ -58,7 +58,7 @@ class TrainConfig:
     `model.action_loss`."""
     advantage: float | None = None
     """Temperature of advantage weights on the actions, in standard deviations of the advantage; None: all count the same. For pools
-    of mixed quality, see `advantage`. Smaller is choosier; 1 is a good start."""
+    of mixed quality, see `advantage`. Smaller is choosier."""
 
     # --- steps
     epochs: int = 4
