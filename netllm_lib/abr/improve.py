@@ -27,7 +27,7 @@ from netllm_lib.abr.diagnosis.evidence import paired
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import Progress, play
-from netllm_lib.abr.policies.base import Policy
+from netllm_lib.abr.policies.base import Episodes, Policy
 from netllm_lib.abr.policies.hindsight import Grid, hindsight_values
 from netllm_lib.abr.policies.llm import LLMPolicy
 from netllm_lib.abr.policies.mpc import RobustMPC
@@ -224,10 +224,15 @@ def roll_pool(
 ) -> ExperiencePool:
     """A pool to clone: `count` episodes of a policy on perturbed traces, as in a round but others, and without exploration."""
     config = config or ImproveConfig()
-    seed = config.seed * 1000 + len(config.epochs)
-    chosen = perturbed(traces, -(-count // config.starts), config.scale, config.mean_mbps, seed)
-    episodes = sound_episodes(chosen, seed=seed, repeats=config.starts).rows(range(count))
-    return generate_pool(policy, chosen, video, episodes, path=path, progress=progress)
+    chosen, episodes = _episodes(traces, config, len(config.epochs), -(-count // config.starts))
+    return generate_pool(policy, chosen, video, episodes.rows(range(count)), path=path, progress=progress)
+
+
+def _episodes(traces: TraceSet, config: ImproveConfig, number: int, groups: int) -> tuple[TraceSet, Episodes]:
+    """Perturbed traces and their episodes; every `number` has others."""
+    seed = config.seed * 1000 + number
+    chosen = perturbed(traces, groups, config.scale, config.mean_mbps, seed)
+    return chosen, sound_episodes(chosen, seed=seed, repeats=config.starts)
 
 
 def chosen_round(tables: list[pd.DataFrame]) -> int:
@@ -235,9 +240,9 @@ def chosen_round(tables: list[pd.DataFrame]) -> int:
 
     A few traces with long outages decide a mean; the round of the highest mean is often the one that was lucky there.
     """
-    last = tables[-1]
-    better = [number for number, table in enumerate(tables[:-1]) if paired(table, last).low > 0]
-    return max(better, key=lambda number: paired(tables[number], last).mean, default=len(tables) - 1)
+    gains = [paired(table, tables[-1]) for table in tables[:-1]]
+    better = [number for number, gain in enumerate(gains) if gain.low > 0]
+    return max(better, key=lambda number: gains[number].mean, default=len(gains))
 
 
 def _play(
@@ -250,9 +255,7 @@ def _play(
     progress: Progress | None,
 ) -> tuple[ExperiencePool, np.ndarray]:
     """A round's pool and the values [T, 6] of all levels in its states."""
-    seed = config.seed * 1000 + number
-    chosen = perturbed(traces, config.groups, config.scale, config.mean_mbps, seed)
-    episodes = sound_episodes(chosen, seed=seed, repeats=config.starts)
+    chosen, episodes = _episodes(traces, config, number, config.groups)
     exploring = np.arange(len(episodes)) % 2 == 0 if number else np.ones(len(episodes), dtype=bool)
     explorer = Exploring(player, config.exploration * exploring)
     pool = generate_pool(explorer, chosen, video, episodes, path=place / "pool.npz", progress=progress)

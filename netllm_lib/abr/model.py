@@ -198,9 +198,8 @@ def action_loss(
     if values is None:
         if weights is None:
             return cross_entropy(predicted, actions)
-        counts = weights.flatten() if batch.mask is None else weights[batch.mask]
-        return (cross_entropy(predicted, actions, reduction="none") * counts).mean()
-    wanted = values.flatten(0, 1) if batch.mask is None else values[batch.mask]
+        return (cross_entropy(predicted, actions, reduction="none") * _counting(weights, batch)).mean()
+    wanted = _counting(values, batch)
     if best:
         return cross_entropy(predicted, wanted.argmax(dim=-1))
     return mse_loss(predicted, (wanted - wanted.amax(dim=-1, keepdim=True)).clamp(min=VALUE_FLOOR))
@@ -208,6 +207,9 @@ def action_loss(
 
 def labelled(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [labels, 6] and actions [labels] of the steps that count."""
-    if batch.mask is None:
-        return logits.flatten(0, 1), batch.actions.flatten()
-    return logits[batch.mask], batch.actions[batch.mask]
+    return _counting(logits, batch), _counting(batch.actions, batch)
+
+
+def _counting(steps: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """[labels, …] of [batch, w, …]: the steps that count, without the padding."""
+    return steps.flatten(0, 1) if batch.mask is None else steps[batch.mask]

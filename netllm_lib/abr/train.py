@@ -143,8 +143,6 @@ class TrainConfig:
         windows = make_windows(pool, config, self.gamma, self.scale, like)
         if values is not None:
             return dataclasses.replace(windows, values=torch.from_numpy(np.asarray(values, dtype=np.float32)))
-        if self.advantage is not None:
-            return dataclasses.replace(windows, weights=torch.from_numpy(advantage_weights(pool, self.advantage)))
         return windows
 
 
@@ -206,6 +204,8 @@ def train(
             f'learn="{config.learn}" with {given} as values: "actions" needs none, others [{len(pool)}, 6]'
         )
     windows = config.cut(pool, values=values)
+    if config.advantage is not None:
+        windows = dataclasses.replace(windows, weights=torch.from_numpy(advantage_weights(pool, config.advantage)))
     if windows.scale.max_timestep > network.config.max_timestep:
         raise ValueError(
             f"the pool has episodes of {windows.scale.max_timestep + 1} steps, the network was made for "
@@ -365,9 +365,8 @@ class _Run:
                 parameter.grad = None
         if len(mine):
             batch = self.windows.batch(mine).to(device)
-            values, weights = self.windows.values_of(mine), self.windows.weights_of(mine)
-            values = None if values is None else values.to(device)
-            weights = None if weights is None else weights.to(device)
+            targets = self.windows.values_of(mine), self.windows.weights_of(mine)
+            values, weights = (None if target is None else target.to(device) for target in targets)
             dtype = arithmetic_dtype(self.config.precision, device)
             loss = action_loss(self.network, batch, dtype, values, self.config.learn == "best", weights)
             part = int(lengths[mine].sum()) / int(lengths[micro].sum())
