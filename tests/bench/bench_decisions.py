@@ -16,6 +16,7 @@ import time
 from typing import Literal
 
 import torch
+from measured import publish
 
 from netllm_lib.abr.checkpoint import describe
 from netllm_lib.abr.episodes import sound_episodes
@@ -30,7 +31,6 @@ from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import Video, find_registry
 from netllm_lib.abr.windows import ReturnScale
 from netllm_lib.plm import PLMConfig, load_plm
-from netllm_lib.runs import PROJECT
 
 TOGETHER = 100
 SMALL = "small transformer, one token a step"
@@ -92,10 +92,7 @@ def main(rounds: int = 3) -> None:
         "|---|---|---|---|---|",
         *rows,
     ]
-    target = PROJECT / "reports" / "benchmarks" / "decisions.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    publish("decisions", "\n".join(lines))
 
 
 if __name__ == "__main__":

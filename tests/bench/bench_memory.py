@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from netllm_lib.runs import PROJECT
+
+from measured import publish
 
 GB = 1e9
 
@@ -146,10 +147,7 @@ def main() -> None:
             *lines,
         ]
     )
-    target = PROJECT / "reports" / "benchmarks" / "memory.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text + "\n")
-    print(text)
+    publish("memory", text)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+from measured import publish
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import upstream_episodes
@@ -26,7 +27,6 @@ from netllm_lib.abr.policies.oracle import OracleConfig, Plans, best_plans, cont
 from netllm_lib.abr.policies.simple import Replay
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, find_registry
-from netllm_lib.runs import PROJECT
 
 SEARCHES = {
     "narrow": OracleConfig(width=100, bin_ms=50.0),
@@ -91,10 +91,7 @@ def main(rounds: int = 3) -> None:
         f"its regret to the plans is {regret:.4f}.",
     ]
     text = "\n".join(lines) + "\n"
-    target = PROJECT / "reports" / "benchmarks" / "oracle.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text)
-    print(text)
+    publish("oracle", text)
 
 
 if __name__ == "__main__":

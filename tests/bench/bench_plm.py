@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measured import publish
 from original_loop import OriginalPolicy, train_windows
 
 from llm_fixtures import stir
@@ -40,7 +41,6 @@ from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import find_registry
 from netllm_lib.abr.train import TrainConfig, train
 from netllm_lib.plm import PLMConfig, load_plm
-from netllm_lib.runs import PROJECT
 
 TRACES = 100
 
@@ -201,10 +201,7 @@ def main(rounds: int = 3) -> None:
             "processor multiplies it faster.",
         ]
     )
-    target = PROJECT / "reports" / "benchmarks" / "plm.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text + "\n")
-    print(text)
+    publish("plm", text)
 
 
 def _cpu() -> str:

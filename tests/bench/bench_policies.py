@@ -14,6 +14,8 @@ import statistics
 import sys
 import time
 
+from measured import publish
+
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
@@ -21,7 +23,6 @@ from netllm_lib.abr.policies.base import Episodes, Policy
 from netllm_lib.abr.policies.catalogue import Preset, make_policy
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, find_registry
-from netllm_lib.runs import PROJECT
 
 TARGET_S = 0.3
 
@@ -66,10 +67,7 @@ def main(rounds: int = 15) -> None:
     if "genet" not in registry.actor_folders():
         lines += ["", "Genet was not measured: no checkpoint of it was found."]
     text = "\n".join(lines) + "\n"
-    target = PROJECT / "reports" / "benchmarks" / "policies.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text)
-    print(text)
+    publish("policies", text)
 
 
 if __name__ == "__main__":

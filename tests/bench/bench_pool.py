@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
-from measured import MB, in_child, measured
+from measured import MB, in_child, measured, publish
 
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.policies.bba import BBA
@@ -27,7 +27,6 @@ from netllm_lib.abr.policies.simple import Random
 from netllm_lib.abr.pool import ExperiencePool, generate_mix, load_pool
 from netllm_lib.abr.traces import CHUNKS, SAMPLE, Registry
 from netllm_lib.abr.train import TrainConfig, train
-from netllm_lib.runs import PROJECT, atomic_path
 
 PHASES = {
     "generate": "generate and save",
@@ -105,10 +104,7 @@ def main(count: int = 1_000_000) -> None:
         "|---|---|---|---|---|---|---|",
         *rows,
     ]
-    text = "\n".join(lines) + "\n"
-    with atomic_path(PROJECT / "reports" / "benchmarks" / "pool.md") as aside:
-        aside.write_text(text)
-    print(text)
+    publish("pool", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measured import in_child, measured
+from measured import in_child, measured, publish
 
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.play import rollout
@@ -25,7 +25,6 @@ from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import SAMPLE, Registry
-from netllm_lib.runs import PROJECT, atomic_path
 
 SIZES = (10, 100, 1000, 10_000)
 POLICIES = {"bba": "BBA", "mpc": "RobustMPC", "llm": "language model (one layer of tiny-llama, cached, blocks of 512)"}
@@ -96,10 +95,7 @@ def main() -> None:
             time = f"{found['seconds']:.3f} | {each * 1000:.3f} | {growth}"
             lines.append(f"| {count:,} | {time} | {memory} | {found['draw_seconds']:.2f} |")
             before = each
-    text = "\n".join(lines) + "\n"
-    with atomic_path(PROJECT / "reports" / "benchmarks" / "scaling.md") as aside:
-        aside.write_text(text)
-    print(text)
+    publish("scaling", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measured import publish
+
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, find_registry
-from netllm_lib.runs import PROJECT
 from reference import ReferenceEnvironment
 
 
@@ -77,10 +78,7 @@ def main(rounds: int = 15) -> None:
         rate = chunks / statistics.median(row[column] for row in times)
         lines.append(f"| {name} | {rate:,.0f} | {ratio:.1f} × |")
     text = "\n".join(lines) + "\n"
-    target = PROJECT / "reports" / "benchmarks" / "simulator.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text)
-    print(text)
+    publish("simulator", text)
 
 
 if __name__ == "__main__":

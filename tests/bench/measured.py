@@ -1,4 +1,4 @@
-"""Time and memory of a piece of work in a process of its own, for the benchmarks."""
+"""For the benchmarks: time and memory of a piece of work in a process of its own, and their reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from netllm_lib.runs import PROJECT
+from netllm_lib.runs import PROJECT, atomic_path
 
 MB = 2**20
 
@@ -64,3 +64,11 @@ def in_child(script: str, *arguments: object) -> dict[str, Any]:
         check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def publish(name: str, text: str) -> None:
+    """Write a benchmark's report, reports/benchmarks/<name>.md, and print it."""
+    text = text.rstrip("\n") + "\n"
+    with atomic_path(PROJECT / "reports" / "benchmarks" / f"{name}.md") as aside:
+        aside.write_text(text)
+    print(text)
