@@ -257,9 +257,9 @@ def memory_check(plm: str, layers: int | None, *, rank: int = 128, batch: int = 
     try:
         import torch
 
-        from netllm_lib.abr.memory import estimate_memory
-        from netllm_lib.abr.train import TrainConfig
+        from netllm_lib.memory import estimate_memory
         from netllm_lib.plm import PLMConfig
+        from netllm_lib.train import TrainConfig
     except ImportError as error:
         return Check("memory", "warn", f"not estimated: {error}", "see the check of packages")
     available, total, device = available_memory_gb(), psutil.virtual_memory().total / GB, "memory"

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import netllm_lib
-from netllm_lib import kernels, pages, runs
+from netllm_lib import kernels, runs
+from netllm_lib import reports as pages
 
 NOTEBOOKS = runs.PROJECT / "notebooks"
 REPORT = "report.html"

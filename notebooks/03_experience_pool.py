@@ -35,7 +35,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from netllm_lib import runs
-from netllm_lib.abr import diagnosis, plots, pool, report, teaching
+from netllm_lib.abr import diagnosis, plots, pool, teaching
+from netllm_lib.abr import evaluate as report
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play

@@ -42,8 +42,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from netllm_lib import runs
-from netllm_lib.abr import checkpoint, diagnosis, model, plots, pool, train
+from netllm_lib import checkpoint, runs, train
+from netllm_lib.abr import diagnosis, model, plots, pool
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.policies import llm

@@ -36,7 +36,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from netllm_lib import runs
-from netllm_lib.abr import plots, report
+from netllm_lib.abr import evaluate as report
+from netllm_lib.abr import plots
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.play import play

@@ -36,12 +36,15 @@ import pandas as pd
 from IPython.display import display
 
 from netllm_lib import runs
-from netllm_lib.abr import diagnosis, plots, qoe, report
-from netllm_lib.abr.diagnosis import ablation, decisions, explorer, figures, sources
+from netllm_lib.abr import diagnosis, plots, qoe
+from netllm_lib.abr import evaluate as report
+from netllm_lib.abr.diagnosis import decisions, explorer, figures
+from netllm_lib.abr.diagnosis import load as sources
+from netllm_lib.abr.diagnosis import replay as ablation
 from netllm_lib.abr.diagnosis.timeline import timeline
+from netllm_lib.abr.optimum import best_plans, regret
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.mpc import RobustMPC
-from netllm_lib.abr.policies.oracle import best_plans, regret
 from netllm_lib.abr.policies.simple import Replay
 from netllm_lib.abr.simulator import Simulator
 

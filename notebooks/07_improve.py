@@ -50,7 +50,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from netllm_lib import runs
-from netllm_lib.abr import diagnosis, plots, pool, qoe, report
+from netllm_lib.abr import diagnosis, plots, pool, qoe
+from netllm_lib.abr import evaluate as report
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.improve import ImproveConfig, improve, leak_free, roll_pool, small_network
@@ -59,8 +60,8 @@ from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.train import TrainConfig
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.train import TrainConfig
 
 # %%
 out = runs.output_folder(run_dir, "07_improve")

@@ -31,8 +31,9 @@ run_dir: str = ""  # where results go; filled in by `netllm run`
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from netllm_lib import compare as comparing
 from netllm_lib import runs
-from netllm_lib.abr import comparing, plots
+from netllm_lib.abr import plots
 
 # %%
 out = runs.output_folder(run_dir, "08_compare")

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
-from netllm_lib.abr.policies.base import Episodes, Observation
 from netllm_lib.abr.policies.llm import LLMPolicy
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.plm import PLMConfig, load_plm

@@ -22,16 +22,9 @@ import torch
 
 from llm_fixtures import write_plm
 from netllm_lib.abr import qoe
-from netllm_lib.abr import upstream_logs as logs
-from netllm_lib.abr.checkpoint import (
-    CheckpointMeta,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_upstream_checkpoint,
-)
-from netllm_lib.abr.diagnosis import Diagnosis, diagnose, sources
-from netllm_lib.abr.importing import import_run
+from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.diagnosis import Diagnosis, diagnose
+from netllm_lib.abr.diagnosis import load as sources
 from netllm_lib.abr.model import PolicyNetwork
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
@@ -39,9 +32,16 @@ from netllm_lib.abr.policies.simple import Constant
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS
-from netllm_lib.abr.upstream import write_pool
-from netllm_lib.abr.upstream_runs import LOSSES
-from netllm_lib.abr.windows import return_to_go
+from netllm_lib.abr.upstream import logs, write_pool
+from netllm_lib.abr.upstream.discover import LOSSES
+from netllm_lib.abr.upstream.imports import import_run
+from netllm_lib.checkpoint import (
+    CheckpointMeta,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_upstream_checkpoint,
+)
 from netllm_lib.plm import PLMConfig, load_plm
 from planted_runs import (
     EARLY_STEP,

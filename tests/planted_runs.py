@@ -21,20 +21,13 @@ import llm_fixtures
 from llm_fixtures import write_plm
 from netllm_lib import plm as plm_module
 from netllm_lib import runs
-from netllm_lib.abr import model, qoe, synthetic, windows
-from netllm_lib.abr import train as training
-from netllm_lib.abr import upstream_logs as logs
-from netllm_lib.abr.checkpoint import (
-    CheckpointMeta,
-    describe,
-    save_checkpoint,
-    save_upstream_checkpoint,
-)
-from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
-from netllm_lib.abr.importing import remake_pool
+from netllm_lib import train as training
+from netllm_lib.abr import batches as windows
+from netllm_lib.abr import model, qoe, synthetic
+from netllm_lib.abr.episodes import Episodes, Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
-from netllm_lib.abr.policies.base import Episodes, Observation, Policy
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.catalogue import baselines
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
@@ -44,9 +37,16 @@ from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import BandwidthModel, generate_traces, generate_video, write_traces, write_video
 from netllm_lib.abr.traces import CHUNKS, POINTER_FILE, Registry, TraceSet, Video, overlapping
-from netllm_lib.abr.train import RESULT, TrainConfig, preflight, train
-from netllm_lib.abr.upstream import write_pool
+from netllm_lib.abr.upstream import logs, write_pool
+from netllm_lib.abr.upstream.imports import remake_pool
+from netllm_lib.checkpoint import (
+    CheckpointMeta,
+    describe,
+    save_checkpoint,
+    save_upstream_checkpoint,
+)
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.train import RESULT, TrainConfig, preflight, train
 from upstream_tree import arguments_line, console_text, write_results
 
 W, HIDDEN, RANK, FEATURE_DIM = 10, 96, 16, 64

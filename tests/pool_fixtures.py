@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from netllm_lib.abr.pool import ExperiencePool
-from netllm_lib.abr.upstream import POOL_CLASS
+from netllm_lib.abr.upstream.pickles import POOL_CLASS
 
 GOOD: dict[str, Any] = {
     "states": [np.zeros((6, 6), np.float32)] * 2,

@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 
 from llm_fixtures import tiny_network, toy_pool
-from netllm_lib import runs
-from netllm_lib.abr import checkpoint
+from netllm_lib import checkpoint, runs
+from netllm_lib.abr.batches import return_to_go
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.model import PolicyNetwork
 from netllm_lib.abr.policies.bba import BBA
@@ -24,8 +24,7 @@ from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Random
 from netllm_lib.abr.pool import generate_mix
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.abr.train import TrainConfig, train
-from netllm_lib.abr.windows import return_to_go
+from netllm_lib.train import TrainConfig, train
 
 POOL = toy_pool(4)
 CONFIG = TrainConfig(epochs=3, batch=2, w=8, precision="float32", windows="stride", stride=24, checkpoint_steps=2)

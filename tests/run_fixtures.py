@@ -8,8 +8,7 @@ from typing import Any
 
 from llm_fixtures import stir
 from netllm_lib import runs
-from netllm_lib.abr import report
-from netllm_lib.abr.checkpoint import describe, save_checkpoint
+from netllm_lib.abr import evaluate as report
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
@@ -19,8 +18,9 @@ from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import write_sample
 from netllm_lib.abr.traces import Registry, overlapping
-from netllm_lib.abr.train import TrainConfig, preflight, train
+from netllm_lib.checkpoint import describe, save_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.train import TrainConfig, preflight, train
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 
 from llm_fixtures import stir, tiny_network
 from netllm_lib.abr import qoe
-from netllm_lib.abr.checkpoint import describe
-from netllm_lib.abr.diagnosis import Evidence, Subject, Training, ablation, diagnose
-from netllm_lib.abr.diagnosis.ablation import ALL_SOUND, AS_RUN, RETRAINED, SWITCHES
+from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.diagnosis import Evidence, Subject, Training, diagnose
+from netllm_lib.abr.diagnosis import replay as ablation
+from netllm_lib.abr.diagnosis.replay import ALL_SOUND, AS_RUN, RETRAINED, SWITCHES
 from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import EvalConfig
@@ -22,7 +23,7 @@ from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.pool import ExperiencePool, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import SAMPLE, Registry, TraceSet
-from netllm_lib.abr.windows import return_to_go
+from netllm_lib.checkpoint import describe
 
 REGISTRY = Registry(SAMPLE)
 VIDEO = REGISTRY.video("sample")

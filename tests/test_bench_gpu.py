@@ -15,7 +15,7 @@ import gpu
 
 from llm_fixtures import toy_pool
 from netllm_lib.abr.model import action_loss
-from netllm_lib.abr.train import TrainConfig
+from netllm_lib.train import TrainConfig
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_fixtures import FAMILIES, stir, tiny_network, toy_pool, write_plm
-from netllm_lib.abr.checkpoint import (
+from netllm_lib.abr.batches import make_windows, return_to_go
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
+from netllm_lib.checkpoint import (
     CheckpointMeta,
     describe,
     load_checkpoint,
@@ -25,8 +27,6 @@ from netllm_lib.abr.checkpoint import (
     save_checkpoint,
     save_upstream_checkpoint,
 )
-from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
-from netllm_lib.abr.windows import make_windows, return_to_go
 from netllm_lib.plm import PLMConfig, load_plm
 
 POOL = toy_pool()
@@ -182,7 +182,7 @@ def test_another_pool_is_refused_when_one_is_named(saved: tuple[Path, PolicyNetw
 def test_saving_replaces_a_folder_or_leaves_it(
     saved: tuple[Path, PolicyNetwork, CheckpointMeta], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from netllm_lib.abr import checkpoint
+    from netllm_lib import checkpoint
 
     folder, network, meta = saved
     save_checkpoint(folder, network, replace(meta, step=13))

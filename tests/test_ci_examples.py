@@ -14,8 +14,7 @@ import pytest
 import typer
 import yaml
 
-from netllm_lib import cli, junit, notebooks, pipelines, runs
-from netllm_lib.abr import gate
+from netllm_lib import cli, gate, junit, notebooks, pipelines, runs
 from test_junit import check_document
 
 GITHUB, GITLAB = (runs.PROJECT / "docs" / "ci" / name for name in ("github-actions.yml", "gitlab-ci.yml"))

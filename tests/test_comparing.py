@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_ind
 
+from netllm_lib import compare as comparing
 from netllm_lib import notebooks, runs, stats
-from netllm_lib.abr import comparing, qoe, report
+from netllm_lib.abr import evaluate as report
+from netllm_lib.abr import qoe
 
 TRACES = [f"trace{i}" for i in range(12)]
 EFFECT = {8: 0.0, 32: 0.3}

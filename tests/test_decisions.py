@@ -24,12 +24,12 @@ from netllm_lib.abr.diagnosis.decisions import (
     shadow,
     swapped,
 )
-from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
+from netllm_lib.abr.optimum import best_plans, regret
 from netllm_lib.abr.play import play, rollout
-from netllm_lib.abr.policies.base import Observation, Policy
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
-from netllm_lib.abr.policies.oracle import best_plans, regret
 from netllm_lib.abr.policies.simple import Constant, Prefixed, Random, Replay
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
@@ -88,9 +88,9 @@ def test_an_llm_remembers_what_was_played_not_what_it_wanted(window: Any) -> Non
     """Behind a prefix, the LLM's probabilities equal those of one that chose the prefix itself."""
     pytest.importorskip("torch")
     from llm_fixtures import tiny_network, toy_pool
-    from netllm_lib.abr.checkpoint import describe
+    from netllm_lib.abr.batches import return_to_go
     from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
-    from netllm_lib.abr.windows import return_to_go
+    from netllm_lib.checkpoint import describe
 
     class Forced(LLMPolicy):
         """Chooses the given levels up to chunk 5, whatever its network says."""

@@ -23,9 +23,9 @@ from netllm_lib.abr.diagnosis import (
     ranked,
     regret,
 )
-from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
-from netllm_lib.abr.policies.base import Observation, Policy
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.policies.simple import Constant

@@ -12,10 +12,9 @@ import transformers
 from safetensors.torch import load_file
 
 from llm_fixtures import FAMILIES, stir, write_plm
-from netllm_lib import runs
-from netllm_lib.abr import checkpoint
+from netllm_lib import checkpoint, runs
+from netllm_lib.abr.batches import ReturnScale
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
-from netllm_lib.abr.windows import ReturnScale
 from netllm_lib.plm import PLMConfig, load_plm
 
 SCALE = ReturnScale(min_reward=-10.0, max_reward=4.3, target_return=0.05, max_timestep=46, pool_hash="none")

@@ -15,15 +15,16 @@ import pdoc
 import pytest
 
 import netllm_lib
-from netllm_lib.abr import qoe, report
+from netllm_lib.abr import evaluate as report
+from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import RULES
 from netllm_lib.abr.policies.llm import EvalConfig
 from netllm_lib.abr.policies.mpc import MPCConfig
 from netllm_lib.abr.synthetic import write_sample
 from netllm_lib.abr.traces import Registry
-from netllm_lib.abr.train import TrainConfig
 from netllm_lib.plm import PLMConfig
 from netllm_lib.runs import PROJECT, read_json
+from netllm_lib.train import TrainConfig
 
 DOCS = PROJECT / "docs"
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.diagnosis import Evidence, sources
+from netllm_lib.abr.diagnosis import Evidence
+from netllm_lib.abr.diagnosis import load as sources
 from netllm_lib.abr.diagnosis.explorer import ORACLE, REPLAY, Explorer, explore, recorded_episodes
-from netllm_lib.abr.policies.oracle import best_plans
+from netllm_lib.abr.optimum import best_plans
 from run_fixtures import SmallRun, prepare_run, write_test
 
 PNG = b"\x89PNG"

@@ -18,13 +18,13 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from netllm_lib.abr import qoe, report
+from netllm_lib.abr import evaluate as report
+from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import Evidence, Finding, Training, decisions, figures
-from netllm_lib.abr.diagnosis.finding import RULES, Diagnosis, Effect
 from netllm_lib.abr.diagnosis.timeline import SHADES, edges, of_trace, timeline, unrolled
-from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
-from netllm_lib.abr.policies.base import Observation, Policy
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Constant
@@ -32,6 +32,7 @@ from netllm_lib.abr.pool import ExperiencePool, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import Trace
+from netllm_lib.findings import RULES, Diagnosis, Effect
 from netllm_lib.stats import Interval
 
 TRACES, VIDEO = generate_traces("t", 8, 8), generate_video("v", 1)

@@ -19,13 +19,13 @@ import torch
 from llm_fixtures import toy_pool
 from netllm_lib import runs
 from netllm_lib.abr import finetune
-from netllm_lib.abr.checkpoint import load_checkpoint
 from netllm_lib.abr.finetune import Job, read_job
 from netllm_lib.abr.model import NetworkConfig
 from netllm_lib.abr.peers import Peers
 from netllm_lib.abr.pool import ExperiencePool
-from netllm_lib.abr.train import TrainConfig
+from netllm_lib.checkpoint import load_checkpoint
 from netllm_lib.plm import PLMConfig
+from netllm_lib.train import TrainConfig
 
 PLM = PLMConfig("tiny-llama", rank=4, layers=1, lora_dropout=0.0)
 SOUND = TrainConfig(epochs=2, batch=5, w=8, precision="float32", windows="stride", stride=6, accumulation=2)

@@ -32,7 +32,7 @@ from hypothesis.extra import numpy as npst
 
 from netllm_lib.abr.pool import ExperiencePool, PoolError, load_pool
 from netllm_lib.abr.traces import read_trace, read_trace_set
-from netllm_lib.abr.upstream import read_pool, write_pool
+from netllm_lib.abr.upstream.pickles import read_pool, write_pool
 from pool_fixtures import GOOD, lists_of, original_class, upstream_pickle
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -651,8 +651,8 @@ ADAPTERS = {
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `ours` and `theirs` with the same small policy."""
     from llm_fixtures import tiny_network, toy_pool
-    from netllm_lib.abr.checkpoint import describe, save_checkpoint, save_upstream_checkpoint
-    from netllm_lib.abr.windows import return_to_go
+    from netllm_lib.abr.batches import return_to_go
+    from netllm_lib.checkpoint import describe, save_checkpoint, save_upstream_checkpoint
 
     root, network = tmp_path_factory.mktemp("checkpoints"), tiny_network(rank=2, layers=1)
     _, scale = return_to_go(toy_pool())
@@ -663,8 +663,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_again(folder: Path) -> Any:
     from llm_fixtures import toy_pool
-    from netllm_lib.abr.checkpoint import load_checkpoint, load_upstream_checkpoint
-    from netllm_lib.abr.windows import return_to_go
+    from netllm_lib.abr.batches import return_to_go
+    from netllm_lib.checkpoint import load_checkpoint, load_upstream_checkpoint
     from netllm_lib.plm import PLMConfig
 
     if folder.name == "ours":

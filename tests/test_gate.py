@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from netllm_lib import stats
-from netllm_lib.abr import gate
-from netllm_lib.abr.gate import Gate
-from netllm_lib.abr.report import save_test
+from netllm_lib import gate, stats
+from netllm_lib.abr.evaluate import save_test
+from netllm_lib.gate import Gate
 from netllm_lib.pipelines import read_pipeline
 from test_cli import run
 from test_junit import check_document

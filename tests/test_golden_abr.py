@@ -20,7 +20,7 @@ from netllm_lib.abr.policies.simple import Replay
 from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import Registry
-from netllm_lib.abr.upstream import read_pool, write_pool
+from netllm_lib.abr.upstream.pickles import read_pool, write_pool
 from netllm_lib.runs import read_json
 
 pytestmark = pytest.mark.golden

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from netllm_lib.abr.diagnosis import diagnose, sources
-from netllm_lib.abr.diagnosis.ablation import AS_RUN, RETRAINED
+from netllm_lib.abr.diagnosis import diagnose
+from netllm_lib.abr.diagnosis import load as sources
+from netllm_lib.abr.diagnosis.replay import AS_RUN, RETRAINED
 
 pytestmark = pytest.mark.golden
 

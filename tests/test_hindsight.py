@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.policies.hindsight import Grid, hindsight_values
-from netllm_lib.abr.policies.oracle import continuations
+from netllm_lib.abr.hindsight import Grid, hindsight_values
+from netllm_lib.abr.optimum import continuations
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import BandwidthModel, generate_traces, generate_video

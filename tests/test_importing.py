@@ -18,13 +18,12 @@ from conftest import GOLDEN
 from llm_fixtures import toy_pool
 from netllm_lib import runs
 from netllm_lib.abr import qoe
-from netllm_lib.abr import upstream_logs as logs
-from netllm_lib.abr.checkpoint import read_meta
-from netllm_lib.abr.importing import as_tested, import_run, remake_pool, replay
 from netllm_lib.abr.pool import ExperiencePool, concatenate, load_pool
 from netllm_lib.abr.traces import SAMPLE, Registry
-from netllm_lib.abr.upstream import read_pool, write_pool
-from netllm_lib.abr.upstream_runs import discover
+from netllm_lib.abr.upstream import logs, read_pool, write_pool
+from netllm_lib.abr.upstream.discover import discover
+from netllm_lib.abr.upstream.imports import as_tested, import_run, remake_pool, replay
+from netllm_lib.checkpoint import read_meta
 from netllm_lib.cli import main
 from netllm_lib.runs import read_json
 from upstream_tree import PARTS, SETTINGS, Tree, arguments_line, console_text, remove, write_results, write_tree
@@ -139,7 +138,7 @@ def test_two_processes_never_write_one_import(tree: Tree, reports: Path) -> None
 def test_an_import_that_was_interrupted_is_done_again(
     tree: Tree, reports: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from netllm_lib.abr import checkpoint
+    from netllm_lib import checkpoint
 
     def full(*args: object) -> None:
         raise OSError("disk full")

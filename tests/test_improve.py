@@ -13,8 +13,9 @@ import torch
 from netllm_lib import notebooks, runs
 from netllm_lib.abr import improve as improving
 from netllm_lib.abr import qoe
-from netllm_lib.abr.checkpoint import describe, load_checkpoint, save_checkpoint
-from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.batches import Batch
+from netllm_lib.abr.episodes import Observation, sound_episodes
+from netllm_lib.abr.hindsight import Grid
 from netllm_lib.abr.improve import (
     ImproveConfig,
     Improved,
@@ -27,19 +28,17 @@ from netllm_lib.abr.improve import (
 )
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
 from netllm_lib.abr.play import play, rollout
-from netllm_lib.abr.policies.base import Observation
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.catalogue import load_llm_policy
-from netllm_lib.abr.policies.hindsight import Grid
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.policies.simple import Constant, Exploring
 from netllm_lib.abr.pool import generate_pool, load_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import SAMPLE, TraceSet, overlapping
-from netllm_lib.abr.train import TrainConfig, train
-from netllm_lib.abr.windows import Batch
+from netllm_lib.checkpoint import describe, load_checkpoint, save_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.train import TrainConfig, train
 
 TRACES, VIDEO = generate_traces("t", 6, 3), generate_video("v", 3)
 TRAINING = TrainConfig(w=47, batch=4, lr=1e-3, lr_around=1e-3, precision="float32")

@@ -16,22 +16,21 @@ import torch
 from conftest import GOLDEN
 from llm_fixtures import episodes_of, observe, replay, tiny_network, toy_pool, write_plm
 from netllm_lib.abr import qoe
-from netllm_lib.abr.checkpoint import CheckpointMeta, describe, load_checkpoint, load_upstream_checkpoint
-from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
-from netllm_lib.abr.policies.base import Observation
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy, validator
 from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import Registry
-from netllm_lib.abr.train import TrainConfig, train
-from netllm_lib.abr.upstream import read_pool
-from netllm_lib.abr.windows import return_to_go
+from netllm_lib.abr.upstream.pickles import read_pool
+from netllm_lib.checkpoint import CheckpointMeta, describe, load_checkpoint, load_upstream_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.runs import read_json
+from netllm_lib.train import TrainConfig, train
 
 RNG = np.random.default_rng(0)
 STATES, REWARDS = RNG.random((47, 3, 6, 6)), RNG.normal(size=(47, 3))

@@ -15,10 +15,10 @@ from minari.data_collector import EpisodeBuffer
 from typer.testing import CliRunner
 
 from llm_fixtures import toy_pool
-from netllm_lib.abr import minari_pool
+from netllm_lib.abr import minari as minari_pool
 from netllm_lib.abr.env import AbrEnv
 from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.minari_pool import export_minari, import_minari
+from netllm_lib.abr.minari import export_minari, import_minari
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.simple import Random
 from netllm_lib.abr.pool import ExperiencePool, PoolError, generate_mix, generate_pool, load_pool

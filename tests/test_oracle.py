@@ -12,9 +12,9 @@ import pytest
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.optimum import Oracle, OracleConfig, best_plans, continuations, regret
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.mpc import RobustMPC
-from netllm_lib.abr.policies.oracle import Oracle, OracleConfig, best_plans, continuations, regret
 from netllm_lib.abr.policies.simple import Constant, Random, Replay
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
@@ -107,7 +107,7 @@ def test_plans_are_cached_by_content(cache: Path, monkeypatch: pytest.MonkeyPatc
     files = list((cache / "oracle").iterdir())
     assert [file.suffix for file in files] == [".npz"]
     with monkeypatch.context() as patched:
-        patched.setattr("netllm_lib.abr.policies.oracle._plan_episode", lambda *a: pytest.fail("searched again"))
+        patched.setattr("netllm_lib.abr.optimum._plan_episode", lambda *a: pytest.fail("searched again"))
         np.testing.assert_array_equal(best_plans(TRACES, VIDEO, EPISODES).levels, first.levels)
     best_plans(TRACES, VIDEO, EPISODES, OracleConfig(width=500))
     best_plans(TRACES, VIDEO, NOISY)

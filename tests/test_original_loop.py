@@ -13,17 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 from original_loop import OriginalPolicy, train_windows
 
 from llm_fixtures import stir, tiny_network, toy_pool
-from netllm_lib.abr.checkpoint import describe
-from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.episodes import Observation, sound_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import rollout
-from netllm_lib.abr.policies.base import Observation
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.abr.train import TrainConfig, train
-from netllm_lib.abr.windows import return_to_go
+from netllm_lib.checkpoint import describe
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.train import TrainConfig, train
 
 
 def network(**plm: float) -> PolicyNetwork:

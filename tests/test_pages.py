@@ -10,8 +10,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import browser
-from netllm_lib import pages, runs
-from netllm_lib.abr.overview import COLUMNS, overview, write_index
+from netllm_lib import reports as pages
+from netllm_lib import runs
+from netllm_lib.index import COLUMNS, overview, write_index
 
 ROWS = [
     {"run": pages.Link("b & co", "runs/b%20c/report.html"), "reward": 0.25, "finding": "gap"},

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from llm_fixtures import FAMILIES, stir, toy_pool, write_plm
-from netllm_lib.abr.checkpoint import load_checkpoint
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
-from netllm_lib.abr.train import TrainConfig, train
+from netllm_lib.checkpoint import load_checkpoint
 from netllm_lib.placement import device_map, devices_of, split_layers, upstream_devices
 from netllm_lib.plm import PLMConfig, load_plm, sketch_plm
+from netllm_lib.train import TrainConfig, train
 
 BATCH = TrainConfig().cut(toy_pool()).batch([0, 1])
 TWO = "cpu,cpu:0"

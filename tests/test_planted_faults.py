@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from netllm_lib.abr.diagnosis import paired
-from netllm_lib.abr.diagnosis.finding import RULES
+from netllm_lib.findings import RULES
 from planted import FAULTS, Fault, examine
 from planted_runs import Bench
 

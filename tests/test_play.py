@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm_fixtures import tiny_network, toy_pool
-from netllm_lib.abr.checkpoint import describe
+from netllm_lib.abr.batches import return_to_go
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.play import Rollout, play, rollout, rollout_blocks
 from netllm_lib.abr.policies.base import Policy
@@ -17,7 +17,7 @@ from netllm_lib.abr.policies.simple import Random, Replay
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import CHUNKS
-from netllm_lib.abr.windows import return_to_go
+from netllm_lib.checkpoint import describe
 
 TRACES, VIDEO = generate_traces("t", 3, 8), generate_video("v", 1)
 SIMULATOR = Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=2, repeats=3, noise=True))  # 9 episodes

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies import mpc
-from netllm_lib.abr.policies.base import Observation, Policy
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC, plan

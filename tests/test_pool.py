@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.episodes import Observation, sound_episodes
 from netllm_lib.abr.play import rollout
-from netllm_lib.abr.policies.base import Observation
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Constant, Random
@@ -30,7 +29,7 @@ from netllm_lib.abr.pool import (
 )
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.abr.upstream import read_pool, write_pool
+from netllm_lib.abr.upstream.pickles import read_pool, write_pool
 from pool_fixtures import GOOD, lists_of, upstream_pickle
 
 TRACES, VIDEO = generate_traces("t", 3, 8), generate_video("v", 1)

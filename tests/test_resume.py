@@ -23,12 +23,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import resume_worker
 from llm_fixtures import tiny_network
 from netllm_lib import runs
-from netllm_lib.abr.checkpoint import read_meta
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.pool import generate_pool, load_pool
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.abr.train import train
+from netllm_lib.checkpoint import read_meta
+from netllm_lib.train import train
 
 TIMES = ("seconds", "started", "finished")
 """What may differ between two runs."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.policies.base import Episodes
+from netllm_lib.abr.episodes import Episodes, sound_episodes
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import BandwidthModel, generate_traces, generate_video
 from netllm_lib.abr.traces import CHUNKS, Trace, TraceSet, Video

@@ -10,19 +10,20 @@ import pytest
 
 from llm_fixtures import tiny_network
 from netllm_lib import runs
-from netllm_lib.abr.checkpoint import describe, save_checkpoint
-from netllm_lib.abr.diagnosis import diagnose, sources
+from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.diagnosis import diagnose
+from netllm_lib.abr.diagnosis import load as sources
 from netllm_lib.abr.episodes import upstream_episodes
-from netllm_lib.abr.importing import import_run
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import SAMPLE, Registry
-from netllm_lib.abr.train import TrainConfig
-from netllm_lib.abr.windows import return_to_go
+from netllm_lib.abr.upstream.imports import import_run
+from netllm_lib.checkpoint import describe, save_checkpoint
 from netllm_lib.cli import main
+from netllm_lib.train import TrainConfig
 from upstream_tree import Tree, write_tree
 
 REGISTRY = Registry(SAMPLE)

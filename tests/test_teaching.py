@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from netllm_lib import notebooks, runs
 from netllm_lib.abr import advantage, qoe
 from netllm_lib.abr.advantage import advantage_weights, advantages
-from netllm_lib.abr.checkpoint import load_checkpoint
+from netllm_lib.abr.batches import Batch
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.improve import small_network
 from netllm_lib.abr.model import action_loss
@@ -25,10 +25,10 @@ from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.teaching import cloning_estimate
 from netllm_lib.abr.traces import SAMPLE
-from netllm_lib.abr.train import TrainConfig, train
-from netllm_lib.abr.windows import Batch
+from netllm_lib.checkpoint import load_checkpoint
 from netllm_lib.pipelines import read_pipeline
 from netllm_lib.runs import PROJECT
+from netllm_lib.train import TrainConfig, train
 
 TRACES, VIDEO = generate_traces("t", 12, 3), generate_video("v", 3)
 EPISODES = sound_episodes(TRACES, repeats=4)

@@ -20,11 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from llm_fixtures import tiny_network, toy_pool
-from netllm_lib import runs, tracking
-from netllm_lib.abr import finetune, train
+from netllm_lib import runs, tracking, train
+from netllm_lib.abr import finetune
 from netllm_lib.abr.model import PolicyNetwork
 from netllm_lib.abr.peers import Peers
-from netllm_lib.abr.train import TrainConfig, TrainResult
+from netllm_lib.train import TrainConfig, TrainResult
 
 POOL = toy_pool(2)
 CONFIG = TrainConfig(

@@ -16,14 +16,14 @@ from torch import nn
 
 from conftest import GOLDEN
 from llm_fixtures import tiny_network, toy_pool
-from netllm_lib.abr.checkpoint import load_checkpoint, load_upstream_checkpoint, read_meta
+from netllm_lib.abr.batches import return_to_go
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
-from netllm_lib.abr.preflight import Plan
-from netllm_lib.abr.train import TrainConfig, TrainResult, held_out, preflight, train
-from netllm_lib.abr.upstream import read_pool
-from netllm_lib.abr.windows import return_to_go
+from netllm_lib.abr.upstream.pickles import read_pool
+from netllm_lib.checkpoint import load_checkpoint, load_upstream_checkpoint, read_meta
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.preflight import Plan
 from netllm_lib.runs import read_json
+from netllm_lib.train import TrainConfig, TrainResult, held_out, preflight, train
 
 POOL = toy_pool(4)  # 12 windows of 20 steps
 FAST = TrainConfig(

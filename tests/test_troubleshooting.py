@@ -16,8 +16,8 @@ from llm_fixtures import tiny_network, toy_pool, write_plm
 from netllm_lib import notebooks, runs
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.synthetic import write_sample
-from netllm_lib.abr.train import TrainConfig, train
 from netllm_lib.runs import PROJECT
+from netllm_lib.train import TrainConfig, train
 
 PAGE = PROJECT / "docs" / "troubleshooting.md"
 OTHERS = "Messages of other programs"
@@ -174,7 +174,7 @@ def test_pools(tmp_path: Path) -> None:
 
 
 def test_plms_and_checkpoints(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from netllm_lib.abr.checkpoint import describe, load_checkpoint, save_checkpoint
+    from netllm_lib.checkpoint import describe, load_checkpoint, save_checkpoint
     from netllm_lib.plm import PLMConfig, load_plm
 
     monkeypatch.chdir(tmp_path)

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from conftest import GOLDEN
 from netllm_lib.abr import qoe
-from netllm_lib.abr import upstream_logs as logs
 from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, SAMPLE, Registry, TraceSet
+from netllm_lib.abr.upstream import logs
 from netllm_lib.runs import read_json
 from upstream_tree import SETTINGS, arguments_line, console_text, write_results
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from llm_fixtures import toy_pool
+from netllm_lib.abr.batches import WindowConfig, Windows, make_windows, return_to_go
 from netllm_lib.abr.pool import ExperiencePool, load_pool
-from netllm_lib.abr.upstream import read_pool
-from netllm_lib.abr.windows import WindowConfig, Windows, make_windows, return_to_go
+from netllm_lib.abr.upstream.pickles import read_pool
 from netllm_lib.runs import read_json
 
 

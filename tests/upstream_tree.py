@@ -20,18 +20,17 @@ import pandas as pd
 import torch
 
 from llm_fixtures import stir, write_plm
-from netllm_lib.abr import upstream_logs as logs
-from netllm_lib.abr.checkpoint import describe, save_upstream_checkpoint
+from netllm_lib.abr.batches import return_to_go
 from netllm_lib.abr.episodes import upstream_episodes
-from netllm_lib.abr.importing import remake_pool
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.qoe import summarise
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import SAMPLE, Registry
-from netllm_lib.abr.upstream import write_pool
-from netllm_lib.abr.windows import return_to_go
+from netllm_lib.abr.upstream import logs, write_pool
+from netllm_lib.abr.upstream.imports import remake_pool
+from netllm_lib.checkpoint import describe, save_upstream_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
 
 PARTS = ("console", "losses", "best_model", "checkpoint", "results", "pool", "plm")

@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from netllm_lib.abr.policies.base import Episodes
 from netllm_lib.abr.traces import CHUNKS, TraceSet
 
 UPSTREAM_ENVIRONMENT_SEED = 998244353
 NOISE_LOW, NOISE_HIGH = 0.9, 1.1
 DRAWS = 1000  # action draws are integers 1..999
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Which episodes are played, in playing order, and every random number that the protocol draws for them.
+
+    Drawing ahead makes lock-step play and one-trace-at-a-time play see the same numbers.
+    """
+
+    trace_index: np.ndarray  # [N] index into TraceSet.traces
+    start_ptr: np.ndarray  # [N] index of the first trace sample that is used, 1..len-1
+    noise: np.ndarray | None  # [N, chunks] factor on every download delay; None: no noise
+    action_draws: np.ndarray  # [N, chunks] integers 1..999, one per decision, for policies that sample as Pensieve does
+    seed: int  # for policies that draw from a stream of their own
+    fixed: bool  # fixed trace order and no noise
+    running_clock: bool = False
+    """time_s goes on over all episodes, as the original's does, and under-counts waits as it does."""
+
+    def __len__(self) -> int:
+        return len(self.trace_index)
+
+    def rows(self, index: Sequence[int]) -> Episodes:
+        """The episodes at `index`, in that order."""
+        noise = None if self.noise is None else self.noise[index]
+        return replace(
+            self,
+            trace_index=self.trace_index[index],
+            start_ptr=self.start_ptr[index],
+            noise=noise,
+            action_draws=self.action_draws[index],
+        )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy may know before it chooses the level of chunk `chunk`, for N episodes."""
+
+    chunk: int  # index of the chunk to choose, 1..48; 48 only for policies with `acts_after_last`
+    episode: np.ndarray  # [N] row in Episodes
+    state: np.ndarray  # [N, 6, 6] float64, the Pensieve state: rows are features, the newest sample is the last column
+    buffer_s: np.ndarray  # [N] seconds of video in the buffer
+    last_level: np.ndarray  # [N] level of the chunk just downloaded
+    last_reward: np.ndarray  # [N] its reward
+    next_sizes_bytes: np.ndarray  # [N, 6] sizes of the chunk to choose, by level
 
 
 def sound_episodes(traces: TraceSet, *, seed: int = 0, repeats: int = 1, noise: bool = False) -> Episodes:

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 from netllm_lib import runs, tracking
-from netllm_lib.abr.checkpoint import from_json
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.peers import Peers, Processes
 from netllm_lib.abr.pool import ExperiencePool, load_pool
-from netllm_lib.abr.train import Progress, TrainConfig, TrainResult, train
-from netllm_lib.abr.upstream import read_pool
+from netllm_lib.abr.upstream.pickles import read_pool
+from netllm_lib.checkpoint import from_json
 from netllm_lib.placement import devices_of
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.train import Progress, TrainConfig, TrainResult, train
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,14 +21,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from netllm_lib import runs
-from netllm_lib.abr import checkpoint, qoe
+from netllm_lib import checkpoint, runs
+from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis.evidence import paired
-from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.episodes import Episodes, sound_episodes
+from netllm_lib.abr.hindsight import Grid, hindsight_values
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import Progress, play
-from netllm_lib.abr.policies.base import Episodes, Policy
-from netllm_lib.abr.policies.hindsight import Grid, hindsight_values
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.llm import LLMPolicy
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Exploring
@@ -36,8 +36,8 @@ from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces
 from netllm_lib.abr.traces import CHUNKS, Trace, TraceSet, Video, overlapping, split_validation
-from netllm_lib.abr.train import TrainConfig, train
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.train import TrainConfig, train
 
 DECISIONS = CHUNKS - 1
 

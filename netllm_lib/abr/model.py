@@ -25,7 +25,7 @@ from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.plm import PLM, TokenCache
 
 if TYPE_CHECKING:
-    from netllm_lib.abr.windows import Batch
+    from netllm_lib.abr.batches import Batch
 
 TOKENS_PER_STEP = 8
 FEATURES = HISTORY = 6  # rows and columns of the state

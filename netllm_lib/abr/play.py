@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from netllm_lib.abr.policies.base import Episodes, Policy
+from netllm_lib.abr.episodes import Episodes
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.simulator import Outcome, Simulator
 from netllm_lib.abr.traces import CHUNKS
 

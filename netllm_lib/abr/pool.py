@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from netllm_lib import npz
+from netllm_lib.abr.episodes import Episodes
 from netllm_lib.abr.play import Progress, Rollout, rollout_blocks, shifted
-from netllm_lib.abr.policies.base import Episodes, Policy
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, TraceSet, Video
@@ -154,7 +155,7 @@ def load_pool(path: Path, mmap: bool | None = None) -> ExperiencePool:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such experience pool")
     if path.suffix == ".pkl":
-        from netllm_lib.abr.upstream import read_pool
+        from netllm_lib.abr.upstream.pickles import read_pool
 
         return read_pool(path)
     return _load(path, mmap)[0]

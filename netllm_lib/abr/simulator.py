@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.policies.base import Episodes, Observation
+from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.traces import CHUNKS, TraceSet, Video
 
 Array = np.ndarray

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from netllm_lib.abr import checkpoint
+from netllm_lib import checkpoint
 from netllm_lib.abr.improve import ImproveConfig, small_network
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import LLMPolicy
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.train import Progress, train
+from netllm_lib.train import Progress, train
 
 BATCH = 16  # episodes in a step
 

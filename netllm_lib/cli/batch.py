@@ -19,7 +19,7 @@ import typer
 from netllm_lib.cli.options import JsonOption, echo
 
 if TYPE_CHECKING:
-    from netllm_lib.abr.gate import Gate, Verdict
+    from netllm_lib.gate import Gate, Verdict
     from netllm_lib.junit import Case
     from netllm_lib.pipelines import Outcome
 
@@ -59,7 +59,7 @@ def run(
     Results go to reports/runs/; reports/index.html lists them.
     """
     from netllm_lib import notebooks, pipelines
-    from netllm_lib.abr.overview import write_index
+    from netllm_lib.index import write_index
 
     given = dict(item.split("=", 1) for item in parameters or [])
     if junit is not None and junit.is_dir():
@@ -74,7 +74,7 @@ def run(
         pipeline = pipelines.Pipeline(source.stem, (step,))
     gates: list[Gate] = []
     if pipeline.gate is not None or fail_below or margin is not None:
-        from netllm_lib.abr import gate
+        from netllm_lib import gate
 
         gates = [*gate.override(gate.read_gates(pipeline.gate, target), fail_below or [], margin)]
         gate.check(gates, pipeline.steps)

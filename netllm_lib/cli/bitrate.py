@@ -102,7 +102,7 @@ def import_(
     Whatever is there of it is taken; what is missing is named, with what it would add.
     """
     from netllm_lib import runs
-    from netllm_lib.abr import importing
+    from netllm_lib.abr.upstream import imports as importing
 
     with waiting("importing"):
         found = importing.discover(folder, run)
@@ -173,7 +173,7 @@ def diagnose(
     # threads that wait by spinning make PyTorch many times slower beside a busy process; it reads this when it is loaded
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from netllm_lib.abr import diagnosis
-    from netllm_lib.abr.diagnosis import sources
+    from netllm_lib.abr.diagnosis import load as sources
 
     with waiting("diagnosing"):
         evidence = sources.load(*folders, pool=pool, plm=plm, data=data, results=results, run=run)

@@ -42,7 +42,7 @@ def pool_export(
 
     To $MINARI_DATASETS_PATH or ~/.minari/datasets.
     """
-    from netllm_lib.abr.minari_pool import export_minari
+    from netllm_lib.abr.minari import export_minari
     from netllm_lib.abr.pool import load_pool
 
     found = load_pool(pool)
@@ -59,7 +59,7 @@ def pool_import(
     as_json: JsonOption = False,
 ) -> None:
     """Read a Minari dataset of bitrate episodes into a pool."""
-    from netllm_lib.abr.minari_pool import import_minari
+    from netllm_lib.abr.minari import import_minari
 
     found = import_minari(dataset_id)
     path = found.save(out)

@@ -10,7 +10,7 @@ from netllm_lib.cli.options import JsonOption
 def reports(as_json: JsonOption = False) -> None:
     """List all runs, the last one first, and write reports/index.html."""
     from netllm_lib import runs
-    from netllm_lib.abr.overview import COLUMNS, overview, write_index
+    from netllm_lib.index import COLUMNS, overview, write_index
 
     rows = overview()
     for row in rows:

@@ -44,9 +44,9 @@ def sweep(
 
     Start it again to go on where it was.
     """
+    from netllm_lib import compare as comparing
     from netllm_lib import notebooks, runs, sweeps
-    from netllm_lib.abr import comparing
-    from netllm_lib.abr.overview import write_index
+    from netllm_lib.index import write_index
     from netllm_lib.sweep_file import read_sweep
 
     asked = read_sweep(file)

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from measured import publish
 
-from netllm_lib.abr.checkpoint import describe
+from netllm_lib.abr.batches import ReturnScale
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.improve import DECISIONS, small_network
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
@@ -29,7 +29,7 @@ from netllm_lib.abr.policies.llm import LLMPolicy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import Video, find_registry
-from netllm_lib.abr.windows import ReturnScale
+from netllm_lib.checkpoint import describe
 from netllm_lib.plm import PLMConfig, load_plm
 
 TOGETHER = 100

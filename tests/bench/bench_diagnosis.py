@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from netllm_lib.abr.diagnosis import Diagnosis  # noqa: E402
-from netllm_lib.abr.diagnosis.finding import Effect  # noqa: E402
+from netllm_lib.findings import Effect  # noqa: E402
 from netllm_lib.runs import PROJECT, atomic_path  # noqa: E402
 from planted import FAULTS, Fault, Planted, examine  # noqa: E402
 from planted_runs import Bench  # noqa: E402

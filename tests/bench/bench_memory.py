@@ -76,15 +76,15 @@ def measure(case: Case) -> float:
     import torch
 
     from llm_fixtures import stir, toy_pool
-    from netllm_lib.abr.checkpoint import describe
     from netllm_lib.abr.episodes import sound_episodes
     from netllm_lib.abr.model import PolicyNetwork
     from netllm_lib.abr.play import play
     from netllm_lib.abr.policies.llm import LLMPolicy
     from netllm_lib.abr.simulator import Simulator
     from netllm_lib.abr.synthetic import generate_traces, generate_video
-    from netllm_lib.abr.train import TrainConfig, train
+    from netllm_lib.checkpoint import describe
     from netllm_lib.plm import PLMConfig, load_plm
+    from netllm_lib.train import TrainConfig, train
 
     torch.set_num_threads(1)
     plm = PLMConfig(**case.plm, gradient_checkpointing=case.checkpointing)
@@ -111,9 +111,9 @@ def _peak() -> float:
 
 
 def main() -> None:
-    from netllm_lib.abr.memory import estimate_memory
-    from netllm_lib.abr.train import TrainConfig
+    from netllm_lib.memory import estimate_memory
     from netllm_lib.plm import PLMConfig
+    from netllm_lib.train import TrainConfig
 
     started = time.perf_counter()
     lines = []

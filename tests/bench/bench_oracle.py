@@ -21,9 +21,9 @@ from measured import publish
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import upstream_episodes
+from netllm_lib.abr.optimum import OracleConfig, Plans, best_plans, continuations
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.mpc import RobustMPC
-from netllm_lib.abr.policies.oracle import OracleConfig, Plans, best_plans, continuations
 from netllm_lib.abr.policies.simple import Replay
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, find_registry

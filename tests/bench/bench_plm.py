@@ -29,7 +29,6 @@ from measured import publish
 from original_loop import OriginalPolicy, train_windows
 
 from llm_fixtures import stir
-from netllm_lib.abr.checkpoint import describe
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import rollout
@@ -39,8 +38,9 @@ from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import find_registry
-from netllm_lib.abr.train import TrainConfig, train
+from netllm_lib.checkpoint import describe
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.train import TrainConfig, train
 
 TRACES = 100
 

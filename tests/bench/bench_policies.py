@@ -17,9 +17,9 @@ import time
 from measured import publish
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.episodes import Episodes, sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
-from netllm_lib.abr.policies.base import Episodes, Policy
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.catalogue import Preset, make_policy
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, find_registry

@@ -36,9 +36,9 @@ def policy_named(name: str, registry: Registry) -> Policy:
     if name == "mpc":
         return RobustMPC(registry.video(registry.default_video()))
     from llm_fixtures import tiny_network, toy_pool
-    from netllm_lib.abr.checkpoint import describe
+    from netllm_lib.abr.batches import return_to_go
     from netllm_lib.abr.policies.llm import LLMPolicy
-    from netllm_lib.abr.windows import return_to_go
+    from netllm_lib.checkpoint import describe
 
     network = tiny_network(layers=1)
     return LLMPolicy(network, describe(network, return_to_go(toy_pool())[1], w=20))

@@ -23,7 +23,6 @@ import pandas as pd
 import torch
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.checkpoint import CheckpointMeta, describe
 from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
@@ -33,10 +32,11 @@ from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.pool import ExperiencePool, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import Registry, TraceSet, Video, find_registry
-from netllm_lib.abr.train import TrainConfig, train
+from netllm_lib.checkpoint import CheckpointMeta, describe
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.runs import PROJECT
 from netllm_lib.stats import Interval, bootstrap
+from netllm_lib.train import TrainConfig, train
 
 TRAINING: dict[str, dict[str, Any]] = {
     "windows": {"windows": "upstream"},

@@ -26,9 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from original_loop import OriginalPolicy, train_windows
 
 from llm_fixtures import stir
-from netllm_lib.abr.checkpoint import describe
 from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.memory import estimate_memory
 from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import rollout
 from netllm_lib.abr.policies.bba import BBA
@@ -36,8 +34,10 @@ from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.abr.train import TrainConfig, train
+from netllm_lib.checkpoint import describe
+from netllm_lib.memory import estimate_memory
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.train import TrainConfig, train
 
 GIB = 2**30
 PEAKS_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40": 181, "4090": 165, "A10": 125}

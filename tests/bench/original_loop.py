@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from netllm_lib.abr.batches import ReturnScale, Windows
+from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.model import PolicyNetwork
-from netllm_lib.abr.policies.base import Episodes, Observation, Policy
-from netllm_lib.abr.windows import ReturnScale, Windows
+from netllm_lib.abr.policies.base import Policy
 
 LEVELS = 6
 STATE_TOKENS = 6

@@ -11,16 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from netllm_lib.abr.diagnosis.ablation import (
-    RETRAINED,
-    Ablation,
-    Progress,
-    ablate,
-    episodes_of,
-    measured,
-    unexplained,
-    weights,
-)
+from netllm_lib.abr import optimum as oracle
 from netllm_lib.abr.diagnosis.evidence import (
     CHANCE,
     Evidence,
@@ -30,12 +21,21 @@ from netllm_lib.abr.diagnosis.evidence import (
     paired,
     with_baselines,
 )
-from netllm_lib.abr.diagnosis.finding import RULES, Diagnosis, Effect, Finding, ranked
 from netllm_lib.abr.diagnosis.inputs import inputs
-from netllm_lib.abr.diagnosis.learning import learning
+from netllm_lib.abr.diagnosis.replay import (
+    RETRAINED,
+    Ablation,
+    Progress,
+    ablate,
+    episodes_of,
+    measured,
+    unexplained,
+    weights,
+)
 from netllm_lib.abr.diagnosis.testing import testing
-from netllm_lib.abr.policies import oracle
+from netllm_lib.findings import RULES, Diagnosis, Effect, Finding, ranked
 from netllm_lib.stats import Interval, bootstrap
+from netllm_lib.training_rules import learning
 
 __all__ = [
     "CHANCE",

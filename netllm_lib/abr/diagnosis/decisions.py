@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 
 from netllm_lib.abr import qoe
+from netllm_lib.abr.optimum import OracleConfig, continuations
 from netllm_lib.abr.play import FIRST_LEVEL, Progress, play, rollout
 from netllm_lib.abr.policies.base import Policy
-from netllm_lib.abr.policies.oracle import OracleConfig, continuations
 from netllm_lib.abr.policies.simple import Prefixed, Replay
 from netllm_lib.abr.simulator import PAYLOAD_SHARE, RTT_MS, Simulator
 from netllm_lib.abr.traces import CHUNKS, TraceSet

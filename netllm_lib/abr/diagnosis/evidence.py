@@ -17,10 +17,10 @@ from netllm_lib.abr.traces import CHUNKS, Registry, TraceSet, Video
 from netllm_lib.stats import Interval, bootstrap, bootstrap_runs
 
 if TYPE_CHECKING:
-    from netllm_lib.abr.checkpoint import CheckpointMeta
+    from netllm_lib.abr.batches import ReturnScale
     from netllm_lib.abr.model import PolicyNetwork
     from netllm_lib.abr.policies.llm import EvalConfig
-    from netllm_lib.abr.windows import ReturnScale
+    from netllm_lib.checkpoint import CheckpointMeta
 
 CHANCE = math.log(qoe.LEVELS)
 """Cross-entropy in nats of a model that knows nothing."""

@@ -18,12 +18,13 @@ from matplotlib.figure import Figure
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import decisions
-from netllm_lib.abr.diagnosis.ablation import can_replay, episodes_of
 from netllm_lib.abr.diagnosis.evidence import Evidence
+from netllm_lib.abr.diagnosis.replay import can_replay, episodes_of
 from netllm_lib.abr.diagnosis.timeline import PROBABILITIES, edges, of_trace, timeline
+from netllm_lib.abr.episodes import Episodes, Observation
+from netllm_lib.abr.optimum import Plans, best_plans, regret
 from netllm_lib.abr.play import Progress, play, rollout
-from netllm_lib.abr.policies.base import Episodes, Observation, Policy
-from netllm_lib.abr.policies.oracle import Plans, best_plans, regret
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.simple import Prefixed, Replay
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS

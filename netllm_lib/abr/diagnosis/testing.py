@@ -9,11 +9,11 @@ import pandas as pd
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis.evidence import Evidence, chunks_per_trace, paired
-from netllm_lib.abr.diagnosis.finding import Finding, Severity
+from netllm_lib.abr.episodes import Episodes
 from netllm_lib.abr.play import FIRST_LEVEL
-from netllm_lib.abr.policies.base import Episodes
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, TraceSet, Video
+from netllm_lib.findings import Finding, Severity
 
 LONG_STALL_S = 1.0
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from netllm_lib.abr.policies.base import Observation, Policy
+from netllm_lib.abr.episodes import Observation
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import LEVELS
 
 RESERVOIR_S = 5.0

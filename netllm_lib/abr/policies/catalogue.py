@@ -61,8 +61,8 @@ def load_llm_policy(folder: Path, preset: Preset = "sound", **changes: Any) -> P
 
     `changes` are fields of `EvalConfig`.
     """
-    from netllm_lib.abr.checkpoint import load_checkpoint
     from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
+    from netllm_lib.checkpoint import load_checkpoint
 
     inner = folder / "policy"
     network, meta = load_checkpoint(inner if inner.is_dir() else folder)

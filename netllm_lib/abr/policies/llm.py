@@ -15,15 +15,16 @@ import numpy as np
 import torch
 
 from netllm_lib.abr import qoe
+from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.model import PolicyNetwork
 from netllm_lib.abr.play import play
-from netllm_lib.abr.policies.base import Episodes, Observation, Policy
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS
 from netllm_lib.plm import InferenceWeights, TokenCache, arithmetic_dtype
 
 if TYPE_CHECKING:
-    from netllm_lib.abr.checkpoint import CheckpointMeta
+    from netllm_lib.checkpoint import CheckpointMeta
 
 
 @dataclass(frozen=True)

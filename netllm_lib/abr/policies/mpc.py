@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 from numba import njit
 
-from netllm_lib.abr.policies.base import Episodes, Observation, Policy
+from netllm_lib.abr.episodes import Episodes, Observation
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import BITRATES_KBPS, LEVELS, REBUFFER_PENALTY
 from netllm_lib.abr.traces import CHUNKS, Video
 

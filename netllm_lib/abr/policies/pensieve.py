@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 from safetensors.numpy import load_file
 
-from netllm_lib.abr.policies.base import Episodes, Observation, Policy
+from netllm_lib.abr.episodes import Episodes, Observation
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.runs import PROJECT, cache_root, file_hash
 

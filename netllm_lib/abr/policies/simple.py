@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from netllm_lib.abr.policies.base import Episodes, Observation, Policy
+from netllm_lib.abr.episodes import Episodes, Observation
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.abr.traces import CHUNKS
 

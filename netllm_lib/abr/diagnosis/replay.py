@@ -20,12 +20,11 @@ from torch.nn.functional import cross_entropy
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis.evidence import Evidence, Subject, Training, paired
-from netllm_lib.abr.diagnosis.finding import Effect, Finding, Severity
-from netllm_lib.abr.episodes import upstream_episodes
+from netllm_lib.abr.episodes import Episodes, upstream_episodes
 from netllm_lib.abr.play import play
-from netllm_lib.abr.policies.base import Episodes
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.simulator import Simulator
+from netllm_lib.findings import Effect, Finding, Severity
 from netllm_lib.stats import Interval
 
 if TYPE_CHECKING:
@@ -311,11 +310,11 @@ def retrain(subject: Subject, pool: ExperiencePool, budget_s: float) -> tuple[Su
 
     Returns what to play and how it was trained (epochs, steps, final loss).
     """
-    from netllm_lib.abr.checkpoint import describe
     from netllm_lib.abr.model import PolicyNetwork
     from netllm_lib.abr.policies.llm import EvalConfig
-    from netllm_lib.abr.train import TrainConfig, preflight, train
+    from netllm_lib.checkpoint import describe
     from netllm_lib.plm import load_plm
+    from netllm_lib.train import TrainConfig, preflight, train
 
     network = PolicyNetwork(load_plm(subject.network.plm.config), subject.network.config)
     config = TrainConfig(w=subject.meta.w, epochs=1)
@@ -347,7 +346,7 @@ def checkpoint_losses(
 
     Against the levels that are to be predicted, against those one step before, and against those one step after.
     """
-    from netllm_lib.abr.windows import WindowConfig, make_windows
+    from netllm_lib.abr.batches import WindowConfig, make_windows
 
     scale = subject.meta.scale
     cut = make_windows(pool, WindowConfig("stride", subject.meta.w), scale.gamma, scale.scale, like=scale)

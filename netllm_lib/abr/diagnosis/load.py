@@ -18,15 +18,15 @@ import pandas as pd
 
 from netllm_lib import runs
 from netllm_lib.abr import qoe
-from netllm_lib.abr import upstream_logs as logs
+from netllm_lib.abr.batches import WindowConfig, make_windows, return_to_go
 from netllm_lib.abr.diagnosis.evidence import Evidence, Subject, Training
 from netllm_lib.abr.pool import ExperiencePool, PoolError, load_pool
 from netllm_lib.abr.traces import Registry, TraceSet, find_registry, overlapping
-from netllm_lib.abr.windows import WindowConfig, make_windows, return_to_go
+from netllm_lib.abr.upstream import logs
 
 if TYPE_CHECKING:
-    from netllm_lib.abr.importing import Found
     from netllm_lib.abr.model import PolicyNetwork
+    from netllm_lib.abr.upstream.imports import Found
 
 SETTING, METRICS, CHECKPOINT, MODULES, POOL = (
     "setting.json",
@@ -199,8 +199,8 @@ def _training(evidence: Evidence, place: Path, plm: str | Path | None) -> Eviden
 
 
 def _checkpoint(evidence: Evidence, place: Path, plm: str | Path | None) -> Evidence:
-    from netllm_lib.abr.checkpoint import load_checkpoint, read_meta
     from netllm_lib.abr.policies.llm import EvalConfig
+    from netllm_lib.checkpoint import load_checkpoint, read_meta
 
     try:
         network, meta = load_checkpoint(place, None if plm is None else str(plm))
@@ -295,7 +295,7 @@ def _original(
     results: str | None,
     run: str | None,
 ) -> Evidence:
-    from netllm_lib.abr import importing
+    from netllm_lib.abr.upstream import imports as importing
 
     found = importing.discover(place, run)
     evidence = Evidence(registry=registry)
@@ -393,7 +393,7 @@ def _pools(
     A pool that is given or lies in the folder is the training's, unless the folder's name describes another that can be made
     anew: then that one is the training's.
     """
-    from netllm_lib.abr import importing
+    from netllm_lib.abr.upstream import imports as importing
 
     given = load_pool(Path(pool)) if pool is not None else None
     if given is None and found.pools:
@@ -413,7 +413,7 @@ def _pools(
 
 
 def _remade(settings: Mapping[str, Any], registry: Registry) -> ExperiencePool | None:
-    from netllm_lib.abr.importing import remake_pool
+    from netllm_lib.abr.upstream.imports import remake_pool
 
     try:
         return remake_pool(settings, registry)
@@ -478,7 +478,7 @@ def _upstream_training(
 
 def _upstream_weights(evidence: Evidence, found: Found, plm: Path | None) -> Evidence:
     """The weights that the test used, if PLM and pool are there; else what the adapter file alone shows."""
-    from netllm_lib.abr.checkpoint import load_upstream_checkpoint
+    from netllm_lib.checkpoint import load_upstream_checkpoint
     from netllm_lib.plm import PLMConfig
 
     best = found.best
@@ -524,7 +524,7 @@ def _adapter_alone(folder: Path) -> list[tuple[str, str]]:
     """What an adapter shows without its PLM: values that are not finite, matrices that are all zero."""
     import torch
 
-    from netllm_lib.abr import checkpoint
+    from netllm_lib import checkpoint
 
     try:
         files = [

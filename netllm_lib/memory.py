@@ -17,14 +17,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from netllm_lib.abr.batches import Batch
 from netllm_lib.abr.model import FEATURES, HISTORY, NetworkConfig, PolicyNetwork, action_loss
-from netllm_lib.abr.windows import Batch
 from netllm_lib.placement import devices_of
 from netllm_lib.plm import PLMConfig, arithmetic_dtype, sketch_plm
 
 if TYPE_CHECKING:
     from netllm_lib.abr.policies.llm import EvalConfig
-    from netllm_lib.abr.train import TrainConfig
+    from netllm_lib.train import TrainConfig
 
 LIBRARIES_BYTES = {"cpu": (0.565e9, 0.665e9), "cuda": (0.6e9, 0.6e9)}
 """Of training and of a test: Python with its libraries in main memory (measured); CUDA's context on a GPU (not measured)."""
@@ -80,7 +80,7 @@ def estimate_memory(
     configuration that does not fit.
     """
     from netllm_lib.abr.policies.llm import EvalConfig
-    from netllm_lib.abr.train import TrainConfig
+    from netllm_lib.train import TrainConfig
 
     train, network, test = train or TrainConfig(), network or NetworkConfig(), test or EvalConfig()
     checkpointing = checkpointing or plm.gradient_checkpointing is True

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
+from netllm_lib.abr.optimum import MBPS, in_threads
 from netllm_lib.abr.play import Progress
-from netllm_lib.abr.policies.oracle import MBPS, in_threads
 from netllm_lib.abr.qoe import LEVELS, REBUFFER_PENALTY
 from netllm_lib.abr.simulator import BUFFER_CAP_MS, Simulator, _download_chunk
 

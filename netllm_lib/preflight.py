@@ -12,15 +12,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from netllm_lib.abr.memory import Memory, estimate_memory
+from netllm_lib.abr.batches import Windows
 from netllm_lib.abr.model import PolicyNetwork, action_loss
-from netllm_lib.abr.windows import Windows
+from netllm_lib.memory import Memory, estimate_memory
 from netllm_lib.placement import devices_of
 from netllm_lib.plm import arithmetic_dtype
 
 if TYPE_CHECKING:
     from netllm_lib.abr.pool import ExperiencePool
-    from netllm_lib.abr.train import TrainConfig
+    from netllm_lib.train import TrainConfig
 
 FULL = 0.95
 """Part of a device's memory that an estimate may fill."""

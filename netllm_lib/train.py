@@ -21,15 +21,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from netllm_lib import runs, tracking
-from netllm_lib.abr import checkpoint
+from netllm_lib import checkpoint, runs, tracking
 from netllm_lib.abr.advantage import advantage_weights
+from netllm_lib.abr.batches import ReturnScale, WindowConfig, Windows, make_windows
 from netllm_lib.abr.model import PolicyNetwork, action_loss, labelled
 from netllm_lib.abr.peers import Peers
-from netllm_lib.abr.preflight import Plan, Preflight, needs_checkpointing, preflight
 from netllm_lib.abr.qoe import LEVELS
-from netllm_lib.abr.windows import ReturnScale, WindowConfig, Windows, make_windows
 from netllm_lib.plm import arithmetic_dtype
+from netllm_lib.preflight import Plan, Preflight, needs_checkpointing, preflight
 
 if TYPE_CHECKING:
     from netllm_lib.abr.pool import ExperiencePool

@@ -17,7 +17,7 @@ import pandas as pd
 
 from netllm_lib import notebooks, runs, stats
 from netllm_lib.abr import qoe
-from netllm_lib.abr.report import SETTING, TABLES
+from netllm_lib.abr.evaluate import SETTING, TABLES
 from netllm_lib.pipelines import Step
 
 POLICY = "llm"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from netllm_lib.abr.diagnosis.evidence import CHANCE, Evidence, Training, behaviour_entropy
-from netllm_lib.abr.diagnosis.finding import Finding, Severity
+from netllm_lib.findings import Finding, Severity
 
 PLATEAU_STEPS = 60
 """Optimizer steps for which the loss usually rests before it falls; a run no longer than that says nothing about its rate."""

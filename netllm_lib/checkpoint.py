@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from netllm_lib import runs
+from netllm_lib.abr.batches import ReturnScale
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
-from netllm_lib.abr.windows import ReturnScale
 from netllm_lib.opcodes import opcodes
 from netllm_lib.plm import PLM, PLMConfig, load_plm
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from netllm_lib import runs
-from netllm_lib.abr import upstream_logs as logs
+from netllm_lib.abr.upstream import logs
 from netllm_lib.plm_files import ALIASES
 
 IDENTITY = ("plm_type", "plm_size", "early_stop", "rank", "w", "gamma")

@@ -26,16 +26,16 @@ import pandas as pd
 
 from netllm_lib import runs
 from netllm_lib.abr import qoe
-from netllm_lib.abr import upstream_logs as logs
-from netllm_lib.abr.episodes import UPSTREAM_ENVIRONMENT_SEED, upstream_episodes
+from netllm_lib.abr.episodes import UPSTREAM_ENVIRONMENT_SEED, Episodes, upstream_episodes
 from netllm_lib.abr.play import play
-from netllm_lib.abr.policies.base import Episodes, Policy
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.catalogue import load_llm_policy, make_policy
 from netllm_lib.abr.policies.pensieve import Pensieve
 from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool, load_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, Registry, TraceSet, find_registry
-from netllm_lib.abr.upstream_runs import LOSSES, WEIGHT_FILES, Found, ResultSet, SavedWeights, discover
+from netllm_lib.abr.upstream import logs
+from netllm_lib.abr.upstream.discover import LOSSES, WEIGHT_FILES, Found, ResultSet, SavedWeights, discover
 from netllm_lib.plm_files import describe_folder, find_plm
 
 if TYPE_CHECKING:
@@ -400,8 +400,8 @@ def _write_policy(
     folder: Path, best: SavedWeights, settings: Mapping[str, Any], pool: ExperiencePool, plm: Path
 ) -> list[str]:
     """Convert the weights; returns remarks on what had to be assumed."""
-    from netllm_lib.abr.checkpoint import load_upstream_checkpoint, save_checkpoint
-    from netllm_lib.abr.windows import return_to_go
+    from netllm_lib.abr.batches import return_to_go
+    from netllm_lib.checkpoint import load_upstream_checkpoint, save_checkpoint
     from netllm_lib.plm import PLMConfig
 
     notes = []

@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 
 from netllm_lib import runs, stats
 from netllm_lib.abr import qoe
+from netllm_lib.abr.evaluate import SETTING, TABLES
 from netllm_lib.abr.plots import PALETTE, STYLES, given_or_new
-from netllm_lib.abr.report import SETTING, TABLES
 from netllm_lib.stats import Interval
 from netllm_lib.sweep_file import describe
 

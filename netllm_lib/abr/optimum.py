@@ -24,8 +24,9 @@ import pandas as pd
 from numba import njit
 
 from netllm_lib.abr import qoe
+from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.play import FIRST_LEVEL, Progress
-from netllm_lib.abr.policies.base import Episodes, Observation, Policy
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import BITRATES_KBPS, LEVELS, REBUFFER_PENALTY
 from netllm_lib.abr.simulator import BUFFER_CAP_MS, CHUNK_MS, RTT_MS, SLEEP_STEP_MS, Simulator, _download_chunk
 from netllm_lib.abr.traces import CHUNKS, TraceSet, Video

@@ -124,7 +124,7 @@ def with_runs(evidence: Evidence, folders: Sequence[str | Path], data: str | Non
 
     Raises ValueError for a run that was not tested on the same traces.
     """
-    from netllm_lib.abr.diagnosis import sources
+    from netllm_lib.abr.diagnosis import load as sources
 
     tables = dict(evidence.tables)
     for folder in folders:

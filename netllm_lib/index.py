@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from netllm_lib import runs
 from netllm_lib.notebooks import REPORT
-from netllm_lib.pages import Link, table_page
+from netllm_lib.reports import Link, table_page
 
 INDEX = "index.html"
 BASELINES = ("mpc", "mpc (original)")
