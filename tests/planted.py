@@ -32,9 +32,10 @@ from netllm_lib.abr.policies.simple import Constant
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS
-from netllm_lib.abr.upstream import logs, write_pool
+from netllm_lib.abr.upstream import logs
 from netllm_lib.abr.upstream.discover import LOSSES
 from netllm_lib.abr.upstream.imports import import_run
+from netllm_lib.abr.upstream.pickles import write_pool
 from netllm_lib.checkpoint import (
     CheckpointMeta,
     load_checkpoint,

@@ -37,8 +37,9 @@ from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import BandwidthModel, generate_traces, generate_video, write_traces, write_video
 from netllm_lib.abr.traces import CHUNKS, POINTER_FILE, Registry, TraceSet, Video, overlapping
-from netllm_lib.abr.upstream import logs, write_pool
+from netllm_lib.abr.upstream import logs
 from netllm_lib.abr.upstream.imports import remake_pool
+from netllm_lib.abr.upstream.pickles import write_pool
 from netllm_lib.checkpoint import (
     CheckpointMeta,
     describe,

@@ -20,9 +20,10 @@ from netllm_lib import runs
 from netllm_lib.abr import qoe
 from netllm_lib.abr.pool import ExperiencePool, concatenate, load_pool
 from netllm_lib.abr.traces import SAMPLE, Registry
-from netllm_lib.abr.upstream import logs, read_pool, write_pool
+from netllm_lib.abr.upstream import logs
 from netllm_lib.abr.upstream.discover import discover
 from netllm_lib.abr.upstream.imports import as_tested, import_run, remake_pool, replay
+from netllm_lib.abr.upstream.pickles import read_pool, write_pool
 from netllm_lib.checkpoint import read_meta
 from netllm_lib.cli import main
 from netllm_lib.runs import read_json
