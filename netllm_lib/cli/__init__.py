@@ -15,8 +15,11 @@ from typing import Annotated
 
 import typer
 
-from netllm_lib.cli import batch, bitrate, data, pool, sweep
+from netllm_lib.cli import batch, data, pool, sweep
+from netllm_lib.cli.diagnose import diagnose
+from netllm_lib.cli.imports import import_
 from netllm_lib.cli.options import DataOption, JsonOption, waiting
+from netllm_lib.cli.play import play
 from netllm_lib.cli.reports import reports
 
 app = typer.Typer(
@@ -63,9 +66,9 @@ def check(
 
 app.command()(batch.run)
 app.command()(sweep.sweep)
-app.command()(bitrate.play)
-app.command("import")(bitrate.import_)
-app.command()(bitrate.diagnose)
+app.command()(play)
+app.command("import")(import_)
+app.command()(diagnose)
 app.command()(reports)
 app.add_typer(data.app, name="data")
 app.add_typer(pool.app, name="pool")

@@ -1,0 +1,55 @@
+"""`netllm diagnose`: why a run's reward is poor."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from netllm_lib.cli.options import DataOption, JsonOption, waiting
+
+
+def diagnose(
+    folders: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FOLDER...", help="Run folders of notebooks 03, 04, 05, or anything that the original left behind."
+        ),
+    ],
+    pool: Annotated[
+        str | None, typer.Option(metavar="POOL", help="The pool that the test was given [the training's].")
+    ] = None,
+    plm: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the PLM [where the run found it].")] = None,
+    results: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which result folder, if there are several.")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(metavar="PART", help="Which run, by a part of its place, if there are several.")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For replaying the test, one switch at a time; 0: not.")
+    ] = 90.0,
+    retrain: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For training the PLM anew by the sound defaults; 0: not.")
+    ] = 0.0,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say why a run's reward is poor: the first thing to fix first."""
+    # threads that wait by spinning make PyTorch many times slower beside a busy process; it reads this when it is loaded
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    from netllm_lib.abr import diagnosis
+    from netllm_lib.abr.diagnosis import load as sources
+
+    with waiting("diagnosing"):
+        evidence = sources.load(*folders, pool=pool, plm=plm, data=data, results=results, run=run)
+        progress = (lambda line: print(line, file=sys.stderr, flush=True)) if sys.stderr.isatty() else None
+        found = diagnosis.diagnose(evidence, budget, retrain, progress)
+    print(found)
+    if found.waterfall is not None:
+        print(f"\n{found.waterfall.round(3).to_string(index=False)}")
+    if as_json:
+        print(json.dumps(found.plain()))

@@ -1,0 +1,82 @@
+"""`netllm play`: a policy over a trace set, and its mean reward."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from netllm_lib.cli.options import DataOption, JsonOption, Preset, counting
+
+
+def play(
+    policy: Annotated[str, typer.Option(help="bba, mpc, genet, udr_1, …, random, constant-2, or a policy's folder.")],
+    traces: Annotated[str | None, typer.Option(help="Trace set [the first one of the split test].")] = None,
+    video: Annotated[str | None, typer.Option(help="Video [the first one].")] = None,
+    preset: Annotated[Preset, typer.Option(help="upstream: policy and protocol as in the original.")] = Preset.sound,
+    trace_num: Annotated[
+        int | None, typer.Option(metavar="N", help="Traces to play; -1: all [upstream: 100; sound: all].")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="Of noise and sampling.")] = 100003,
+    fixed_order: Annotated[bool, typer.Option("--fixed-order", help="upstream: traces in order, no noise.")] = False,
+    data: DataOption = None,
+    out: Annotated[Path | None, typer.Option(metavar="TABLE.parquet", help="Write the table of all chunks.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Play a policy over a trace set and print its mean reward."""
+    from netllm_lib import runs
+    from netllm_lib.abr import play as playing
+    from netllm_lib.abr import qoe
+    from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+    from netllm_lib.abr.policies.catalogue import make_policy
+    from netllm_lib.abr.simulator import Simulator
+    from netllm_lib.abr.traces import find_registry
+
+    registry = find_registry(data)
+    trace_set = registry.trace_set(traces or registry.default_traces("test"))
+    clip = registry.video(video or registry.default_video())
+    player = make_policy(policy, clip, registry, preset.value)
+    if preset is Preset.upstream:
+        episodes = upstream_episodes(
+            trace_set,
+            trace_num=min(100, len(trace_set)) if trace_num is None else trace_num,
+            fixed_order=fixed_order,
+            seed=seed,
+            draws_actions=player.draws_actions,
+        )
+    else:
+        count = len(trace_set) if trace_num in (None, -1) else trace_num
+        if count < 1:
+            raise ValueError(f"--trace-num {trace_num}: give a positive number, or -1 for all")
+        episodes = sound_episodes(trace_set, seed=seed, repeats=-(-count // len(trace_set))).rows(range(count))
+    table = playing.play(
+        player,
+        Simulator(trace_set, clip, episodes),
+        progress=runs.progress(policy) if sys.stderr.isatty() else counting("chunks played"),
+    )
+    quality = qoe.summarise(table)
+    if out is not None:
+        with runs.atomic_path(out) as aside:
+            table.to_parquet(aside)
+    print(f"{player.name} on {trace_set.name}, {clip.name}: {len(episodes)} traces, preset {preset.value}, seed {seed}")
+    print(f"  mean reward   {quality.reward:.6f}   (all 48 chunks: {table['reward'].mean():.6f})")
+    print(f"  bitrate       {quality.bitrate_mbps:.4f} Mbps")
+    print(f"  rebuffering   {quality.rebuffer_s:.5f} s per chunk")
+    print(f"  smoothness    {quality.smoothness_mbps:.4f} Mbps")
+    if as_json:
+        result = {
+            "mean_reward": quality.reward,
+            "mean_all48": float(table["reward"].mean()),
+            "traces": len(episodes),
+            "fixed": episodes.fixed,
+            "seed": seed,
+            "bitrate_mbps": quality.bitrate_mbps,
+            "rebuffer_s": quality.rebuffer_s,
+            "smoothness_mbps": quality.smoothness_mbps,
+            # named as the original names its result files
+            "per_trace": {f"{trace_set.name}_{name}": mean for name, mean in qoe.per_trace(table)["reward"].items()},
+        }
+        print(json.dumps(result))
