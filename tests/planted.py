@@ -33,16 +33,11 @@ from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS
 from netllm_lib.abr.upstream import logs
+from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
 from netllm_lib.abr.upstream.discover import LOSSES
 from netllm_lib.abr.upstream.imports import import_run
 from netllm_lib.abr.upstream.pickles import write_pool
-from netllm_lib.checkpoint import (
-    CheckpointMeta,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_upstream_checkpoint,
-)
+from netllm_lib.checkpoint import CheckpointMeta, load_checkpoint, load_weights, save_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
 from planted_runs import (
     EARLY_STEP,

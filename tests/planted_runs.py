@@ -38,14 +38,10 @@ from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import BandwidthModel, generate_traces, generate_video, write_traces, write_video
 from netllm_lib.abr.traces import CHUNKS, POINTER_FILE, Registry, TraceSet, Video, overlapping
 from netllm_lib.abr.upstream import logs
+from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
 from netllm_lib.abr.upstream.imports import remake_pool
 from netllm_lib.abr.upstream.pickles import write_pool
-from netllm_lib.checkpoint import (
-    CheckpointMeta,
-    describe,
-    save_checkpoint,
-    save_upstream_checkpoint,
-)
+from netllm_lib.checkpoint import CheckpointMeta, describe, save_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.train import RESULT, TrainConfig, preflight, train
 from upstream_tree import arguments_line, console_text, write_results

@@ -17,16 +17,8 @@ from safetensors.torch import load_file, save_file
 from llm_fixtures import FAMILIES, stir, tiny_network, toy_pool, write_plm
 from netllm_lib.abr.batches import make_windows, return_to_go
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
-from netllm_lib.checkpoint import (
-    CheckpointMeta,
-    describe,
-    load_checkpoint,
-    load_upstream_checkpoint,
-    load_weights,
-    read_meta,
-    save_checkpoint,
-    save_upstream_checkpoint,
-)
+from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint, save_upstream_checkpoint
+from netllm_lib.checkpoint import CheckpointMeta, describe, load_checkpoint, load_weights, read_meta, save_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
 
 POOL = toy_pool()

@@ -652,7 +652,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `ours` and `theirs` with the same small policy."""
     from llm_fixtures import tiny_network, toy_pool
     from netllm_lib.abr.batches import return_to_go
-    from netllm_lib.checkpoint import describe, save_checkpoint, save_upstream_checkpoint
+    from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
+    from netllm_lib.checkpoint import describe, save_checkpoint
 
     root, network = tmp_path_factory.mktemp("checkpoints"), tiny_network(rank=2, layers=1)
     _, scale = return_to_go(toy_pool())
@@ -664,7 +665,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load_again(folder: Path) -> Any:
     from llm_fixtures import toy_pool
     from netllm_lib.abr.batches import return_to_go
-    from netllm_lib.checkpoint import load_checkpoint, load_upstream_checkpoint
+    from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
+    from netllm_lib.checkpoint import load_checkpoint
     from netllm_lib.plm import PLMConfig
 
     if folder.name == "ours":

@@ -26,8 +26,9 @@ from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import Registry
+from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
 from netllm_lib.abr.upstream.pickles import read_pool
-from netllm_lib.checkpoint import CheckpointMeta, describe, load_checkpoint, load_upstream_checkpoint
+from netllm_lib.checkpoint import CheckpointMeta, describe, load_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.runs import read_json
 from netllm_lib.train import TrainConfig, train

@@ -12,8 +12,8 @@ from conftest import GOLDEN
 from llm_fixtures import stir, tiny_network, toy_pool, write_plm
 from netllm_lib.abr.batches import Batch, WindowConfig, make_windows, return_to_go
 from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork, action_loss
+from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
 from netllm_lib.abr.upstream.pickles import read_pool
-from netllm_lib.checkpoint import load_upstream_checkpoint
 from netllm_lib.plm import PLMConfig, TokenCache, load_plm
 from netllm_lib.runs import read_json
 

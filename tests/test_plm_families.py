@@ -14,7 +14,8 @@ from llm_fixtures import stir, toy_pool
 from netllm_lib.abr.batches import make_windows, return_to_go
 from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
-from netllm_lib.checkpoint import describe, load_upstream_checkpoint, save_upstream_checkpoint
+from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint, save_upstream_checkpoint
+from netllm_lib.checkpoint import describe
 from netllm_lib.plm import PLM, PLMConfig, check_plm, find_plm, load_plm
 
 WIDTH, LAYERS = 64, 3

@@ -18,8 +18,9 @@ from conftest import GOLDEN
 from llm_fixtures import tiny_network, toy_pool
 from netllm_lib.abr.batches import return_to_go
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
+from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
 from netllm_lib.abr.upstream.pickles import read_pool
-from netllm_lib.checkpoint import load_checkpoint, load_upstream_checkpoint, read_meta
+from netllm_lib.checkpoint import load_checkpoint, read_meta
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.preflight import Plan
 from netllm_lib.runs import read_json

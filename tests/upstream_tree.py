@@ -29,9 +29,10 @@ from netllm_lib.abr.qoe import summarise
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import SAMPLE, Registry
 from netllm_lib.abr.upstream import logs
+from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
 from netllm_lib.abr.upstream.imports import remake_pool
 from netllm_lib.abr.upstream.pickles import write_pool
-from netllm_lib.checkpoint import describe, save_upstream_checkpoint
+from netllm_lib.checkpoint import describe
 from netllm_lib.plm import PLMConfig, load_plm
 
 PARTS = ("console", "losses", "best_model", "checkpoint", "results", "pool", "plm")

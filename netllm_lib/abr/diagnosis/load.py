@@ -478,7 +478,7 @@ def _upstream_training(
 
 def _upstream_weights(evidence: Evidence, found: Found, plm: Path | None) -> Evidence:
     """The weights that the test used, if PLM and pool are there; else what the adapter file alone shows."""
-    from netllm_lib.checkpoint import load_upstream_checkpoint
+    from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
     from netllm_lib.plm import PLMConfig
 
     best = found.best
@@ -524,17 +524,14 @@ def _adapter_alone(folder: Path) -> list[tuple[str, str]]:
     """What an adapter shows without its PLM: values that are not finite, matrices that are all zero."""
     import torch
 
-    from netllm_lib import checkpoint
+    from netllm_lib.abr.upstream.checkpoints import BIN_ADAPTER, read_bin
+    from netllm_lib.checkpoint import ADAPTER, read_safetensors
 
     try:
-        files = [
-            folder / name for name in (checkpoint.ADAPTER, checkpoint.UPSTREAM_ADAPTER) if (folder / name).is_file()
-        ]
+        files = [folder / name for name in (ADAPTER, BIN_ADAPTER) if (folder / name).is_file()]
         tensors: dict[str, torch.Tensor] = {}
         for path in files[:1]:
-            tensors = (
-                checkpoint._read_safetensors(path) if path.suffix == ".safetensors" else checkpoint._read_bin(path)
-            )
+            tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
     except (ValueError, OSError) as error:
         return [_problem(error)]
     if bad := [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:

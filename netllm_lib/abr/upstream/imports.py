@@ -401,7 +401,8 @@ def _write_policy(
 ) -> list[str]:
     """Convert the weights; returns remarks on what had to be assumed."""
     from netllm_lib.abr.batches import return_to_go
-    from netllm_lib.checkpoint import load_upstream_checkpoint, save_checkpoint
+    from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
+    from netllm_lib.checkpoint import save_checkpoint
     from netllm_lib.plm import PLMConfig
 
     notes = []

@@ -1,0 +1,243 @@
+"""Checkpoints that the original wrote, and the way to write them: a LoRA adapter with modules_except_plm.bin, or model.bin."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from netllm_lib import runs
+from netllm_lib.abr.batches import ReturnScale
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
+from netllm_lib.checkpoint import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CheckpointMeta,
+    Weights,
+    adapter_config,
+    adapter_weights,
+    build,
+    check_rank,
+    describe,
+    first_line,
+    from_json,
+    load_adapter,
+    load_strictly,
+    module_weights,
+    on_cpu,
+    read_safetensors,
+)
+from netllm_lib.opcodes import opcodes
+from netllm_lib.plm import PLMConfig
+
+MODULES = "modules_except_plm.bin"
+BIN_ADAPTER = "adapter_model.bin"
+WHOLE = "model.bin"
+
+
+def load_upstream_checkpoint(
+    folder: Path, plm: PLMConfig, scale: ReturnScale, w: int = 20
+) -> tuple[PolicyNetwork, CheckpointMeta]:
+    """A checkpoint that the original wrote: adapter (.bin or .safetensors) and modules_except_plm.bin, or model.bin.
+
+    `plm` says which PLM and how many layers; LoRA settings and sizes are read from the files. The original keeps reward
+    range and target return in the pool, so `scale` must come from it. Every key and shape has to fit; only LoRA
+    weights of layers that an early stop never reaches are left out. Nothing in the files is executed.
+    """
+    folder = Path(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        lora = _read_upstream_lora(folder / ADAPTER_CONFIG)
+        modules_path = folder / MODULES
+        modules = read_bin(modules_path)
+    elif (folder / WHOLE).is_file():
+        lora, modules_path = {"rank": -1}, folder / WHOLE
+        whole = read_bin(modules_path)
+        prefix = "modules_except_plm."
+        modules = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
+    else:
+        raise FileNotFoundError(
+            f"{folder}: neither {ADAPTER_CONFIG} (LoRA) nor {WHOLE} (rank -1); not a model the original saved"
+        )
+    sizes = _upstream_sizes(modules, modules_path)
+    if sizes.max_timestep != scale.max_timestep:
+        raise ValueError(
+            f"{modules_path}: made for episodes of {sizes.max_timestep + 1} decisions, the pool given has "
+            f"{scale.max_timestep + 1}: it is not the training pool"
+        )
+    adapter: Weights = {}
+    adapter_path = folder / BIN_ADAPTER
+    if lora["rank"] > 0:
+        if (folder / ADAPTER).is_file():
+            adapter_path = folder / ADAPTER
+            adapter = read_safetensors(adapter_path)
+        elif adapter_path.is_file():
+            adapter = read_bin(adapter_path)
+        else:
+            raise FileNotFoundError(f"{adapter_path}: missing, and no {ADAPTER} either")
+        check_rank({key: value.shape for key, value in adapter.items()}, lora["rank"], adapter_path)
+    loaded, network = build(dataclasses.replace(plm, **lora), sizes, folder)
+    load_strictly(nn.ModuleList(network.around_plm().values()), modules, modules_path)
+    if loaded.config.rank > 0:
+        load_adapter(network, _without_skipped_layers(adapter, loaded.layers), adapter_path)
+    else:
+        inner = {key.removeprefix("plm."): value for key, value in whole.items() if key.startswith("plm.")}
+        inner = {key: value for key, value in inner.items() if not key.endswith(DERIVED_BUFFERS)}
+        inner = _with_own_tokens(inner, loaded.model)
+        load_strictly(loaded.model, _without_skipped_layers(inner, loaded.layers), modules_path)
+        named = {key: v for key, v in whole.items() if not key.startswith(("plm.", "modules_except_plm."))}
+        load_strictly(nn.ModuleDict(network.around_plm()), named, modules_path)
+    return network.eval(), describe(network, scale, w)
+
+
+def save_upstream_checkpoint(folder: Path, network: PolicyNetwork) -> Path:
+    """Write what the original's `load_model` reads: a LoRA adapter with modules_except_plm.bin, or model.bin for rank -1."""
+    plm = network.plm
+    if plm.config.rank == 0:
+        raise ValueError("the original has no form for a frozen PLM without LoRA")
+    modules = on_cpu(nn.ModuleList(network.around_plm().values()).state_dict())
+    with runs.atomic_path(Path(folder)) as aside:
+        aside.mkdir(parents=True)
+        if plm.config.rank > 0:
+            torch.save(on_cpu(adapter_weights(network)), aside / BIN_ADAPTER)
+            torch.save(modules, aside / MODULES)
+            runs.write_json(aside / ADAPTER_CONFIG, adapter_config(network))
+        else:
+            whole = {f"plm.{key}": value for key, value in on_cpu(plm.model.state_dict()).items()}
+            whole |= on_cpu(module_weights(network))
+            whole |= {f"modules_except_plm.{key}": value for key, value in modules.items()}
+            torch.save(whole, aside / WHOLE)
+    return Path(folder)
+
+
+DERIVED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Saved by older libraries among the weights, computed from the config by newer ones."""
+
+
+def _upstream_sizes(modules: Weights, path: Path) -> NetworkConfig:
+    try:
+        return NetworkConfig(
+            state_feature_dim=modules["0.fc1.0.weight"].shape[0], max_timestep=modules["1.weight"].shape[0] - 2
+        )
+    except (KeyError, IndexError):
+        raise ValueError(f"{path}: no state encoder or timestep table; not saved by the original") from None
+
+
+def _read_upstream_lora(path: Path) -> dict[str, Any]:
+    values = runs.read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a LoRA adapter config")
+    if values.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: a {values.get('peft_type')!r:.40} adapter; the original uses LORA")
+    kinds = {"r": int, "lora_alpha": int, "lora_dropout": float, "target_modules": tuple[str, ...]}
+    try:
+        rank, alpha, dropout, targets = (from_json(kind, values.get(name), name) for name, kind in kinds.items())
+        if rank < 1:
+            raise ValueError(f"r is {rank}")
+    except ValueError as error:
+        raise ValueError(f"{path}: not a LoRA adapter config ({error})") from None
+    lora = {"rank": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+    return lora | {"target_modules": tuple(sorted(targets))}
+
+
+def _without_skipped_layers(weights: Weights, layers: int) -> Weights:
+    """Drop the weights of layers that an early stop leaves out."""
+    index = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
+    found = {key: index.search(key) for key in weights}
+    return {key: value for key, value in weights.items() if (m := found[key]) is None or int(m[1]) < layers}
+
+
+def _with_own_tokens(weights: Weights, model: Any) -> Weights:
+    """Give the token embeddings the number of rows that the PLM has: the original resizes them to its tokenizer (a padding
+    token more, or fewer than the config says), and inputs_embeds bypass them."""
+    own = model.get_input_embeddings().weight
+    resized = {}
+    for key, expected in model.state_dict().items():
+        found = weights.get(key)
+        if found is None or found.shape == own.shape or expected.data_ptr() != own.data_ptr():
+            continue
+        if found.ndim == 2 and found.shape[1] == own.shape[1] and len(found):
+            resized[key] = torch.cat([found, own.detach().cpu()[len(found) :].to(found.dtype)])[: len(own)]
+    return weights | resized
+
+
+BIN_NAMES = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch [A-Z][A-Za-z0-9]*Storage"
+)
+BIN_OPCODES = frozenset(
+    [
+        "PROTO",
+        "STOP",
+        "MARK",
+        "BINPUT",
+        "LONG_BINPUT",
+        "BINGET",
+        "LONG_BINGET",
+        "GLOBAL",
+        "REDUCE",
+        "BUILD",
+        "BINPERSID",
+        "EMPTY_TUPLE",
+        "TUPLE",
+        "TUPLE1",
+        "TUPLE2",
+        "TUPLE3",
+        "EMPTY_LIST",
+        "APPEND",
+        "APPENDS",
+        "EMPTY_DICT",
+        "SETITEM",
+        "SETITEMS",
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "BINFLOAT",
+        "BINUNICODE",
+    ]
+)
+"""What a file of tensors consists of and refers to. PyTorch's own safe reader allows more, `bytearray(10**10)` for one."""
+
+
+def read_bin(path: Path) -> Weights:
+    """A PyTorch file of tensors, read without running anything that is in it.
+
+    Three fences stand before PyTorch's safe reader: nothing is packed (few bytes could become many), every checksum fits
+    (PyTorch does not compare them, and loads changed numbers), and nothing but tensors is named.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; the checkpoint is incomplete")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise ValueError("packed, which PyTorch never does")
+            if sum(member.file_size for member in members) > path.stat().st_size:
+                raise ValueError("its parts are larger than the file")
+            if broken := archive.testzip():
+                raise ValueError(f"the checksum of {broken} is wrong")
+            for member in members:
+                if member.filename.endswith("data.pkl"):
+                    _check_names(archive.read(member))
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken file provokes is a broken file
+        raise ValueError(f"{path}: damaged, or holds more than tensors ({first_line(error)})") from None
+    if not isinstance(weights, dict) or not all(
+        type(key) is str and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for key, value in weights.items()
+    ):
+        raise ValueError(f"{path}: holds a {type(weights).__name__} that is not a dictionary of tensors")
+    return dict(weights)
+
+
+def _check_names(data: bytes) -> None:
+    for opcode, argument, position in opcodes(data, BIN_OPCODES):
+        if opcode == "GLOBAL" and not BIN_NAMES.fullmatch(argument):
+            raise ValueError(f"refers to {argument!r:.80} at byte {position}")
