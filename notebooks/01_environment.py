@@ -23,12 +23,15 @@ load: bool = True  # load its weights too, not only look at its files
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
+import pandas as pd
+
 from netllm_lib import envcheck, runs
+from netllm_lib.abr.checks import llm_checks
 from netllm_lib.abr.traces import find_registry
 
 out = runs.output_folder(run_dir, "01_environment")
-checks = envcheck.llm_checks(data or None, plm, layers or None, load=load)
-envcheck.as_table(checks)
+checks = llm_checks(data or None, plm, layers or None, load)
+pd.DataFrame(checks)
 
 # %% [markdown]
 # ## The data that was found

@@ -30,12 +30,13 @@ import numpy as np
 import pandas as pd
 
 from netllm_lib import envcheck, runs
+from netllm_lib.abr.checks import tf_checks
 from netllm_lib.abr.policies import pensieve, tensorflow_actor
 from netllm_lib.abr.traces import find_registry
 
 # %%
 out = runs.output_folder(run_dir, "02_environment_tf")
-checks = envcheck.tf_checks(data or None)
+checks = tf_checks(data or None)
 print(envcheck.as_text(checks))
 envcheck.require(checks)
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from netllm_lib import cli, envcheck
+from netllm_lib.abr import checks
 
 
 def run(*words: str) -> int:
@@ -60,13 +61,13 @@ def test_parameters_are_two_words() -> None:
 def test_check_fails_with_1_and_ends_with_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checks = [envcheck.Check("disk", "fail", "full", "empty it")]
-    monkeypatch.setattr(envcheck, "llm_checks", lambda *args, **kwargs: checks)
+    found = [envcheck.Check("disk", "fail", "full", "empty it")]
+    monkeypatch.setattr(checks, "llm_checks", lambda *args, **kwargs: found)
     assert run("check", "--json") == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out.splitlines()[-1]) == [
         {"name": "disk", "status": "fail", "found": "full", "advice": "empty it"}
     ]
     assert "1 of 1 checks failed" in shown.err
-    monkeypatch.setattr(envcheck, "llm_checks", lambda *args, **kwargs: [])
+    monkeypatch.setattr(checks, "llm_checks", lambda *args, **kwargs: [])
     assert run("check") == 0

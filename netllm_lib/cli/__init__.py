@@ -53,14 +53,15 @@ def check(
 ) -> None:
     """Check this machine: packages, device, PLM, data, disk, kernels."""
     from netllm_lib import envcheck, runs
+    from netllm_lib.abr import checks
 
     with waiting("checking"):
-        checks = envcheck.llm_checks(data, plm, layers, load=load)
-    print(envcheck.as_text(checks))
+        found = checks.llm_checks(data, plm, layers, load)
+    print(envcheck.as_text(found))
     if as_json:
-        print(json.dumps(runs.plain(checks)))
-    if bad := envcheck.failed(checks):
-        print(f"\n{len(bad)} of {len(checks)} checks failed", file=sys.stderr)
+        print(json.dumps(runs.plain(found)))
+    if bad := envcheck.failed(found):
+        print(f"\n{len(bad)} of {len(found)} checks failed", file=sys.stderr)
         raise typer.Exit(1)
 
 
