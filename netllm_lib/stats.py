@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 RESAMPLES = 10_000
 
@@ -105,3 +106,11 @@ def interquartile_mean(sample: np.ndarray) -> np.ndarray:
     """Statistic: mean of the middle half of traces, which a few broken traces do not move."""
     cut = sample.shape[-1] // 4
     return np.sort(sample, axis=-1)[..., cut : sample.shape[-1] - cut].mean(axis=-1)
+
+
+def paired(ours: pd.Series, other: pd.Series) -> Interval:
+    """Mean of ours − other with its bootstrap interval over the samples (the index) that both have. ValueError if there is none."""
+    common = ours.index.intersection(other.index)
+    if not len(common):
+        raise ValueError(f"nothing pairs the two: one has {ours.index[0]!r} …, the other {other.index[0]!r} …")
+    return bootstrap((ours[common] - other[common]).to_numpy())

@@ -1,0 +1,136 @@
+"""What a task reports: a measure, its value for every policy and sample, and the statistics over them.
+
+Gates, comparisons of sweeps and the index of runs read `Scores` and nothing else, so they work for any task: for a reward, which
+is better when it is higher, as for an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from netllm_lib import config, runs, stats
+from netllm_lib.stats import Interval
+
+FILE, TABLE = "scores.json", "scores.parquet"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure by which policies are compared."""
+
+    name: str
+    """Also the column of a table that holds it."""
+    unit: str = ""
+    better: Literal["higher", "lower"] = "higher"
+    sample: str = "trace"
+    """What is drawn, and what pairs two policies; also the column of a table that names it."""
+
+    @property
+    def sign(self) -> int:
+        """1 if higher is better, −1 if lower is."""
+        return 1 if self.better == "higher" else -1
+
+    def gain(self, difference: Interval) -> Interval:
+        """A difference with its sign turned so that above zero is better."""
+        mean, low, high = difference
+        return difference if self.sign > 0 else Interval(-mean, -high, -low)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a test measured. ValueError for a table that is not as described."""
+
+    measure: Measure
+    subject: str
+    """The policy that the run is about; empty if it tested only others."""
+    table: pd.DataFrame
+    """One row per policy and sample: columns policy, that of the sample, that of the measure, and further numbers, the parts
+    (NaN where a part does not apply to a sample)."""
+    tested_on: str = ""
+    """The test set in words; scores on two different ones have no sample in common, whatever their samples' names."""
+
+    def __post_init__(self) -> None:
+        keys = ["policy", self.measure.sample]
+        if missing := [name for name in (*keys, self.measure.name) if name not in self.table]:
+            raise ValueError(
+                f"a table of scores has no column {', '.join(missing)}; it has: {', '.join(map(str, self.table))}"
+            )
+        if len(twice := self.table[self.table.duplicated(keys)]):
+            raise ValueError(f"scores of the same {self.measure.sample} are there twice: {list(twice[keys].iloc[0])}")
+        if self.subject and self.subject not in self.policies:
+            raise ValueError(f"there are no scores of {self.subject!r}, only of: {', '.join(self.policies)}")
+
+    @property
+    def policies(self) -> list[str]:
+        """In the order of the table."""
+        return [str(name) for name in self.table["policy"].unique()]
+
+    @property
+    def parts(self) -> list[str]:
+        """Columns with further numbers."""
+        return [str(name) for name in self.table if name not in ("policy", self.measure.sample, self.measure.name)]
+
+    def of(self, policy: str) -> pd.Series:
+        """The measure by sample, in the order of the table. ValueError if there is no such policy."""
+        rows = self.table[self.table["policy"] == policy]
+        if rows.empty:
+            hint = config.did_you_mean(policy, self.policies)
+            raise ValueError(f"there are no scores of {policy!r}{hint}; tested: {', '.join(self.policies)}")
+        return rows.set_index(self.measure.sample)[self.measure.name]
+
+    def mean(self, policy: str) -> Interval:
+        """The mean with its 95 % interval over samples."""
+        return stats.bootstrap(self.of(policy).to_numpy())
+
+    def difference(self, policy: str, other: str) -> Interval:
+        """Mean of policy − other over the samples that both have, paired, with its 95 % interval. ValueError if there is none."""
+        return stats.paired(self.of(policy), self.of(other))
+
+    def gain(self, policy: str, other: str) -> Interval:
+        """The difference with its sign turned so that above zero means that `policy` is better."""
+        return self.measure.gain(self.difference(policy, other))
+
+    def league(self) -> pd.DataFrame:
+        """A row per policy, the best first: the mean (named as the measure) with its interval (low, high), the means of the middle
+        half of the samples (iqm) and of the worst 5 %, and the means of the parts over the samples that they apply to."""
+        rows = {}
+        for policy, part in self.table.groupby("policy", sort=False):
+            values = part[self.measure.name].to_numpy(dtype=float)
+            row = dict(zip((self.measure.name, "low", "high"), stats.bootstrap(values), strict=True))
+            row["iqm"] = float(stats.interquartile_mean(values))
+            row["worst_5%"] = self.measure.sign * float(stats.worst_mean(0.05)(self.measure.sign * values))
+            rows[policy] = row | part[self.parts].mean().to_dict()
+        table = pd.DataFrame.from_dict(rows, orient="index")
+        return table.sort_values(self.measure.name, ascending=self.measure.sign < 0, kind="stable")
+
+    def save(self, folder: Path) -> None:
+        """Write `scores.json` and `scores.parquet`."""
+        with runs.atomic_path(folder / TABLE) as aside:
+            self.table.to_parquet(aside, index=False)
+        about = {"measure": self.measure, "subject": self.subject, "tested_on": self.tested_on}
+        runs.write_json(folder / FILE, about)
+
+    @classmethod
+    def read(cls, folder: Path) -> Scores:
+        """What `save` wrote. FileNotFoundError if there is nothing, ValueError, with the file, if it is broken."""
+        about: _About = config.parse(_About, runs.read_json(folder / FILE), str(folder / FILE))
+        path = folder / TABLE
+        try:
+            return cls(about.measure, about.subject, pd.read_parquet(path), about.tested_on)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # pyarrow has its own errors for each way of being broken
+            raise ValueError(f"{path}: it cannot be read as a table of scores ({error})") from None
+
+
+@dataclass(frozen=True)
+class _About:
+    """`scores.json`."""
+
+    measure: Measure
+    subject: str = ""
+    tested_on: str = ""

@@ -1,0 +1,88 @@
+"""Scores on tables that a reader checks by hand, for a measure where higher is better and for one where lower is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from netllm_lib import stats
+from netllm_lib.measure import TABLE, Measure, Scores
+
+ERROR = Measure("error", "degrees", "lower", "user")
+REWARD = Measure("reward")
+
+
+def scores(measure: Measure, **policies: list[float]) -> Scores:
+    """Scores of policies by sample, the first policy being the subject."""
+    rows = [
+        {
+            "policy": name,
+            measure.sample: f"s{i}",
+            measure.name: value,
+            "part": value + i,
+            "clean": value if i else np.nan,
+        }
+        for name, values in policies.items()
+        for i, value in enumerate(values)
+    ]
+    return Scores(measure, next(iter(policies)), pd.DataFrame(rows), "nowhere")
+
+
+def test_differences_are_paired_and_gains_are_good() -> None:
+    for measure, sign in ((REWARD, 1), (ERROR, -1)):
+        test = scores(measure, mine=[1.0, 5.0, 9.0], base=[0.5, 4.0, 8.5, 99.0])
+        assert list(test.of("mine")) == [1.0, 5.0, 9.0]
+        assert test.mean("mine") == stats.bootstrap(np.array([1.0, 5.0, 9.0]))
+        difference = test.difference("mine", "base")  # over the three samples that both have
+        assert difference == stats.bootstrap(np.array([0.5, 1.0, 0.5]))
+        gain = test.gain("mine", "base")
+        assert gain.mean == sign * difference.mean
+        assert gain.low < gain.mean < gain.high
+    with pytest.raises(ValueError, match="no scores of 'bsae', did you mean 'base'.; tested: mine, base"):
+        test.of("bsae")
+    with pytest.raises(ValueError, match="nothing pairs the two: one has 's0' …, the other 'x' …"):
+        stats.paired(test.of("mine"), pd.Series([1.0], ["x"]))
+
+
+def test_league_has_the_best_first() -> None:
+    policies = {"a": [1.0] * 19 + [-19.0], "b": [0.5] * 20, "c": [2.0] * 20}
+    high = scores(REWARD, **policies).league()
+    assert list(high.index) == ["c", "b", "a"]
+    assert list(high.columns) == ["reward", "low", "high", "iqm", "worst_5%", "part", "clean"]
+    assert list(high.loc["a", ["reward", "iqm", "worst_5%", "part"]]) == [0.0, 1.0, -19.0, 9.5]
+    assert high["clean"]["a"] == pytest.approx((18 - 19) / 19)  # the first sample has no such part
+    low = scores(ERROR, **policies).league()
+    assert list(low.index) == ["a", "b", "c"]
+    assert low["worst_5%"]["a"] == 1.0
+
+
+def test_scores_come_back_and_broken_ones_are_named(tmp_path: Path) -> None:
+    test = scores(ERROR, mine=[1.0, 2.0], base=[0.5, 4.0])
+    test.save(tmp_path)
+    again = Scores.read(tmp_path)
+    assert (again.measure, again.subject, again.tested_on) == (ERROR, "mine", "nowhere")
+    pd.testing.assert_frame_equal(again.table, test.table)
+    (tmp_path / TABLE).write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"scores\.parquet: it cannot be read as a table of scores"):
+        Scores.read(tmp_path)
+    (tmp_path / "scores.json").write_text('{"measure": {"name": "x", "better": "bigger"}}')
+    with pytest.raises(ValueError, match=r"scores\.json: measure\.better: it should be 'higher' or 'lower'"):
+        Scores.read(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Scores.read(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"policy": ["a"], "reward": [1.0]}, "no column trace; it has: policy, reward"),
+        ({"policy": ["a", "a"], "trace": ["t", "t"], "reward": [1.0, 2.0]}, "scores of the same trace are there twice"),
+        ({"policy": ["b"], "trace": ["t"], "reward": [1.0]}, "no scores of 'a', only of: b"),
+    ],
+)
+def test_tables_that_are_none_are_refused(table: dict[str, list[object]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Scores(REWARD, "a", pd.DataFrame(table))
