@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from netllm_lib import safe_pickle
 from netllm_lib.abr.qoe import LEVELS
-from netllm_lib.opcodes import opcodes
 from netllm_lib.runs import PROJECT, array_hash
 
 CHUNKS = 48  # chunks played per episode; size files may list more
@@ -133,26 +133,14 @@ class TraceSet:
         return pd.DataFrame(rows, columns=["trace", "samples", "duration_s", "mean_mbps", "min_mbps", "max_mbps"])
 
 
-_INTEGERS = frozenset(["BININT", "BININT1", "BININT2", "LONG1", "INT", "LONG"])
-_LISTS = frozenset(["EMPTY_LIST", "LIST"])
-_AROUND = frozenset(["PROTO", "FRAME", "MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "APPEND", "APPENDS", "STOP"])
-
-
 def _read_pointers(path: Path, traces: tuple[Trace, ...]) -> np.ndarray:
-    """The original's pickled list of start pointers. The integers are taken from its opcodes; nothing is unpickled."""
-    values: list[int] = []
-    lists = 0
+    """The original's pickled list of start pointers."""
     try:
-        for opcode, argument, position in opcodes(path.read_bytes(), _INTEGERS | _LISTS | _AROUND):
-            lists += opcode in _LISTS
-            if opcode in _INTEGERS:
-                if type(argument) is not int:  # INT writes True and False, too
-                    raise ValueError(f"{argument} at byte {position}")
-                values.append(argument)
-        if lists != 1:
-            raise ValueError(f"{lists} lists")
+        values = safe_pickle.load(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: not a plain pickled list of integers ({error})") from None
+    if type(values) is not list or not all(type(value) is int for value in values):
+        raise ValueError(f"{path}: not a plain pickled list of integers")
     if len(values) != len(traces):
         raise ValueError(f"{path}: {len(values)} start pointers for {len(traces)} traces")
     for value, trace in zip(values, traces, strict=True):
