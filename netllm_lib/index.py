@@ -59,13 +59,10 @@ def _runs(root: Path | None) -> Path:
 
 def _row(folder: Path) -> dict[str, Any]:
     manifest, metrics = (_read(folder / name) for name in (runs.MANIFEST, "metrics.json"))
-    newest = max(
-        (folder / name).stat().st_mtime for name in (runs.MANIFEST, "metrics.json") if (folder / name).is_file()
-    )
     state = manifest.get("status", "by hand" if metrics else "unreadable")
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {"run": folder.name, "kind": folder.parent.name, "state": state, "seconds": manifest.get("seconds")}
-    row |= {"finished": manifest.get("finished") or runs.time_text(newest)}
+    row |= {"finished": manifest.get("finished") or manifest.get("started") or ""}
     row |= _rewards(metrics)
     findings = metrics.get("findings")
     if isinstance(findings, list) and findings:

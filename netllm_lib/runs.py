@@ -2,7 +2,7 @@
 
 A run folder is `reports/runs/<kind>/<name>-<hash>/`, where the hash covers the configuration and the hashes of all inputs.
 The same work therefore lands in the same folder: it is reused when it is finished, resumed when it is not, and nothing is
-ever overwritten by a different run.
+ever overwritten by a different run. Its manifest names its parents: the runs that it was made from.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import mmap
 import os
 import platform
@@ -21,23 +22,20 @@ import shutil
 import subprocess
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+import psutil
 
 PROJECT = Path(__file__).resolve().parents[1]
 """The checkout: bundled data, notebooks and the default reports folder are found from here."""
 
-MANIFEST = "manifest.json"
+MANIFEST, METRICS = "manifest.json", "metrics.json"
 VERSIONED = ("numpy", "pandas", "numba", "torch", "transformers", "peft", "papermill", "tensorflow-cpu", "tensorflow")
 
 
@@ -47,33 +45,50 @@ def reports_root() -> Path:
 
 
 def cache_root() -> Path:
-    """`$NETLLM_CACHE`, or `data/cache/` of the checkout: what can be made again, but is dear to make."""
+    """`$NETLLM_CACHE`, or `data/cache/` of the checkout: what can be made again, but takes long to make."""
     return Path(os.environ.get("NETLLM_CACHE") or PROJECT / "data" / "cache")
 
 
-# --- hashes -------------------------------------------------------------------------------------------------------------
+# --- JSON and hashes ----------------------------------------------------------------------------------------------------
 
 
-def plain(value: Any) -> Any:
-    """`value` as JSON types: dataclasses to dicts, paths to strings, NumPy scalars and arrays to numbers and lists."""
+def plain(value: Any, finite: bool = True) -> Any:
+    """`value` as JSON types: dataclasses to dicts, paths to strings, NumPy scalars and arrays to numbers and lists.
+
+    NaN and infinity, which JSON does not have, become None unless `finite` is False.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name), finite) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, finite) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, finite) for item in value]
     if isinstance(value, np.generic | np.ndarray):
-        return plain(value.tolist())
+        return plain(value.tolist(), finite)
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, float) and value != value:
+    if finite and isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinity become null."""
+    with atomic_path(path) as aside:
+        aside.write_text(json.dumps(plain(value), indent=1, sort_keys=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`. Raises FileNotFoundError or ValueError (with the file's name)."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:  # not text, not JSON, nested without end
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
 def content_hash(value: Any, digits: int = 10) -> str:
     """Hex digest of any JSON-like value, independent of key order."""
-    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(plain(value, finite=False), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
@@ -129,10 +144,6 @@ def tree_hash(folder: Path, pattern: str = "**/*", digits: int = 16) -> str:
 # --- atomic writes ------------------------------------------------------------------------------------------------------
 
 
-class StorageError(OSError):
-    """The disk is full, or a folder cannot be written to. The message names the folder; nothing that was there is lost."""
-
-
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` to write to; it takes the place of `path` only when the block ends without an error.
@@ -149,41 +160,82 @@ def atomic_path(path: Path) -> Iterator[Path]:
         aside = aside_of(path)
         try:
             yield aside
-            _flush(aside)
+            for written in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
+                _flush(written)
+            old = aside.with_suffix(".old")
             if aside.is_dir() and path.is_dir():
-                old = aside.with_suffix(".old")
                 os.replace(path, old)
-                try:
-                    os.replace(aside, path)
-                except OSError:
-                    os.replace(old, path)
-                    raise
-                flush_folder(path.parent)
-                shutil.rmtree(old)
-            else:
+            try:
                 os.replace(aside, path)
-                flush_folder(path.parent)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
+            _flush(path.parent)
+            _remove(old)
         finally:
             _remove(aside)
+
+
+def aside_of(path: Path) -> Path:
+    """A name beside `path` to write to before it takes its place; it says who writes, so that `clean_up` knows what to leave."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
 
 
 def clean_up(path: Path, alone: bool = False) -> None:
     """Remove what killed processes left of writing `path` with `atomic_path`; a folder that one had moved aside comes back.
 
-    What another process may be writing now stays, unless the caller is known to be `alone`, by a lock.
+    What a living process may be writing now stays. Whether one of another machine lives is not known: what it left is removed only
+    when the caller is `alone`, by a lock.
     """
-    pattern = re.compile(
-        rf"\.{re.escape(path.name)}\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{{8}}\.(?P<kind>partial|old)"
-    )
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for name in os.listdir(path.parent):
-            if name.startswith(f".{path.name}.") and (match := pattern.fullmatch(name)):
-                if not alone and (match["host"] != _host() or _alive(int(match["pid"]))):
-                    continue
-                if match["kind"] == "old" and not path.exists():
-                    os.replace(path.parent / name, path)
-                else:
-                    _remove(path.parent / name)
+            if not (match := _ASIDE.fullmatch(name)) or match["name"] != path.name:
+                continue
+            if psutil.pid_exists(int(match["pid"])) if match["host"] == _host() else not alone:
+                continue
+            if match["kind"] == "old" and not path.exists():
+                os.replace(path.parent / name, path)
+            else:
+                _remove(path.parent / name)
+
+
+_ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|old)")
+
+
+def flush_folder(folder: Path) -> None:
+    """Make what was renamed or created in a folder last through a crash."""
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    with (
+        contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext()
+    ):  # some systems cannot flush folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return content_hash(platform.node(), 4)
+
+
+class StorageError(OSError):
+    """The disk is full, or a folder cannot be written to. The message names the folder; nothing that was there is lost."""
+
+
+FULL = "the disk is full; what was there before is unchanged, free some space and run the same again"
+UNWRITABLE = "this folder cannot be written to; make it writable, or name another one (for runs in $NETLLM_REPORTS)"
 
 
 @contextmanager
@@ -202,70 +254,20 @@ def storage_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-FULL = "the disk is full; what was there before is unchanged, free some space and run the same again"
-UNWRITABLE = "this folder cannot be written to; make it writable, or name another one (for runs in $NETLLM_REPORTS)"
-
-
 def _storage_problem(error: BaseException, folder: Path) -> str | None:
-    codes = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EROFS: UNWRITABLE}
+    text = str(error)
     if isinstance(error, PermissionError):
         inside = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder)
         return UNWRITABLE if inside else None
-    if isinstance(error, OSError) and error.errno is not None:
-        return codes.get(error.errno)
-    # libraries that write in C++ or Rust tell it in words, or only that writing failed
-    text = str(error)
-    if "No space left on device" in text:
+    code = error.errno if isinstance(error, OSError) else None
+    if (
+        code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text
+    ):  # libraries in C++ and Rust raise their words
         return FULL
-    if "Read-only file system" in text:
+    if code == errno.EROFS or "Read-only file system" in text:
         return UNWRITABLE
-    failed = isinstance(error, RuntimeError) and ("write failed" in text or "iostream error" in text)
+    failed = isinstance(error, RuntimeError) and ("write failed" in text or "iostream error" in text)  # PyTorch's
     return FULL if failed and shutil.disk_usage(folder).free < 2**20 else None
-
-
-def flush_folder(folder: Path) -> None:
-    """Make what was renamed or created in a folder last through a crash; where folders cannot be flushed, nothing happens."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _flush(path: Path) -> None:
-    for place in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        if place.is_dir():
-            flush_folder(place)
-        else:
-            with open(place, "rb") as stream:
-                os.fsync(stream.fileno())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _host() -> str:
-    return content_hash(platform.node(), 4)
-
-
-def aside_of(path: Path) -> Path:
-    """A name beside `path` to write to before it takes its place; it says who writes, so that `clean_up` knows what to leave."""
-    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 # --- one process at a time ----------------------------------------------------------------------------------------------
@@ -282,83 +284,54 @@ def lock(path: Path) -> Iterator[int | None]:
     A second one gets `Busy` at once, in one line that names the path and the process that has it. The lock is the system's, on
     a file beside `path`, and ends with its process, however that ends. Whoever gets it removes what killed processes have
     left half-written in the folder, or beside the file. The block gets the open handle of the lock file: a process that inherits it
-    holds the lock too. Where the system or the file system has no such locks, a
-    warning says so and the work goes on.
+    holds the lock too. On a disk without such locks a file that names its owner stands for one, and there is no handle.
     """
     path = Path(path).absolute()
     beside = path.with_name(f".{path.name}.lock")
-    with storage_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = _take(beside, path)
-    try:
+    handles: list[int] = []
+    with contextlib.ExitStack() as stack:
+        with storage_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(filelock.FileLock(beside, LOCK_S, on_acquired=lambda it: _taken(it, handles)))
+                stack.callback(
+                    beside.unlink, missing_ok=True
+                )  # before it is released: filelock minds files that are gone
+            except OSError as error:
+                if isinstance(error, filelock.Timeout):
+                    raise _busy(path, beside) from None
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                    raise
+                beside.unlink(missing_ok=True)
+                beside = beside.with_suffix(".owner")
+                try:
+                    stack.enter_context(filelock.SoftFileLock(beside, LOCK_S))
+                except filelock.Timeout:
+                    raise _busy(path, beside) from None
         clean_up(path, alone=True)
         if path.is_dir():
-            for name in {match[1] for entry in path.iterdir() if (match := _ASIDE.fullmatch(entry.name))}:
+            for name in {match["name"] for entry in path.iterdir() if (match := _ASIDE.fullmatch(entry.name))}:
                 clean_up(path / name, alone=True)
-        yield handle
-    finally:
-        if handle is not None:
-            beside.unlink(missing_ok=True)
-            os.close(handle)
+        yield handles[0] if handles else None
 
 
-_ASIDE = re.compile(r"\.(.+)\.[^.]*-\d+-[0-9a-f]{8}\.(?:partial|old)")
+LOCK_S = 0.1
+"""Time for two or three tries: a lock file that another process is just removing is no reason to give up."""
 
 
-def _take(beside: Path, path: Path) -> int | None:
-    """An open handle that holds the lock file `beside`; None where there are no locks. Raises Busy."""
-    if fcntl is None:
-        warnings.warn(f"{path}: no file locks on this system; never let two processes write it at once", stacklevel=4)
-        return None
-    while True:
-        handle = os.open(beside, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = _owner(handle)
-            os.close(handle)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise Busy(
-                    f"{path}: process {owner} is writing it; wait until it is done, or end that process"
-                ) from None
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            warnings.warn(f"{path}: no file locks on this disk; never let two processes write it at once", stacklevel=4)
-            return None
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(beside).st_ino == os.fstat(handle).st_ino:
-                break
-        os.close(handle)  # its owner removed it between our opening and our locking it
+def _taken(handle: int, handles: list[int]) -> None:
+    handles.append(handle)
     with contextlib.suppress(OSError):  # on a full disk the lock holds as well, but not the number
         os.truncate(handle, 0)
         os.write(handle, f"{os.getpid()}\n".encode())
-    return handle
 
 
-def _owner(handle: int) -> str:
-    """The process number in a lock file; it is written just after the lock is taken."""
-    for _ in range(20):
-        if text := os.pread(handle, 32, 0).decode(errors="replace").strip():
-            return text
-        time.sleep(0.01)
-    return "(unknown)"
-
-
-# --- JSON ---------------------------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN becomes null."""
-    with atomic_path(path) as aside:
-        aside.write_text(json.dumps(plain(value), indent=1, sort_keys=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The JSON value in `path`. Raises FileNotFoundError or ValueError (with the file's name)."""
+def _busy(path: Path, beside: Path) -> Busy:
     try:
-        return json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:  # not text, not JSON, nested without end
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        owner = beside.read_text().split()[0]
+    except (OSError, ValueError, IndexError):
+        owner = "(unknown)"
+    return Busy(f"{path}: process {owner} is writing it; wait until it is done, or end that process")
 
 
 # --- run folders --------------------------------------------------------------------------------------------------------
@@ -371,17 +344,43 @@ class Run:
     folder: Path
 
     @property
+    def manifest(self) -> dict[str, Any]:
+        """What the manifest says; nothing where there is none. Raises ValueError for a broken one."""
+        path = self.folder / MANIFEST
+        found = read_json(path) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: a JSON object is expected")
+        return found
+
+    @property
     def done(self) -> bool:
         """True once `finish` was called: everything that the run promises is in the folder."""
-        manifest = self.folder / MANIFEST
-        return manifest.is_file() and read_json(manifest).get("status") == "done"
+        return self.manifest.get("status") == "done"
+
+    @property
+    def parents(self) -> dict[str, Path]:
+        """The folders that this run was made from, by role: "pool", "training", "test", "sweep"."""
+        named = self.manifest.get("parents") or {}
+        if not isinstance(named, dict) or not all(isinstance(place, str) for place in named.values()):
+            raise ValueError(f"{self.folder / MANIFEST}: parents are folders by role, got {named!r:.60}")
+        return {role: Path(os.path.normpath(self.folder.resolve() / place)) for role, place in named.items()}
+
+    def note(self, **facts: Any) -> None:
+        """Record facts in the manifest; a fact that is None is removed from it."""
+        known = {**self.manifest, **facts}
+        write_json(self.folder / MANIFEST, {name: value for name, value in known.items() if value is not None})
 
     def finish(self, metrics: Mapping[str, Any] | None = None) -> None:
         """Write `metrics.json` (if given) and mark the run as complete."""
         if metrics is not None:
-            write_json(self.folder / "metrics.json", metrics)
-        manifest = read_json(self.folder / MANIFEST)
-        write_json(self.folder / MANIFEST, manifest | {"status": "done", "finished": time_text()})
+            write_json(self.folder / METRICS, metrics)
+        self.note(status="done", finished=time_text())
+
+    def _from_here(self, folder: Path) -> str:
+        """A folder of the same reports folder seen from this one, so that both can be moved together; any other one whole."""
+        here, there = self.folder.resolve(), folder.resolve()
+        together = len(here.parents) > 2 and there.is_relative_to(here.parents[2] / "runs")
+        return os.path.relpath(there, here) if together else str(there)
 
 
 def run_folder(
@@ -393,49 +392,54 @@ def run_folder(
 
 
 def open_run(
-    kind: str, name: str, config: Any, inputs: Mapping[str, str] | None = None, root: Path | None = None
+    kind: str,
+    name: str,
+    config: Any,
+    inputs: Mapping[str, str] | None = None,
+    parents: Mapping[str, str | Path | None] | None = None,
+    root: Path | None = None,
 ) -> Run:
     """The run folder for this work, created if need be.
 
     `config` is anything JSON-like or a dataclass; `inputs` maps the name of each input to its content hash. Both decide the
-    folder's name; versions, device and git revision are recorded in the manifest but do not.
+    folder's name; parents (folders by role), versions, machine and git revision are recorded in the manifest but do not.
     """
-    folder = run_folder(kind, name, config, inputs, root)
-    run = Run(folder)
-    if not (folder / MANIFEST).exists():
-        write_json(folder / "config.json", config)
-        write_json(
-            folder / MANIFEST,
-            {
-                "status": "started",
-                "kind": kind,
-                "name": name,
-                "inputs": inputs or {},
-                "started": time_text(),
-                **environment(),
-            },
-        )
+    run = Run(run_folder(kind, name, config, inputs, root))
+    if not (run.folder / MANIFEST).exists():
+        write_json(run.folder / "config.json", config)
+        run.note(status="started", kind=kind, name=name, inputs=inputs or {}, started=time_text(), **environment())
+    if parents:
+        run.note(parents={role: run._from_here(Path(folder)) for role, folder in parents.items() if folder})
     return run
 
 
-def output_folder(run_dir: str, notebook: str) -> Path:
-    """Where a notebook writes: the run folder that the runner names, or `reports/runs/<notebook>/interactive` for a person."""
-    folder = Path(run_dir) if run_dir else reports_root() / "runs" / notebook / "interactive"
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def notebook_run(run_dir: str, notebook: str, **parents: str | Path | None) -> Run:
+    """The run that a notebook writes: in the folder that the runner names, or `reports/runs/<notebook>/interactive` for a person.
+
+    It counts as started until the notebook calls `finish`. `parents` are the folders it reads, by role; empty ones are left out.
+    """
+    run = Run(Path(run_dir) if run_dir else reports_root() / "runs" / notebook / "interactive")
+    if not run.manifest:
+        run.note(status="started", kind=notebook, name=run.folder.name, started=time_text(), **environment())
+    named = {role: run._from_here(Path(folder)) for role, folder in parents.items() if folder}
+    run.note(status="started", finished=None, error=None, parents=named)
+    return run
 
 
 def latest(notebook: str) -> Path:
-    """The run folder of a notebook that was finished last. Raises FileNotFoundError if there is none."""
-    finished = sorted(
-        (reports_root() / "runs" / notebook).glob("*/metrics.json"), key=lambda path: path.stat().st_mtime
-    )
+    """The run folder of a notebook that was finished last, by the manifests. Raises FileNotFoundError if there is none."""
+    finished = {}
+    for path in (reports_root() / "runs" / notebook).glob(f"*/{MANIFEST}"):
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a broken manifest, or a run that is not finished
+            finished[datetime.fromisoformat(Run(path.parent).manifest["finished"])] = path.parent
     if not finished:
         raise FileNotFoundError(
             f"no finished run of {notebook} under {reports_root() / 'runs'}: run that notebook first"
         )
-    return finished[-1].parent
+    return finished[max(finished)]
+
+
+# --- at work ------------------------------------------------------------------------------------------------------------
 
 
 def headless() -> bool:
@@ -501,6 +505,6 @@ def git_revision() -> str | None:
         return None
 
 
-def time_text(seconds: float | None = None) -> str:
-    """A time (of the epoch; now, if not given) as manifests write it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+def time_text() -> str:
+    """The time now as manifests write it."""
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")

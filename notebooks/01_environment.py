@@ -29,7 +29,8 @@ from netllm_lib import envcheck, runs
 from netllm_lib.abr.checks import llm_checks
 from netllm_lib.abr.traces import find_registry
 
-out = runs.output_folder(run_dir, "01_environment")
+this_run = runs.notebook_run(run_dir, "01_environment")
+out = this_run.folder
 checks = llm_checks(data or None, plm, layers or None, load)
 pd.DataFrame(checks)
 
@@ -45,6 +46,6 @@ registry.describe().round(3)
 # %%
 bad = envcheck.failed(checks)
 metrics = {"checks": {c.name: c.status for c in checks}, "failed": [c.name for c in bad], "data": registry.root.name}
-runs.write_json(out / "metrics.json", metrics)
+this_run.finish(metrics)
 print("\n".join(f"[{c.status}] {c.name}: {c.found}" for c in checks))
 envcheck.require(checks)

@@ -35,7 +35,8 @@ from netllm_lib.abr.policies import pensieve, tensorflow_actor
 from netllm_lib.abr.traces import find_registry
 
 # %%
-out = runs.output_folder(run_dir, "02_environment_tf")
+this_run = runs.notebook_run(run_dir, "02_environment_tf")
+out = this_run.folder
 checks = tf_checks(data or None)
 print(envcheck.as_text(checks))
 envcheck.require(checks)
@@ -64,6 +65,6 @@ comparison = pd.DataFrame.from_dict(rows, orient="index", columns=["states", "ma
 comparison
 
 # %%
-runs.write_json(out / "metrics.json", {"actors": comparison.to_dict("index"), "data": registry.root.name})
+this_run.finish({"actors": comparison.to_dict("index"), "data": registry.root.name})
 print(comparison.to_string() if len(comparison) else "no actors")
 assert (comparison["max_difference"] < 1e-5).all(), "a port deviates from TensorFlow"

@@ -44,7 +44,8 @@ from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.simulator import Simulator
 
 # %%
-out = runs.output_folder(run_dir, "03_experience_pool")
+this_run = runs.notebook_run(run_dir, "03_experience_pool")
+out = this_run.folder
 registry = sets.find_registry(data or None)
 trace_set = registry.trace_set(traces or registry.default_traces("train"))
 clip = registry.video(video or registry.default_video())
@@ -119,6 +120,6 @@ runs.write_json(out / "split.json", split)
 metrics = {"transitions": len(training), "episodes": len(training.episode_starts), "hash": training.content_hash()}
 metrics |= {"mean_reward": float(training.rewards.mean()), "H(a)": entropy, "H(a|previous)": conditional}
 metrics["validation_reward"] = estimate
-runs.write_json(out / "metrics.json", metrics)
+this_run.finish(metrics)
 print(f"{training!r}\nsaved to {out / 'pool.npz'}")
 # expected: pool.npz, pool.json, validation_pool.npz, split.json, pool.png

@@ -51,8 +51,11 @@ from netllm_lib.abr.simulator import Simulator
 from netllm_lib.plm import PLMConfig, load_plm
 
 # %%
-out = runs.output_folder(run_dir, "04_finetune")
 pool_dir = pool_dir or str(runs.latest("03_experience_pool"))
+this_run = runs.notebook_run(run_dir, "04_finetune", pool=pool_dir)
+out = this_run.folder
+
+# %%
 experience = pool.load_pool(Path(pool_dir) / "pool.npz")
 rates = {"lr": lr, "lr_around": lr_around, "advantage": advantage or None}
 config = train.TrainConfig(w=w, epochs=epochs, batch=batch, seed=seed, validate_epochs=validate_epochs, **rates)
@@ -120,5 +123,5 @@ metrics |= {"windows": flight.windows, "crossing": flight.crossing, "final_loss"
 metrics |= {"held_out_loss": held_out.cross_entropy, "validation_reward": float(result.evaluations["score"].max())}
 metrics |= {"plm": plm, "layers": network.plm.layers, "random_weights": random_weights, "tokens": tokens}
 metrics["pool_hash"] = experience.content_hash()
-runs.write_json(out / "metrics.json", metrics)
+this_run.finish(metrics)
 # expected: policy/config.json, policy/modules.safetensors, training.png

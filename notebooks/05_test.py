@@ -45,7 +45,8 @@ from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
 from netllm_lib.abr.simulator import Simulator
 
 # %%
-out = runs.output_folder(run_dir, "05_test")
+this_run = runs.notebook_run(run_dir, "05_test", training=policy)
+out = this_run.folder
 registry = sets.find_registry(data or None)
 trace_set = registry.trace_set(traces or registry.default_traces("test"))
 clip = registry.video(video or registry.default_video())
@@ -97,6 +98,6 @@ known = {"train_traces": training_set.name, "clean": clean, "seed": seed}
 report.save_test(out, tables, report.setting_of(trace_set, clip, policy, players.get("llm"), **known))
 metrics = {"policies": league.to_dict("index"), "clean_traces": int(clean.sum())}
 metrics["clean_mean"] = league["reward_clean"].to_dict()
-runs.write_json(out / "metrics.json", metrics)
+this_run.finish(metrics)
 print(league[["reward", "low", "high", "seconds"]].round(4).to_string())
 # expected: setting.json, decomposition.png

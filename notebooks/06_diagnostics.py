@@ -49,8 +49,12 @@ from netllm_lib.abr.policies.simple import Replay
 from netllm_lib.abr.simulator import Simulator
 
 # %%
-out = runs.output_folder(run_dir, "06_diagnostics")
-folders = [test_dir or runs.latest("05_test"), *seeds, train_dir, pool_dir]
+test_dir = test_dir or str(runs.latest("05_test"))
+this_run = runs.notebook_run(run_dir, "06_diagnostics", test=test_dir, training=train_dir, pool=pool_dir)
+out = this_run.folder
+
+# %%
+folders = [test_dir, *seeds, train_dir, pool_dir]
 loaded = sources.load(*filter(None, folders), plm=plm or None, data=data or None)
 if loaded.table is None:
     raise ValueError(f"{folders[0]}: there is no test in it; `netllm diagnose` reads logs alone")
@@ -219,5 +223,5 @@ metrics |= {"run": subject, "interval": league.loc[subject, ["low", "high"]].tol
 metrics |= {"reward": league["reward"].to_dict(), "gap": found.gap, "over_seeds": found.over_seeds}
 metrics |= {"regret": None if missing is None else float(missing.mean())}
 metrics |= {"differences": {name: list(interval) for name, interval in figures.differences(loaded).items()}}
-runs.write_json(out / "metrics.json", metrics)
+this_run.finish(metrics)
 # expected: findings.json, summary.txt, league.parquet, decomposition.png, timeline.png

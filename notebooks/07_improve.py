@@ -64,7 +64,10 @@ from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.train import TrainConfig
 
 # %%
-out = runs.output_folder(run_dir, "07_improve")
+this_run = runs.notebook_run(run_dir, "07_improve", training=before)
+out = this_run.folder
+
+# %%
 registry = sets.find_registry(data or None)
 test = registry.trace_set(test_traces or registry.default_traces("test"))
 whole = registry.trace_set(traces or registry.default_traces("train"))
@@ -212,6 +215,6 @@ policies = league.rename(index={"improved": "llm"}).to_dict("index")
 metrics = {"policies": policies, "rounds": improved.rounds.to_dict("records"), "elsewhere": rows}
 metrics |= {"differences": {name: list(interval) for name, interval in differences.items()}}
 metrics |= {"clean_traces": int(clean.sum()), "parameters": parameters}
-runs.write_json(out / "metrics.json", metrics)
+this_run.finish(metrics)
 print(league[["reward", "low", "high"]].round(4).to_string())
 # expected: policy/config.json, league.parquet, elsewhere.parquet, model_card.json, differences.png, rounds.png

@@ -36,8 +36,10 @@ from netllm_lib import runs
 from netllm_lib.abr import plots
 
 # %%
-out = runs.output_folder(run_dir, "08_compare")
-tables = comparing.load(sweep_dir or runs.latest("sweep"))
+sweep_dir = sweep_dir or str(runs.latest("sweep"))
+this_run = runs.notebook_run(run_dir, "08_compare", sweep=sweep_dir)
+out = this_run.folder
+tables = comparing.load(sweep_dir)
 tested = len(tables.results) > 0 and not metric
 print(
     f"{tables.name}: {len(tables.points)} points done, {len(tables.failed)} failed; varied: {', '.join(tables.varied)}"
@@ -123,5 +125,5 @@ metrics |= {"settings": league.to_dict("index"), "baseline": baseline or None}
 metrics |= {"minus_baseline": {name: list(one) for name, one in against.items()}}
 metrics |= {"minus_best": {name: list(one) for name, one in between.items()}}
 metrics |= {"effects": {name: table.to_dict("records") for name, table in found.items()}}
-runs.write_json(out / "metrics.json", metrics)
+this_run.finish(metrics)
 # expected: summary.txt, league.parquet, league.png

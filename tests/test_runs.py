@@ -26,11 +26,11 @@ class Config:
 def test_same_work_same_folder(tmp_path: Path) -> None:
     first = runs.open_run("kind", "name", Config(), {"pool": "abc"}, root=tmp_path)
     assert not first.done
-    first.finish({"reward": np.float64(0.5), "missing": float("nan")})
+    first.finish({"reward": np.float64(0.5), "missing": float("nan"), "inf": float("inf")})
     again = runs.open_run("kind", "name", Config(), {"pool": "abc"}, root=tmp_path)
     assert again.folder == first.folder
     assert again.done
-    assert runs.read_json(first.folder / "metrics.json") == {"reward": 0.5, "missing": None}
+    assert runs.read_json(first.folder / "metrics.json") == {"reward": 0.5, "missing": None, "inf": None}
     assert runs.read_json(first.folder / "config.json") == {"rate": 0.5, "path": "a/b"}
     for config, inputs in ((Config(rate=0.6), {"pool": "abc"}), (Config(), {"pool": "abd"})):
         assert runs.open_run("kind", "name", config, inputs, root=tmp_path).folder != first.folder
@@ -137,10 +137,15 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_file_locks_there_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "fcntl", None)
-    with pytest.warns(UserWarning, match="no file locks on this system"), runs.lock(tmp_path / "run"):
-        pass
+def test_without_file_locks_a_file_names_the_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    with runs.lock(tmp_path / "run") as handle:
+        assert handle is None
+        with pytest.raises(runs.Busy, match=f"process {os.getpid()} "), runs.lock(tmp_path / "run"):
+            pass
     assert list(tmp_path.iterdir()) == []
 
 
@@ -225,7 +230,7 @@ def test_a_read_only_disk_is_named(small_disk: Path) -> None:
         lambda: runs.write_json(small_disk / "f.json", 2),
         lambda: runs.write_json(small_disk / "new" / "f.json", 2),
         lambda: runs.open_run("kind", "name", {}, root=small_disk),
-        lambda: runs.output_folder(str(small_disk / "new"), "x"),
+        lambda: runs.notebook_run(str(small_disk / "new"), "x"),
         lambda: runs.lock(small_disk / "run").__enter__(),
     ):
         with pytest.raises(runs.StorageError, match=f"^{small_disk}.*cannot be written to; make it writable"):
@@ -271,11 +276,34 @@ def test_latest_is_the_last_finished(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="run that notebook first"):
         runs.latest("05_test")
-    for age, name in ((100, "old"), (10, "new")):
-        runs.write_json(tmp_path / "runs" / "05_test" / name / "metrics.json", {})
-        os.utime(tmp_path / "runs" / "05_test" / name / "metrics.json", (1e9 - age, 1e9 - age))
-    (tmp_path / "runs" / "05_test" / "unfinished").mkdir()
-    assert runs.latest("05_test").name == "new"
+    for name in ("first", "second", "broken", "started"):
+        run = runs.notebook_run(str(tmp_path / "runs" / "05_test" / name), "05_test")
+        if name != "started":
+            run.finish({})
+    (tmp_path / "runs" / "05_test" / "broken" / runs.MANIFEST).write_text("[]")
+    os.utime(tmp_path / "runs" / "05_test" / "first" / runs.MANIFEST)  # a copy changes times
+    assert runs.latest("05_test").name == "second"
+    assert not runs.notebook_run(str(tmp_path / "runs" / "05_test" / "second"), "05_test").done  # it is written again
+    assert runs.latest("05_test").name == "first"
+
+
+def test_a_run_names_its_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path / "reports"))
+    pool = runs.open_run("03_experience_pool", "demo", {})
+    elsewhere = tmp_path / "checkpoint"
+    run = runs.notebook_run("", "05_test", pool=pool.folder, training=str(elsewhere), test="")
+    assert run.folder == tmp_path / "reports" / "runs" / "05_test" / "interactive"
+    assert run.parents == {"pool": pool.folder, "training": elsewhere}
+    (tmp_path / "reports").rename(tmp_path / "moved")
+    moved = runs.Run(tmp_path / "moved" / "runs" / "05_test" / "interactive")
+    assert moved.parents["pool"] == tmp_path / "moved" / pool.folder.relative_to(tmp_path / "reports")
+    assert runs.open_run("kind", "name", {}, parents={"pool": pool.folder, "test": None}).parents == {
+        "pool": pool.folder
+    }
+    assert runs.Run(tmp_path).parents == {}
+    moved.note(parents=["x"])
+    with pytest.raises(ValueError, match="parents are folders by role"):
+        moved.parents  # noqa: B018
 
 
 def test_headless_progress_prints_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
