@@ -13,7 +13,7 @@ notebook = "04_finetune"
 timeout_s = 1200
 expected = ["policy/adapter_model.safetensors"]
 [step.parameters]
-pool = "{03_experience_pool}/pool.npz"     # a file in the run folder of an earlier step
+pool = "{03_experience_pool}/pool"         # what lies in the run folder of an earlier step
 
 [[step]]
 notebook = "check.ipynb"

@@ -78,9 +78,9 @@ makers = [make_policy(name, clip, registry, preset, pool=True) for name in polic
 upstream = preset == "upstream"
 parts = [(maker, original(maker)) for maker in makers] if upstream else sound(train_part, episodes)
 whole = trace_set if upstream else train_part
-training = pool.generate_mix(parts, whole, clip, path=out / "pool.npz", progress=runs.progress("pool"))
+training = pool.generate_mix(parts, whole, clip, path=out / "pool", progress=runs.progress("pool"))
 held = sound(validation_part, len(validation_part))
-validation = pool.generate_mix(held, validation_part, clip, path=out / "validation_pool.npz")
+validation = pool.generate_mix(held, validation_part, clip, path=out / "validation_pool")
 print(training.describe())
 
 # %%
@@ -121,5 +121,5 @@ metrics = {"transitions": len(training), "episodes": len(training.episode_starts
 metrics |= {"mean_reward": float(training.rewards.mean()), "H(a)": entropy, "H(a|previous)": conditional}
 metrics["validation_reward"] = estimate
 this_run.finish(metrics)
-print(f"{training!r}\nsaved to {out / 'pool.npz'}")
-# expected: pool.npz, pool.json, validation_pool.npz, split.json, pool.png
+print(f"{training!r}\nsaved to {out / 'pool'}")
+# expected: pool, validation_pool, split.json, pool.png

@@ -56,7 +56,7 @@ this_run = runs.notebook_run(run_dir, "04_finetune", pool=pool_dir)
 out = this_run.folder
 
 # %%
-experience = pool.load_pool(Path(pool_dir) / "pool.npz")
+experience = pool.load_pool(Path(pool_dir) / "pool")
 rates = {"lr": lr, "lr_around": lr_around, "advantage": advantage or None}
 config = train.TrainConfig(w=w, epochs=epochs, batch=batch, seed=seed, validate_epochs=validate_epochs, **rates)
 plm_config = PLMConfig(plm, layers=layers or None, random_weights=random_weights, rank=rank, seed=seed, device=device)
@@ -105,7 +105,7 @@ plt.show()
 # The checkpoint holds everything that a test needs: adapter, modules, sizes, reward range, target return, the PLM's identity.
 
 # %%
-validation = pool.load_pool(Path(pool_dir) / "validation_pool.npz")
+validation = pool.load_pool(Path(pool_dir) / "validation_pool")
 windows = config.cut(experience)
 held_out = train.held_out(network, config.cut(validation, windows.scale))
 print(

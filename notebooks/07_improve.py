@@ -195,10 +195,10 @@ elsewhere[["traces", *players, "− mpc", "− mpc low", "− mpc (strong)", "�
 # %%
 if pool_episodes:
     teacher = load_llm_policy(out / "policy", precision="auto")
-    told = {"path": out / "pool.npz", "progress": runs.progress("pool")}
+    told = {"path": out / "pool", "progress": runs.progress("pool")}
     rolled = roll_pool(teacher, split.training, clip, pool_episodes, config, **told)
     own = sound_episodes(split.held, seed=seed)
-    pool.generate_pool(teacher, split.held, clip, own, path=out / "validation_pool.npz")
+    pool.generate_pool(teacher, split.held, clip, own, path=out / "validation_pool")
     parts = {"train": split.training.names, "validation": split.held.names}
     runs.write_json(out / "split.json", {"traces": whole.name, "video": clip.name, **parts})
     print(rolled.describe())

@@ -351,7 +351,7 @@ def _set_validation_aside(folder: Path, data: Path) -> None:
     registry = Registry(data)
     everything, video = registry.trace_set("fcc-train"), registry.video("video1")
     training, held = split_validation(everything, 0.15, 1)
-    generate_pool(RobustMPC(video), held, video, sound_episodes(held), path=folder / "validation_pool.npz")
+    generate_pool(RobustMPC(video), held, video, sound_episodes(held), path=folder / "validation_pool")
     names = {"train": training.names, "validation": held.names}
     runs.write_json(folder / "split.json", {"traces": everything.name, "video": video.name, **names})
 

@@ -340,7 +340,7 @@ class Bench:
 
 def write_pool_run(folder: Path, bench: Bench, name: str, traces: str = "bench-train", video: str = VIDEO) -> Path:
     """As notebook 03."""
-    bench.pool(name).save(folder / "pool.npz")
+    bench.pool(name).save(folder / "pool")
     runs.write_json(folder / "split.json", {"traces": traces, "video": video, "train": [], "validation": []})
     runs.write_json(folder / "metrics.json", {"hash": bench.pool(name).content_hash()})
     return folder

@@ -47,7 +47,7 @@ def pool_job(_: PolicyNetwork, path: Path) -> None:
     episodes = sound_episodes(traces, seed=2, repeats=8, noise=True)
     generate_mix(
         [(RobustMPC(video), episodes), (BBA(), episodes), (Random(), episodes)],
-        traces, video, path=path / "pool.npz", block=4,
+        traces, video, path=path / "pool", block=4,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def prepare_run(root: Path, test_traces: int = 6, epochs: int = 2) -> SmallRun:
     registry = Registry(run.data)
     traces, video = registry.trace_set(registry.default_traces("train")), registry.video(registry.default_video())
     pool = generate_pool(RobustMPC(video), traces, video, sound_episodes(traces))
-    pool.save(run.folder("03_experience_pool") / "pool.npz")
+    pool.save(run.folder("03_experience_pool") / "pool")
     split = {"traces": traces.name, "video": video.name, "validation": []}
     runs.write_json(run.folder("03_experience_pool") / "split.json", split)
     runs.write_json(run.folder("03_experience_pool") / "metrics.json", {})

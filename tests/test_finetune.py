@@ -34,7 +34,7 @@ UPSTREAM = TrainConfig.upstream(epochs=1, accumulation=4, w=8, warmup_steps=2, l
 
 def write_job(folder: Path, name: str, train: TrainConfig, **changes: Any) -> Path:
     """A job on a pool of four episodes, the last one shorter than the others and than a window."""
-    pool = folder / "pool.npz"
+    pool = folder / "pool"
     if not pool.exists():
         whole, count = toy_pool(4, length=20), 66
         dones = whole.dones[:count] | (np.arange(count) == count - 1)

@@ -230,7 +230,7 @@ def test_an_earlier_round_is_kept_only_if_it_was_surely_better() -> None:
 
 
 def test_a_rolled_pool_is_as_long_as_asked_and_of_other_episodes_than_the_rounds(tmp_path: Path) -> None:
-    rolled = roll_pool(BBA(), TRACES, VIDEO, 7, SMALL, path=tmp_path / "pool.npz")
+    rolled = roll_pool(BBA(), TRACES, VIDEO, 7, SMALL, path=tmp_path / "pool")
     assert len(rolled.episode_starts) == 7
     assert rolled.source["policies"] == ["bba"]
     assert roll_pool(BBA(), TRACES, VIDEO, 7, SMALL).content_hash() == rolled.content_hash()
@@ -307,5 +307,5 @@ def test_notebook_07(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert card["trained_parameters"] == sum(p.numel() for p in small_network().trainable().values())
     split = runs.read_json(done.folder / "split.json")
     assert set(split["train"]).isdisjoint(split["validation"])
-    assert len(load_pool(done.folder / "pool.npz").episode_starts) == 4
+    assert len(load_pool(done.folder / "pool").episode_starts) == 4
     assert load_llm_policy(done.folder).name == "llm"

@@ -193,13 +193,13 @@ def test_without_minari_the_error_says_what_to_install(monkeypatch: pytest.Monke
 
 
 def test_commands(pool: ExperiencePool, tmp_path: Path, store: Path) -> None:
-    pool.save(tmp_path / "pool.npz")
-    path, app, runner = str(tmp_path / "pool.npz"), commands.app, CliRunner()
+    pool.save(tmp_path / "pool")
+    path, app, runner = str(tmp_path / "pool"), commands.app, CliRunner()
     shown = runner.invoke(app, ["show", path, "--json"], catch_exceptions=False)
     assert json.loads(shown.output.splitlines()[-1])["hash"] == pool.content_hash()
     assert pool.describe() in shown.output
     exported = runner.invoke(app, ["export", path, "abr/mix-v0", "--json"], catch_exceptions=False)
     assert json.loads(exported.output.splitlines()[-1])["folder"] == str(store / "abr" / "mix-v0")
-    back = runner.invoke(app, ["import", "abr/mix-v0", str(tmp_path / "back.npz"), "--json"], catch_exceptions=False)
+    back = runner.invoke(app, ["import", "abr/mix-v0", str(tmp_path / "back"), "--json"], catch_exceptions=False)
     assert json.loads(back.output.splitlines()[-1])["hash"] == pool.content_hash()
-    assert load_pool(tmp_path / "back.npz").content_hash() == pool.content_hash()
+    assert load_pool(tmp_path / "back").content_hash() == pool.content_hash()

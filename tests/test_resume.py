@@ -114,8 +114,8 @@ def assert_whole(folder: Path) -> int:
         elif path.suffix == ".safetensors":
             load_file(path)
             read_meta(path.parent)
-        elif path.suffix == ".npz":
-            load_pool(path)
+        elif path.name == "states.npy":
+            load_pool(path.parent)
         elif path.name == "state.pt":
             step = torch.load(path, weights_only=True)["step"]
         elif path.name == "tensorboard":
@@ -198,7 +198,7 @@ def test_a_kill_at_each_step_of_writing(worker: Worker, tmp_path: Path, job: str
 
 
 def test_two_at_once_are_refused(worker: Worker, tmp_path: Path) -> None:
-    with runs.lock(tmp_path / "pool.npz"):
+    with runs.lock(tmp_path / "pool"):
         worker.start("pool", tmp_path)
         assert worker.end() == 1  # its error is in the captured output
     worker.start("pool", tmp_path)
@@ -216,12 +216,12 @@ def test_generation_goes_on_when_there_is_room_again(small_disk: Path) -> None:
     traces, video = generate_traces("t", 5, 8), generate_video("v", 1)
     episodes = sound_episodes(traces, seed=2, repeats=40)
     with pytest.raises(runs.StorageError, match=f"^{small_disk}: the disk is full"):
-        generate_pool(BBA(), traces, video, episodes, path=small_disk / "pool.npz", block=10)
-    assert [path.name for path in small_disk.iterdir()] == [".pool.npz.blocks"]
+        generate_pool(BBA(), traces, video, episodes, path=small_disk / "pool", block=10)
+    assert [path.name for path in small_disk.iterdir()] == [".pool.generating"]
     remount(small_disk, "size=16m")
     generated: list[int] = []
     pool = generate_pool(
-        BBA(), traces, video, episodes, path=small_disk / "pool.npz", block=10,
+        BBA(), traces, video, episodes, path=small_disk / "pool", block=10,
         progress=lambda done, total: generated.append(done),
     )  # fmt: skip
     assert min(generated) > 100 * 48  # it did not begin from the start

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from netllm_lib import npz, runs
+from netllm_lib import runs
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,6 @@ def test_a_full_disk_leaves_the_old_content(small_disk: Path) -> None:
     target.write_text("old")
     writers = {
         "bytes": lambda aside: aside.write_bytes(data),
-        "npz": lambda aside: npz.write(aside, {"data": data}, ""),
         "torch": lambda aside: torch.save({"data": torch.from_numpy(data)}, aside),
         "safetensors": lambda aside: save_file({"data": data}, aside),
     }

@@ -74,8 +74,8 @@ def test_the_pool_that_a_test_was_given(tree: Tree, tmp_path: Path) -> None:
     other = generate_pool(
         make_policy("mpc", video, REGISTRY), traces, video, upstream_episodes(traces, trace_num=8, pool=True)
     )
-    other.save(tmp_path / "other.npz")
-    evidence = sources.load(tree.root, pool=tmp_path / "other.npz", data=SAMPLE)
+    other.save(tmp_path / "other")
+    evidence = sources.load(tree.root, pool=tmp_path / "other", data=SAMPLE)
     assert evidence.test_pool is not None
     assert evidence.pool is not None
     assert evidence.test_pool.content_hash() == other.content_hash() != evidence.pool.content_hash()
@@ -131,7 +131,7 @@ def run_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pool = generate_pool(
         make_policy("bba", video, REGISTRY), train, video, upstream_episodes(train, trace_num=-1, pool=True)
     )
-    pool.save(root / "03" / "pool.npz")
+    pool.save(root / "03" / "pool")
     runs.write_json(root / "03" / "split.json", {"traces": "sample-train", "video": "sample", "validation": []})
 
     network = tiny_network()

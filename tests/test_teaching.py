@@ -69,7 +69,7 @@ def test_better_players_weigh_more(mixed: ExperiencePool) -> None:
 
 
 def test_a_pool_on_disk_gives_the_same_advantages(mixed: ExperiencePool, tmp_path: Path) -> None:
-    mapped = load_pool(mixed.save(tmp_path / "pool.npz"))
+    mapped = load_pool(mixed.save(tmp_path / "pool"))
     np.testing.assert_allclose(advantages(mapped), advantages(mixed), rtol=0, atol=1e-12)
 
 

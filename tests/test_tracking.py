@@ -364,10 +364,10 @@ def test_an_unknown_tracker(tmp_path: Path) -> None:
 def test_a_job_names_its_tracker(tmp_path: Path, store: Path) -> None:
     from netllm_lib.plm import PLMConfig
 
-    POOL.save(tmp_path / "pool.npz")
+    POOL.save(tmp_path / "pool")
     plm = PLMConfig("tiny-llama", rank=4, layers=1)
     config = dataclasses.replace(CONFIG, epochs=1)
-    job = finetune.Job(str(tmp_path / "pool.npz"), str(tmp_path / "f"), plm, train=config, track="mlflow")
+    job = finetune.Job(str(tmp_path / "pool"), str(tmp_path / "f"), plm, train=config, track="mlflow")
     runs.write_json(tmp_path / "job.json", job)
     finetune.finetune(finetune.read_job(tmp_path / "job.json"))
     run_id = runs.read_json(tmp_path / "f" / "mlflow.json")["run_id"]

@@ -73,7 +73,7 @@ def test_windows_of_uneven_episodes_are_those_of_each_episode(config: WindowConf
 
 def test_a_mapped_pool_gives_the_same_windows_and_stays_on_disk(tmp_path: Path) -> None:
     pool = toy_pool(5)
-    mapped = load_pool(pool.save(tmp_path / "pool.npz"), mmap=True)
+    mapped = load_pool(pool.save(tmp_path / "pool"))
     windows = make_windows(mapped)
     assert windows.states is mapped.states
     for ours, theirs in zip(windows.batch([0, 3, 9]), make_windows(pool).batch([0, 3, 9]), strict=True):

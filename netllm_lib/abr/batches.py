@@ -177,7 +177,7 @@ def make_windows(
     starts, lengths = _cut(config, begins, ends)
     return Windows(
         states=pool.states,
-        actions=torch.from_numpy(np.ascontiguousarray(pool.actions, dtype=np.int64)),
+        actions=torch.from_numpy(pool.actions.astype(np.int64)),
         returns=torch.from_numpy(returns.astype(np.float32)),
         timesteps=torch.from_numpy(timesteps.astype(np.int64)),
         starts=starts,

@@ -3,7 +3,7 @@
     python -m netllm_lib.abr.finetune job.json
     accelerate launch --num_processes 2 -m netllm_lib.abr.finetune job.json
 
-The job is a JSON file: `pool` (pool.npz, or the original's exp_pool.pkl), `folder` (for everything that training leaves
+The job is a JSON file: `pool` (its folder, or the original's exp_pool.pkl), `folder` (for everything that training leaves
 behind), and,
 each with defaults, `plm`, `network` and `train`: the fields of `PLMConfig`, `NetworkConfig` and `TrainConfig`; with
 `"track": "mlflow"` its curves go to MLflow beside TensorBoard. A batch of

@@ -7,7 +7,7 @@ pools, starting from the round before; the level of the highest predicted value 
 with values in place of actions). The values know the future of the trace, the network does not: it learns their mean over
 the futures that look alike so far, which is why values can be cloned where the optimum's actions cannot.
 
-    folder/round-0/pool.npz, values.npy, training/     the same for every round
+    folder/round-0/pool, values.npy, training/     the same for every round
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def improve(
         )
         policies.append(done.final)
     best = chosen_round(tables) if tables else len(rows) - 1
-    return Improved(pd.DataFrame(rows), policies[best], [folder / f"round-{n}" / "pool.npz" for n in range(len(rows))])
+    return Improved(pd.DataFrame(rows), policies[best], [folder / f"round-{n}" / "pool" for n in range(len(rows))])
 
 
 def roll_pool(
@@ -258,7 +258,7 @@ def _play(
     chosen, episodes = _episodes(traces, config, number, config.groups)
     exploring = np.arange(len(episodes)) % 2 == 0 if number else np.ones(len(episodes), dtype=bool)
     explorer = Exploring(player, config.exploration * exploring)
-    pool = generate_pool(explorer, chosen, video, episodes, path=place / "pool.npz", progress=progress)
+    pool = generate_pool(explorer, chosen, video, episodes, path=place / "pool", progress=progress)
     path, key = place / "values.npy", runs.content_hash([config.grid, pool.content_hash()])
     if path.is_file() and runs.read_json(place / "values.json")["made_from"] == key:
         return pool, np.load(path)

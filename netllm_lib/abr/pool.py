@@ -1,10 +1,16 @@
-"""Experience pools: what a behaviour policy did, as the transitions that an offline-RL policy is trained on."""
+"""Experience pools: what a behaviour policy did, as the transitions that an offline-RL policy is trained on.
+
+A pool on disk is a folder: one .npy file for each array, to be memory-mapped, and `config.json` (source, transitions, hash).
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
+import math
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from netllm_lib import npz
 from netllm_lib.abr.episodes import Episodes
 from netllm_lib.abr.play import Progress, Rollout, rollout_blocks, shifted
 from netllm_lib.abr.policies.base import Policy
@@ -23,25 +28,28 @@ from netllm_lib.runs import (
     array_hash,
     atomic_path,
     blocks,
-    clean_up,
     content_hash,
+    flush_folder,
     lock,
-    plain,
     read_json,
     storage_errors,
     write_json,
 )
 
-KINDS: dict[str, tuple[type, tuple[int, ...]]] = {
+ARRAYS: dict[str, tuple[type, tuple[int, ...]]] = {
     "states": (np.float32, (6, 6)),
-    "actions": (np.int8, ()),
+    "actions": (np.int64, ()),
     "rewards": (np.float64, ()),
     "dones": (np.bool_, ()),
 }
-"""Number type and shape of a transition in files; in memory levels are int64."""
-ARRAYS = tuple(KINDS)
-BLOCK = 1024
-"""Episodes that are played before they are written to disk: about 7 MB of a pool."""
+"""Number type and shape of a transition."""
+Block = list[Any]  # of a generation: [end, digest] of its transitions, as JSON has it
+CONFIG = "config.json"
+BLOCK = 1024  # episodes that are played before they are written to disk: about 8 MB of a pool
+MAX_PACKING = (
+    100  # older files are packed to an eighth or so; one that unpacks to more than this is not read, unless it is small
+)
+SMALL_BYTES = 2**26
 
 
 class PoolError(ValueError):
@@ -64,22 +72,16 @@ class ExperiencePool:
 
     def __post_init__(self) -> None:
         count = len(self.actions)
-        shapes = {"states": (count, 6, 6), "actions": (count,), "rewards": (count,), "dones": (count,)}
-        kinds = {"states": np.float32, "actions": np.int64, "rewards": np.float64, "dones": np.bool_}
-        for name, shape in shapes.items():
+        for name, (kind, shape) in ARRAYS.items():
             array = getattr(self, name)
-            if array.shape != shape or array.dtype != kinds[name]:
-                raise PoolError(
-                    f"pool: {name} has shape {array.shape} and type {array.dtype}, expected {shape} {np.dtype(kinds[name])}"
-                )
+            if array.shape != (count, *shape) or array.dtype != kind:
+                expected = f"{(count, *shape)} and {np.dtype(kind)}"
+                raise PoolError(f"pool: {name} has shape {array.shape} and type {array.dtype}, expected {expected}")
         if count == 0:
             raise PoolError("pool: it holds no transitions")
-        if bad := _first_bad(self.states, lambda states: ~np.isfinite(states).all(axis=(1, 2))):
-            raise PoolError(f"pool: transition {bad[0]} has a state that is not finite ({bad[1]} such transitions)")
-        if bad := _first_bad(self.rewards, lambda rewards: ~np.isfinite(rewards)):
-            raise PoolError(f"pool: transition {bad[0]} has a reward that is not finite ({bad[1]} such transitions)")
-        if bad := _first_bad(self.actions, lambda levels: (levels < 0) | (levels >= LEVELS)):
-            raise PoolError(f"pool: transition {bad[0]} has level {self.actions[bad[0]]}, outside 0..{LEVELS - 1}")
+        _refuse(self.states, lambda states: ~np.isfinite(states).all(axis=(1, 2)), "a state that is not finite")
+        _refuse(self.rewards, lambda rewards: ~np.isfinite(rewards), "a reward that is not finite")
+        _refuse(self.actions, lambda levels: (levels < 0) | (levels >= LEVELS), f"a level outside 0..{LEVELS - 1}")
         if not self.dones[-1]:
             raise PoolError("pool: the last transition is not marked as the end of an episode (done)")
 
@@ -107,121 +109,184 @@ class ExperiencePool:
         return np.add.reduceat(self.rewards, self.episode_starts)
 
     def content_hash(self) -> str:
-        """Digest of the four arrays: the identity of the pool, whatever its file is called."""
+        """Digest of the four arrays: the identity of the pool, whatever its folder is called."""
         return array_hash(self.states, self.actions, self.rewards, self.dones)
 
     def describe(self) -> str:
         """Shapes, histogram of levels, quantiles of rewards and returns, as text."""
         histogram = np.bincount(self.actions, minlength=LEVELS)
-        quantiles = [0, 0.01, 0.25, 0.5, 0.75, 0.99, 1]
         shares = " ".join(f"{level}:{share:.1%}" for level, share in enumerate(histogram / len(self)))
         return "\n".join(
             [
                 repr(self),
                 f"episode lengths     {self.episode_lengths.min()}..{self.episode_lengths.max()}",
                 f"levels              {shares}",
-                f"reward quantiles    {_quantiles(self.rewards, quantiles)}",
-                f"episode mean reward {_quantiles(self.episode_returns() / self.episode_lengths, quantiles)}",
+                f"reward quantiles    {_quantiles(self.rewards)}",
+                f"episode mean reward {_quantiles(self.episode_returns() / self.episode_lengths)}",
                 f"source              {self.source or 'unknown'}",
             ]
         )
 
-    def save(self, path: Path) -> Path:
-        """Write `path` (.npz) and beside it `<stem>.json` with the source and the content hash; both atomically.
+    def save(self, folder: Path) -> Path:
+        """Write the pool as `folder`, whole or not at all; a pool that is there is replaced.
 
-        The .npz is not packed, so that it can be memory-mapped, and holds the .json's content too.
+        Raises FileExistsError for anything else that is there.
         """
-        return _save(self, Path(path).with_suffix(".npz"))
+        folder = _place(folder)
+        with atomic_path(folder) as aside:
+            aside.mkdir()
+            _write(aside, self, 0, len(self))
+            write_json(aside / CONFIG, _config(self))
+        return folder
 
 
-def _save(pool: ExperiencePool, path: Path, **about: Any) -> Path:
-    about = {"hash": pool.content_hash(), "transitions": len(pool), "source": pool.source, **about}
-    arrays = {name: getattr(pool, name) for name in ARRAYS} | {"actions": pool.actions.astype(np.int8)}
-    with atomic_path(path) as aside:
-        npz.write(aside, arrays, json.dumps(plain(about), indent=1, allow_nan=False) + "\n")
-        path.with_suffix(".json").unlink(missing_ok=True)  # it describes the pool that is now replaced
-    write_json(path.with_suffix(".json"), about)
-    return path
+def _refuse(values: np.ndarray, bad: Callable[[np.ndarray], np.ndarray], what: str) -> None:
+    """PoolError if any transition is bad; block by block, so that a mapped array stays on disk."""
+    found = np.concatenate([first + np.flatnonzero(bad(part)) for first, part in blocks(values)])
+    if len(found):
+        raise PoolError(f"pool: transition {found[0]} has {what} ({len(found)} such transitions)")
 
 
-def load_pool(path: Path, mmap: bool | None = None) -> ExperiencePool:
-    """Read a pool saved by `ExperiencePool.save`, or the original's pickle (by its ending .pkl).
+def _quantiles(values: np.ndarray) -> str:
+    shares = [0, 0.01, 0.25, 0.5, 0.75, 0.99, 1]
+    return "  ".join(f"{q:.0%}: {value:.3f}" for q, value in zip(shares, np.quantile(values, shares), strict=True))
 
-    With `mmap`, by default for pools above 32 MB, states and rewards stay on disk and are read when they are used; packed files
-    (older ones) are unpacked into memory. Raises PoolError for anything that is not a sound pool; nothing in the file is
-    executed.
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+
+def load_pool(path: Path) -> ExperiencePool:
+    """A pool's folder, or a run folder with one in it; the arrays stay on disk and are read where they are used.
+
+    An original's pickle (.pkl) and the `pool.npz` of earlier versions are read, too, into memory. Raises FileNotFoundError, or
+    PoolError for anything that is not a sound pool; nothing in a file is executed, no size is believed that is not there.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such experience pool")
-    if path.suffix == ".pkl":
+    path = next((inside for name in ("pool", "pool.npz") if (inside := Path(path) / name).exists()), Path(path))
+    if path.suffix == ".pkl" and path.is_file():
         from netllm_lib.abr.upstream.pickles import read_pool
 
         return read_pool(path)
-    return _load(path, mmap)[0]
-
-
-def _load(path: Path, mmap: bool | None) -> tuple[ExperiencePool, dict[str, Any]]:
-    """A saved pool, and what its description says."""
+    described = path / CONFIG if path.is_dir() else path.with_suffix(".json")
+    if not (described if path.is_dir() else path).is_file():
+        raise FileNotFoundError(f"{path}: no such experience pool")
+    about = read_json(described) if described.exists() else {}
+    if not isinstance(about, dict) or not isinstance(source := about.get("source", {}), dict):
+        raise PoolError(f"{described}: not the description of a pool; copy the pool again")
     try:
-        values, text = npz.read(path, ARRAYS, mmap)
-        inside = json.loads(text) if text else {}
-    except Exception as error:  # whatever a broken file provokes is a broken file
-        raise PoolError(f"{path}: not a pool saved by this library ({type(error).__name__}: {error})") from None
-    beside = path.with_suffix(".json")
-    described = [_description(path, inside)]
-    if beside.exists():
-        described.append(_description(beside, read_json(beside)))
-    try:
-        actions = _integers(values["actions"])
-        source = described[-1].get("source", {})
-        pool = ExperiencePool(values["states"], actions, values["rewards"], values["dones"], source)
+        arrays = {name: _mapped(path / f"{name}.npy") for name in ARRAYS} if path.is_dir() else _unpacked(path)
+        pool = ExperiencePool(**arrays, source=source)
     except PoolError as error:
         raise PoolError(f"{path}: {error}") from None
-    digest = pool.content_hash()
-    for about in described:
-        if about.get("hash", digest) != digest:
-            raise PoolError(
-                f"{path}: content does not match the hash in {beside.name}; generate or copy the pool again"
-            )
-    return pool, described[-1]
+    except Exception as error:  # whatever a broken file provokes is a broken file
+        raise PoolError(f"{path}: not a pool saved by this library ({type(error).__name__}: {error})") from None
+    if about.get("hash", digest := pool.content_hash()) != digest:
+        raise PoolError(f"{path}: content does not match the hash in {described.name}; generate or copy the pool again")
+    return pool
 
 
-def _description(path: Path, described: Any) -> dict[str, Any]:
-    if not isinstance(described, dict) or not isinstance(described.get("source", {}), dict):
-        raise PoolError(f"{path}: not the description of a pool; delete it or copy it again")
-    return described
+def _mapped(path: Path) -> np.ndarray:
+    """The array in an .npy file, as a read-only map of it."""
+    with open(path, "rb") as stream:
+        if (version := np.lib.format.read_magic(stream)) != (1, 0):  # the only one whose header cannot be long
+            raise ValueError(f"{path.name} has a header of version {version}")
+    array = np.load(path, mmap_mode="r")
+    if path.stat().st_size != array.offset + array.nbytes:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {array.offset + array.nbytes}")
+    return np.asarray(array)
 
 
-def from_rollout(played: Rollout, source: dict[str, Any] | None = None) -> ExperiencePool:
+def _unpacked(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a `pool.npz` of earlier versions. Every size is checked before memory is taken, checksums after."""
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.getinfo(f"{name}.npy") for name in ARRAYS}
+        total, size = sum(member.file_size for member in members.values()), path.stat().st_size
+        if total > max(MAX_PACKING * size, SMALL_BYTES):
+            raise ValueError(f"{total} bytes packed into {size}, more than any pool")
+        for name, member in members.items():
+            if member.compress_type not in (
+                zipfile.ZIP_STORED,
+                zipfile.ZIP_DEFLATED,
+            ):  # others take what the file asks for
+                raise ValueError(f"{name} is packed in an unknown way")
+            with archive.open(member) as stream:
+                if (version := np.lib.format.read_magic(stream)) != (1, 0):
+                    raise ValueError(f"{name} has a header of version {version}")
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1000)
+                data_bytes = member.file_size - stream.tell()
+                if fortran or dtype.hasobject or dtype.itemsize * math.prod(shape) != data_bytes:
+                    raise ValueError(f"{name}: shape {shape} and type {dtype} do not fit its {data_bytes} bytes")
+                arrays[name] = np.frombuffer(stream.read(data_bytes), dtype).reshape(shape)
+    if arrays["actions"].dtype.kind not in "iu":
+        raise PoolError(f"pool: actions have type {arrays['actions'].dtype}, expected integers")
+    return arrays | {"actions": arrays["actions"].astype(np.int64)}
+
+
+def _place(folder: Path) -> Path:
+    """`folder`, unless something lies there that a pool must not replace."""
+    if Path(folder).exists() and not (Path(folder) / "states.npy").is_file():
+        raise FileExistsError(f"{folder}: it is there and is no pool; name a folder that is not there yet")
+    return Path(folder)
+
+
+def _config(pool: ExperiencePool) -> dict[str, Any]:
+    return {"transitions": len(pool), "hash": pool.content_hash(), "source": pool.source}
+
+
+def _header(name: str, count: int) -> bytes:
+    """What an .npy file of `count` transitions begins with."""
+    kind, shape = ARRAYS[name]
+    layout = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": (count, *shape)}
+    np.lib.format.write_array_header_1_0(stream := io.BytesIO(), layout)
+    return stream.getvalue()
+
+
+def _offset(name: str, count: int, row: int) -> int:
+    """Where in that file transition `row` begins."""
+    return len(_header(name, count)) + row * np.dtype(ARRAYS[name]).itemsize
+
+
+def _write(folder: Path, part: ExperiencePool, first: int, count: int) -> None:
+    """Transitions `first` and following of a pool of `count` into its files."""
+    for name in ARRAYS:
+        with open(folder / f"{name}.npy", "r+b" if first else "wb") as stream:
+            stream.write(_header(name, count))
+            stream.seek(_offset(name, count, first))
+            for _, rows in blocks(getattr(part, name)):
+                stream.write(np.ascontiguousarray(rows).data)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+# --- generation ---------------------------------------------------------------------------------------------------------
+
+
+def from_rollout(played: Rollout) -> ExperiencePool:
     """The transitions of a rollout that kept its states."""
     if played.states is None:
         raise ValueError("the rollout kept no states: play it with keep_states=True")
-    episodes, chunks = played.level.shape
-    dones = np.zeros((episodes, chunks - 1), dtype=bool)
+    dones = np.zeros_like(played.level[:, 1:], dtype=bool)
     dones[:, -1] = True
-    return ExperiencePool(
-        states=played.states[:, :-1].reshape(-1, 6, 6),
-        actions=played.level[:, 1:].ravel().astype(np.int64),
-        rewards=played.reward[:, 1:].ravel(),
-        dones=dones.ravel(),
-        source=source or {},
-    )
+    states, levels = played.states[:, :-1].reshape(-1, 6, 6), played.level[:, 1:].ravel().astype(np.int64)
+    return ExperiencePool(states, levels, played.reward[:, 1:].ravel(), dones.ravel())
 
 
-def generate_pool(
-    policy: Policy,
-    traces: TraceSet,
-    video: Video,
-    episodes: Episodes,
-    source: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-    *,
-    path: Path | None = None,
-    block: int = BLOCK,
-) -> ExperiencePool:
-    """Play `episodes` with a behaviour policy and keep the transitions; see `generate_mix`."""
-    return generate_mix([(policy, episodes)], traces, video, source, progress, path=path, block=block)
+def concatenate(pools: Sequence[ExperiencePool], source: dict[str, Any] | None = None) -> ExperiencePool:
+    """One pool of all episodes, in the given order; its source is `source`, or those of all pools."""
+    arrays = {name: np.concatenate([getattr(pool, name) for pool in pools]) for name in ARRAYS}
+    return ExperiencePool(**arrays, source=source or _mixed([pool.source for pool in pools]))
+
+
+def _mixed(sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if len(sources) == 1:
+        return sources[0]
+    policies = [policy for source in sources for policy in source.get("policies", ["unknown"])]
+    return {"policies": policies, "mix": list(sources)}
+
+
+def generate_pool(policy: Policy, traces: TraceSet, video: Video, episodes: Episodes, **options: Any) -> ExperiencePool:
+    """Play `episodes` with a behaviour policy and keep the transitions; options are those of `generate_mix`."""
+    return generate_mix([(policy, episodes)], traces, video, **options)
 
 
 def generate_mix(
@@ -236,235 +301,122 @@ def generate_mix(
 ) -> ExperiencePool:
     """Play every behaviour policy's episodes and keep all transitions, one policy after the other; `source` adds to the pool's.
 
-    In blocks of `block` episodes. With `path` every block goes to disk, into a folder beside the .npz to be, so that no more
-    than one is in memory; the finished pool is memory-mapped if it is large. A generation that was killed goes on after its
-    last block when it is called again with the same arguments, to the same bytes, and one that is finished is read back; both only
-    if playing the last block again gives what is on disk, or it starts anew. A policy that carries state from trace
-    to trace is played again from its first trace. Raises runs.Busy while another process writes the same pool.
+    With `path`, the pool's folder, every block of `block` episodes goes to disk, so that no more than one is in memory. A
+    generation that was killed goes on after its last block when it is called again with the same arguments, to the same bytes,
+    and one that is finished is read back; both only if playing the last block again gives what is on disk, or it starts anew.
+    A policy that carries state from trace to trace is played again from its first trace. Raises runs.Busy while another process
+    writes the same pool.
     """
-    described = [_described(policy, traces, video, episodes) for policy, episodes in parts]
-    about = (described[0] if len(parts) == 1 else _mixed(described)) | (source or {})
-    play = _Play(parts, traces, video, block, progress)
-    if path is None or not play.transitions:
-        return _in_memory(play, about)
-    path = Path(path).with_suffix(".npz")
+    described = [
+        {"policies": [policy.name], "traces": traces.name, "traces_hash": traces.content_hash, "video": video.name}
+        | {"episodes": len(episodes), "seed": episodes.seed, "fixed": episodes.fixed}
+        for policy, episodes in parts
+    ]
+    plan = _Plan(parts, traces, video, _mixed(described) | (source or {}), progress, block)
+    if block < 1 or not plan.episodes:
+        raise PoolError(f"{plan.episodes} episodes are to be played, {block} at once: at least one is needed")
+    if path is None:
+        return concatenate([part for _, part in plan.play([])], plan.source)
+    path = _place(path)
     with lock(path), storage_errors(path.parent):
-        return _on_disk(play, about, path)
-
-
-def _described(policy: Policy, traces: TraceSet, video: Video, episodes: Episodes) -> dict[str, Any]:
-    return {
-        "policies": [policy.name],
-        "traces": traces.name,
-        "traces_hash": traces.content_hash,
-        "video": video.name,
-        "episodes": len(episodes),
-        "seed": episodes.seed,
-        "fixed": episodes.fixed,
-    }
-
-
-def _mixed(sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    policies = [policy for source in sources for policy in source.get("policies", ["unknown"])]
-    return {"policies": policies, "mix": list(sources)}
-
-
-class _Play:
-    """The blocks of a generation, counted over all its policies."""
-
-    def __init__(
-        self,
-        parts: Sequence[tuple[Policy, Episodes]],
-        traces: TraceSet,
-        video: Video,
-        block: int,
-        progress: Progress | None,
-    ):
-        if block < 1:
-            raise ValueError(f"block={block}: at least one episode has to be played at once")
-        self.parts, self.traces, self.video, self.block, self.progress = parts, traces, video, block, progress
-        sizes = [min(block, len(e) - first) for _, e in parts for first in range(0, len(e), block)]
-        self.ends = np.cumsum(sizes) * (CHUNKS - 1)  # [blocks] transitions in all blocks up to each one
-        self.transitions = int(self.ends[-1]) if sizes else 0
-
-    @property
-    def key(self) -> str:
-        """What is played, as far as it can be told without playing."""
-        parts = [[policy.name, _numbers_of(episodes)] for policy, episodes in self.parts]
-        return content_hash([parts, self.traces.content_hash, self.video.content_hash, self.block], digits=16)
-
-    def start_before(self, done: int) -> int:
-        """The block to begin with so that the last of `done` blocks is played again: that one, or its policy's first one."""
-        first = 0
-        for policy, episodes in self.parts:
-            count = -(-len(episodes) // self.block)
-            if done <= first + count:
-                return first if policy.carries_state else max(done - 1, 0)
-            first += count
-        return first
-
-    def blocks(self, first: int) -> Iterator[tuple[int, ExperiencePool]]:
-        """(number, transitions) of the blocks from `first` on."""
-        number = earlier = 0
-        chunks = sum(len(episodes) for _, episodes in self.parts) * CHUNKS
-        for policy, episodes in self.parts:
-            count = -(-len(episodes) // self.block)
-            if number + count > first:
-                skip = max(first - number, 0)
-                report = None if self.progress is None else shifted(self.progress, earlier, chunks)
-                simulator = Simulator(self.traces, self.video, episodes)
-                played = rollout_blocks(policy, simulator, self.block, first=skip, keep_states=True, progress=report)
-                for offset, part in enumerate(played, start=number + skip):
-                    yield offset, from_rollout(part)
-            number += count
-            earlier += len(episodes) * CHUNKS
-
-
-def _numbers_of(episodes: Episodes) -> str:
-    noise = np.zeros(0) if episodes.noise is None else episodes.noise
-    numbers = array_hash(episodes.trace_index, episodes.start_ptr, noise, episodes.action_draws)
-    return content_hash([numbers, episodes.seed, episodes.fixed, episodes.running_clock])
-
-
-def _in_memory(play: _Play, source: dict[str, Any]) -> ExperiencePool:
-    arrays: dict[str, np.ndarray] = {
-        name: np.empty((play.transitions, *shape), np.int64 if name == "actions" else kind)
-        for name, (kind, shape) in KINDS.items()
-    }
-    for number, part in play.blocks(0):
-        rows = slice(play.ends[number] - len(part), play.ends[number])
-        for name, values in arrays.items():
-            values[rows] = getattr(part, name)
-    return ExperiencePool(**arrays, source=source)
-
-
-def _on_disk(play: _Play, source: dict[str, Any], path: Path) -> ExperiencePool:
-    key = content_hash([play.key, source], digits=16)
-    work = _Work(path.with_name(f".{path.name}.blocks"), key)
-    finished = _finished(path, key)
-    done = len(play.ends) if finished is not None else work.resume(play.ends)
-    there = work.arrays() if finished is None else {name: getattr(finished, name) for name in ARRAYS}
-    try:
-        for number, part in play.blocks(play.start_before(done)):
-            if number >= done:
-                work.append(part, number + 1)
-            elif not _same(part, there, play.ends[number] - len(part)):
-                raise _AnotherPool
-    except _AnotherPool:
-        finished = None
-        work.clear()
-        for number, part in play.blocks(0):
-            work.append(part, number + 1)
-    if finished is None:
-        _save(ExperiencePool(**work.arrays(), source=source), path, made_from=key)
-    elif not path.with_suffix(".json").exists():  # killed between the two files
-        _save(finished, path, made_from=key)
-    work.clear()
-    return load_pool(path)
+        return _generate_on_disk(plan, path)
 
 
 class _AnotherPool(Exception):
     """What is on disk is not what the policies play."""
 
 
-def _finished(path: Path, key: str) -> ExperiencePool | None:
-    """The pool in `path` if it was generated from the same things, whole and sound."""
-    if not path.exists():
-        return None
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be played, in blocks of episodes that are counted through all policies."""
+
+    parts: Sequence[tuple[Policy, Episodes]]
+    traces: TraceSet
+    video: Video
+    source: dict[str, Any]
+    progress: Progress | None
+    block: int
+
+    @property
+    def episodes(self) -> int:
+        return sum(len(episodes) for _, episodes in self.parts)
+
+    def key(self) -> str:
+        """Digest of everything that is known without playing."""
+        parts = []
+        for policy, episodes in self.parts:
+            noise = np.zeros(0) if episodes.noise is None else episodes.noise
+            drawn = array_hash(episodes.trace_index, episodes.start_ptr, noise, episodes.action_draws)
+            parts.append([policy.name, drawn, episodes.seed, episodes.fixed, episodes.running_clock])
+        return content_hash([parts, self.traces.content_hash, self.video.content_hash, self.block, self.source], 16)
+
+    def play(self, there: list[Block]) -> Iterator[tuple[Block, ExperiencePool]]:
+        """The blocks that come after those that are `there`.
+
+        Of these the last one is played again, or all of its policy if that carries state. Raises _AnotherPool if one differs.
+        """
+        blocks_before = episodes_before = 0
+        for policy, episodes in self.parts:
+            blocks_after = blocks_before - (-len(episodes) // self.block)
+            if max(len(there), 1) <= blocks_after:
+                skip = 0 if policy.carries_state else max(len(there) - 1 - blocks_before, 0)
+                report = self.progress and shifted(self.progress, episodes_before * CHUNKS, self.episodes * CHUNKS)
+                simulator = Simulator(self.traces, self.video, episodes)
+                played = rollout_blocks(policy, simulator, self.block, first=skip, keep_states=True, progress=report)
+                end = (episodes_before + skip * self.block) * (CHUNKS - 1)
+                for number, part in enumerate(map(from_rollout, played), start=blocks_before + skip):
+                    end += len(part)
+                    made = [end, part.content_hash()]
+                    if number >= len(there):
+                        yield made, part
+                    elif made != there[number]:
+                        raise _AnotherPool
+            blocks_before, episodes_before = blocks_after, episodes_before + len(episodes)
+
+
+def _generate_on_disk(plan: _Plan, path: Path) -> ExperiencePool:
+    """The pool in `path`, made in a folder beside it; `config.json` in both lists the blocks, to go on after them."""
+    key, beside = plan.key(), path.with_name(f".{path.name}.generating")
+    with contextlib.suppress(PoolError, _AnotherPool):
+        if there := _blocks_in(path, key):
+            pool = load_pool(path)
+            list(plan.play(there))
+            return pool
+    beside.mkdir(exist_ok=True)
+    count = plan.episodes * (CHUNKS - 1)
+    for there in (_sound(beside, _blocks_in(beside, key), count), []):
+        with contextlib.suppress(_AnotherPool):
+            for made, part in plan.play(there):
+                _write(beside, part, made[0] - len(part), count)
+                there.append(made)
+                write_json(beside / CONFIG, {"made_from": key, "blocks": there})
+            break
+    arrays = {name: _mapped(beside / f"{name}.npy") for name in ARRAYS}
+    about = _config(ExperiencePool(**arrays, source=plan.source)) | {"made_from": key, "blocks": there}
+    write_json(beside / CONFIG, about)
+    shutil.rmtree(path, ignore_errors=True)  # killed after this, the next call finds the whole pool beside
+    os.replace(beside, path)
+    flush_folder(path.parent)
+    return load_pool(path)
+
+
+def _blocks_in(folder: Path, key: str) -> list[Block]:
+    """The blocks of a pool, finished or not, that was made from what `key` stands for; else none."""
+    about = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    return about["blocks"] if about.get("made_from") == key else []
+
+
+def _sound(folder: Path, made: list[Block], count: int) -> list[Block]:
+    """The blocks of an unfinished pool of `count` transitions up to the first one that is damaged."""
     try:
-        pool, about = _load(path, None)
-    except PoolError:
-        return None
-    return pool if about.get("made_from") == key else None
-
-
-def _same(part: ExperiencePool, there: dict[str, np.ndarray], first: int) -> bool:
-    rows = slice(first, first + len(part))
-    return all(np.array_equal(getattr(part, name), there[name][rows]) for name in ARRAYS)
-
-
-class _Work:
-    """A pool in the making: raw arrays in a folder, appended block by block; `progress.json` says how much of them counts."""
-
-    def __init__(self, folder: Path, key: str):
-        self.folder, self.key = folder, key
-        self.transitions = 0
-
-    def resume(self, ends: np.ndarray) -> int:
-        """How many blocks are there, whole; whatever belongs to another generation is removed."""
-        progress = self.folder / "progress.json"
-        clean_up(progress, alone=True)
-        if progress.is_file():
-            found = read_json(progress)
-            done = found["blocks"] if found["key"] == self.key else 0
-            self.transitions = int(ends[done - 1]) if done else 0
-            if done and all(self._file(name).stat().st_size >= self._bytes(name) for name in KINDS):
-                return done
-        self.clear()
-        return 0
-
-    def append(self, part: ExperiencePool, blocks_done: int) -> None:
-        self.folder.mkdir(exist_ok=True)
-        for name, (kind, _) in KINDS.items():
-            with open(self._file(name), "r+b" if self._file(name).exists() else "w+b") as stream:
-                stream.truncate(self._bytes(name))  # what a kill left of a block
-                stream.seek(0, os.SEEK_END)
-                stream.write(np.ascontiguousarray(getattr(part, name), kind).data)
-                stream.flush()
-                os.fsync(stream.fileno())
-        write_json(self.folder / "progress.json", {"key": self.key, "blocks": blocks_done})
-        self.transitions += len(part)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The transitions so far, as maps of the files; the levels in memory."""
-        if not self.transitions:
-            return {}
-        arrays: dict[str, np.ndarray] = {
-            name: np.memmap(self._file(name), kind, "r", shape=(self.transitions, *shape))
-            for name, (kind, shape) in KINDS.items()
-        }
-        return arrays | {"actions": arrays["actions"].astype(np.int64)}
-
-    def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.transitions = 0
-
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{name}.bin"
-
-    def _bytes(self, name: str) -> int:
-        kind, shape = KINDS[name]
-        return self.transitions * np.dtype(kind).itemsize * int(np.prod(shape))
-
-
-def concatenate(pools: Sequence[ExperiencePool]) -> ExperiencePool:
-    """One pool of all episodes, in the given order."""
-    if len(pools) == 1:
-        return pools[0]
-    arrays = {
-        name: np.concatenate([getattr(pool, name) for pool in pools])
-        for name in ("states", "actions", "rewards", "dones")
-    }
-    return ExperiencePool(**arrays, source=_mixed([pool.source for pool in pools]))
-
-
-def _integers(values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind not in "iu":
-        raise PoolError(f"pool: actions have type {values.dtype}, expected integers")
-    return values.astype(np.int64)
-
-
-def _first_bad(values: np.ndarray, bad: Callable[[np.ndarray], np.ndarray]) -> tuple[int, int] | None:
-    """(index of the first bad transition, how many), or None; block by block, so that a mapped array stays on disk."""
-    first, count = -1, 0
-    for start, part in blocks(values):
-        if (found := bad(part)).any():
-            first = start + int(found.argmax()) if count == 0 else first
-            count += int(found.sum())
-    return (first, count) if count else None
-
-
-def _quantiles(values: np.ndarray, quantiles: Sequence[float]) -> str:
-    return "  ".join(
-        f"{q:.0%}: {value:.3f}" for q, value in zip(quantiles, np.quantile(values, quantiles), strict=True)
-    )
+        for name in ARRAYS:
+            os.truncate(folder / f"{name}.npy", _offset(name, count, count))  # zeros for what is still to come
+        arrays = [_mapped(folder / f"{name}.npy") for name in ARRAYS]
+    except (OSError, ValueError):
+        return []
+    first = 0
+    for number, (end, digest) in enumerate(made):
+        if array_hash(*(array[first:end] for array in arrays)) != digest:
+            return made[:number]
+        first = end
+    return made

@@ -12,7 +12,9 @@ from netllm_lib.cli.options import DataOption, JsonOption
 
 app = typer.Typer(help="Experience pools: show, and to and from Minari.", no_args_is_help=True, rich_markup_mode=None)
 
-PoolArgument = Annotated[Path, typer.Argument(metavar="POOL", help="A pool.npz, or the original's exp_pool.pkl.")]
+PoolArgument = Annotated[
+    Path, typer.Argument(metavar="POOL", help="Folder of a pool or a run, or the original's exp_pool.pkl.")
+]
 IdArgument = Annotated[str, typer.Argument(metavar="DATASET_ID", help="name-v0 or namespace/name-v0.")]
 
 
@@ -55,7 +57,7 @@ def pool_export(
 @app.command("import")
 def pool_import(
     dataset_id: IdArgument,
-    out: Annotated[Path, typer.Argument(metavar="POOL.npz", help="File to write.")],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")],
     as_json: JsonOption = False,
 ) -> None:
     """Read a Minari dataset of bitrate episodes into a pool."""

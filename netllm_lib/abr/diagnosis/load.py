@@ -33,7 +33,7 @@ SETTING, METRICS, CHECKPOINT, MODULES, POOL = (
     "metrics.json",
     "config.json",
     "modules.safetensors",
-    "pool.npz",
+    "pool",
 )
 DOCUMENTED_ACCUMULATION = 32
 UPSTREAM_WARMUP = 2000
@@ -98,7 +98,7 @@ def _kind(place: Path) -> str:
         and not (place / "settings.json").is_file()
     ):
         return "training"
-    if (place / POOL).is_file():
+    if any((place / name).exists() for name in (POOL, "pool.npz", "states.npy")):
         return "pool"
     return "import" if (place / "settings.json").is_file() and (place / "missing.json").is_file() else "original"
 
@@ -240,7 +240,7 @@ def _as_trained(evidence: Evidence, config: Mapping[str, Any] | None) -> Evidenc
 
 
 def _pool(evidence: Evidence, place: Path, plm: str | Path | None) -> Evidence:
-    evidence = _with_pool(evidence, load_pool(place / POOL))
+    evidence = _with_pool(evidence, load_pool(place))
     split = place / "split.json"
     if split.is_file():
         described = runs.read_json(split)
@@ -280,7 +280,7 @@ def _import(evidence: Evidence, place: Path, plm: str | Path | None) -> Evidence
         evidence = _checkpoint(evidence, place / "policy", plm)
         evidence = _tested_as_original(evidence)
     named = described["pool"].get("path")
-    if named and Path(named).is_file():
+    if named and Path(named).exists():
         evidence = replace(evidence, pool=load_pool(Path(named)))
     elif evidence.registry is not None:
         evidence = replace(evidence, pool=_remade(settings, evidence.registry))
