@@ -139,7 +139,7 @@ def test_actors_equal_tensorflow(golden: Path, registry: Registry) -> None:
     assert names
     for name in names:
         need_actor(name)
-        actor = Actor.load(exported_actor(registry.actor(name)))
+        actor = Actor.load(exported_actor(registry.actor_folders()[name]))
         np.testing.assert_allclose(
             actor.probabilities(recording["states"]), recording[f"{name}_probs_batch"], atol=1e-5
         )

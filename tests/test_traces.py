@@ -45,7 +45,11 @@ def write(path: Path, text: str) -> Path:
         ("0 1\n1 -2\n", ":2", "negative bandwidth"),
         ("0 1\n1 nan\n", ":2", "finite"),
         ("0 1\ninf 2\n", ":2", "finite"),
-        ("0 5\n1 0\n2 0\n", "", "zero throughout"),
+        ("0 5\n1 0\n2 0\n", "", "0 bytes in 2 s, no chunk would ever arrive"),
+        ("0 5\n1 1e-9\n", "", "no chunk would ever arrive"),
+        ("0 5\n1e-13 1\n", "", "no chunk would ever arrive"),
+        ("-5 1\n1 1\n", "", "it begins at -5.0 s"),
+        ("1.6e9 1\n1600000001 1\n", "", "it begins at 1600000000.0 s; every pass begins at 0"),
     ],
 )
 def test_broken_trace_names_file_line_and_value(tmp_path: Path, text: str, where: str, message: str) -> None:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.sparse.csgraph
 
 from netllm_lib import safe_pickle
 from netllm_lib.abr.qoe import LEVELS
@@ -28,6 +29,11 @@ from netllm_lib.runs import PROJECT, array_hash
 
 CHUNKS = 48  # chunks played per episode; size files may list more
 POINTER_FILE = "mahimahi_ptrs.pkl"
+LEAST_PASS_BYTES, LEAST_PASS_S = (
+    1000.0,
+    0.001,
+)  # a chunk of megabytes then takes some thousand passes through a trace, not more
+SAMPLE = PROJECT / "data" / "sample"
 
 
 @dataclass(frozen=True)
@@ -55,30 +61,34 @@ class Trace:
 
 def read_trace(path: Path) -> Trace:
     """Parse a trace file. Raises ValueError naming file, line and value for anything the simulator could not play."""
-    times: list[float] = []
-    rates: list[float] = []
+    samples: list[tuple[float, float]] = []
     for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
-        fields = line.split()
-        if not fields:
+        if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            time_s, mbps = (float(field) for field in fields)
+            time_s, mbps = (float(field) for field in line.split())
         except ValueError:
             raise ValueError(f'{where}: expected "time_s Mbps", found {line[:60]!r}') from None
         if not (math.isfinite(time_s) and math.isfinite(mbps)):
             raise ValueError(f"{where}: time and bandwidth must be finite numbers, found {line[:60]!r}")
         if mbps < 0:
             raise ValueError(f"{where}: negative bandwidth {mbps} Mbps")
-        if times and time_s <= times[-1]:
-            raise ValueError(f"{where}: time {time_s} s does not increase (the line before has {times[-1]} s)")
-        times.append(time_s)
-        rates.append(mbps)
-    if len(times) < 2:
-        raise ValueError(f"{path}: empty trace ({len(times)} samples; at least two are needed)")
-    if not any(rates[1:]):
-        raise ValueError(f"{path}: bandwidth is zero throughout, no chunk would ever arrive")
-    return Trace(Path(path).name, np.array(times), np.array(rates))
+        if samples and time_s <= samples[-1][0]:
+            raise ValueError(f"{where}: time {time_s} s does not increase (the line before has {samples[-1][0]} s)")
+        samples.append((time_s, mbps))
+    if len(samples) < 2:
+        raise ValueError(f"{path}: empty trace ({len(samples)} samples; at least two are needed)")
+    trace = Trace(Path(path).name, *np.array(samples).T.copy())
+    gaps_s = np.diff(trace.time_s)
+    if not 0 <= trace.time_s[0] <= gaps_s.max():
+        raise ValueError(
+            f"{path}: it begins at {trace.time_s[0]} s; every pass begins at 0: take the first time from all"
+        )
+    pass_bytes = float((trace.mbps[1:] * gaps_s).sum()) * 1e6 / 8
+    if pass_bytes < LEAST_PASS_BYTES or trace.duration_s < LEAST_PASS_S:
+        raise ValueError(f"{path}: {pass_bytes:.3g} bytes in {trace.duration_s:.3g} s, no chunk would ever arrive")
+    return trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +103,8 @@ class TraceSet:
         return len(self.traces)
 
     def __repr__(self) -> str:
-        pointers = "fixed start pointers" if self.start_ptrs is not None else "no pointer file"
-        return (
-            f"TraceSet({self.name!r}, {len(self)} traces, {sum(len(t.mbps) for t in self.traces)} samples, {pointers})"
-        )
+        pointers = "no" if self.start_ptrs is None else "fixed"
+        return f"TraceSet({self.name!r}, {len(self)} traces, {len(self.packed[1])} samples, {pointers} start pointers)"
 
     @property
     def names(self) -> list[str]:
@@ -106,18 +114,14 @@ class TraceSet:
     def packed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(offsets [N+1], time_s, mbps): all samples concatenated, for the compiled simulator."""
         offsets = np.concatenate([[0], np.cumsum([len(trace.mbps) for trace in self.traces])]).astype(np.int64)
-        return (
-            offsets,
-            np.concatenate([trace.time_s for trace in self.traces]),
-            np.concatenate([trace.mbps for trace in self.traces]),
-        )
+        times, rates = ([getattr(trace, name) for trace in self.traces] for name in ("time_s", "mbps"))
+        return offsets, np.concatenate(times), np.concatenate(rates)
 
     @cached_property
     def content_hash(self) -> str:
         """Digest of all samples, names and start pointers."""
-        names = np.array(self.names)
         pointers = np.zeros(0) if self.start_ptrs is None else self.start_ptrs
-        return array_hash(*self.packed, names, pointers)
+        return array_hash(*self.packed, np.array(self.names), pointers)
 
     def subset(self, index: Sequence[int] | np.ndarray, name: str | None = None) -> TraceSet:
         """The traces at `index`, in that order."""
@@ -137,10 +141,10 @@ def _read_pointers(path: Path, traces: tuple[Trace, ...]) -> np.ndarray:
     """The original's pickled list of start pointers."""
     try:
         values = safe_pickle.load(path.read_bytes())
+        if type(values) is not list or not all(type(value) is int for value in values):
+            raise ValueError(f"a {type(values).__name__}")
     except ValueError as error:
         raise ValueError(f"{path}: not a plain pickled list of integers ({error})") from None
-    if type(values) is not list or not all(type(value) is int for value in values):
-        raise ValueError(f"{path}: not a plain pickled list of integers")
     if len(values) != len(traces):
         raise ValueError(f"{path}: {len(values)} start pointers for {len(traces)} traces")
     for value, trace in zip(values, traces, strict=True):
@@ -171,9 +175,8 @@ class Video:
 
     def __repr__(self) -> str:
         mbps = self.sizes_bytes[:, :CHUNKS].mean(axis=1) * 8 / 4e6
-        return (
-            f"Video({self.name!r}, {self.sizes_bytes.shape[1]} chunks, mean Mbps by level {np.round(mbps, 3).tolist()})"
-        )
+        chunks = self.sizes_bytes.shape[1]
+        return f"Video({self.name!r}, {chunks} chunks, mean Mbps by level {np.round(mbps, 3).tolist()})"
 
     @cached_property
     def content_hash(self) -> str:
@@ -194,7 +197,7 @@ def read_video(folder: Path) -> Video:
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
             if not line.strip():
                 continue
-            if not re.fullmatch(r"\s*[0-9]+\s*", line) or int(line) == 0:
+            if not re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", line):
                 raise ValueError(f"{path}:{number}: expected a chunk size in bytes, found {line[:60]!r}")
             sizes.append(int(line))
         if len(sizes) < CHUNKS:
@@ -206,8 +209,6 @@ def read_video(folder: Path) -> Video:
 
 # --- registry -----------------------------------------------------------------------------------------------------------
 
-SAMPLE = PROJECT / "data" / "sample"
-
 
 @dataclass(frozen=True)
 class Registry:
@@ -218,9 +219,7 @@ class Registry:
     def trace_folders(self) -> dict[str, Path]:
         """Trace set name -> folder. A name that occurs in two splits is an error."""
         folders: dict[str, Path] = {}
-        for path in sorted(self.root.glob("traces/*/*")):
-            if not path.is_dir() or path.name.startswith("."):
-                continue
+        for path in sorted(self.root.glob("traces/*/[!.]*/")):
             if path.name in folders:
                 raise ValueError(f"trace set {path.name!r} lies in two places: {folders[path.name]} and {path}")
             folders[path.name] = path
@@ -228,9 +227,7 @@ class Registry:
 
     def video_folders(self) -> dict[str, Path]:
         """Video name -> folder with its size files."""
-        return {
-            path.name.removesuffix("_sizes"): path for path in sorted(self.root.glob("videos/*_sizes")) if path.is_dir()
-        }
+        return {path.name.removesuffix("_sizes"): path for path in sorted(self.root.glob("videos/*_sizes/"))}
 
     def actor_folders(self) -> dict[str, Path]:
         """Genet/UDR actor name -> folder with its TensorFlow checkpoints."""
@@ -244,42 +241,28 @@ class Registry:
         """The video `name`; `default_video` names the one to use when nothing is asked for."""
         return read_video(_lookup(self.video_folders(), name, "video", self.root))
 
-    def actor(self, name: str) -> Path:
-        """Folder with the TensorFlow checkpoints of an actor."""
-        return _lookup(self.actor_folders(), name, "actor", self.root)
-
     def default_traces(self, split: str) -> str:
         """Name of the first trace set of a split ("train" or "test")."""
-        for name, path in self.trace_folders().items():
-            if path.parent.name == split:
-                return name
-        raise FileNotFoundError(f"{self.root / 'traces' / split}: no trace set in it")
+        names = [name for name, path in self.trace_folders().items() if path.parent.name == split]
+        return _first(names, self.root / "traces" / split, "trace set")
 
     def default_video(self) -> str:
         """Name of the first video."""
-        for name in self.video_folders():
-            return name
-        raise FileNotFoundError(f"{self.root / 'videos'}: no video in it")
+        return _first(list(self.video_folders()), self.root / "videos", "video")
 
-    def trace_sets(self, progress: Callable[..., None] | None = None) -> dict[str, TraceSet]:
-        """All trace sets by name; `progress` is called with (sets read, sets in all)."""
-        sets, folders = {}, self.trace_folders()
-        for name, path in folders.items():
-            sets[name] = read_trace_set(path)
-            if progress:
-                progress(len(sets), len(folders))
-        return sets
+    def trace_sets(self) -> dict[str, TraceSet]:
+        """All trace sets by name."""
+        return {name: read_trace_set(folder) for name, folder in self.trace_folders().items()}
 
-    def describe(self, sets: Mapping[str, TraceSet] | None = None) -> pd.DataFrame:
+    def describe(self) -> pd.DataFrame:
         """One row per trace set: split, traces, hours, extremes and median of the traces' durations in seconds, and quantiles
-        over traces of the mean bandwidth in Mbps. `sets` are those of `trace_sets`, if they are read already."""
-        folders = self.trace_folders()
-        rows = []
-        for name, traces in (self.trace_sets() if sets is None else sets).items():
+        over traces of the mean bandwidth in Mbps."""
+        folders, rows = self.trace_folders(), []
+        for name, traces in self.trace_sets().items():
             table = traces.describe()
             duration_s = table["duration_s"]
             lengths = (duration_s.sum() / 3600, duration_s.min(), duration_s.median(), duration_s.max())
-            quantiles = table["mean_mbps"].quantile([0, 0.25, 0.5, 0.75, 1]).to_numpy()
+            quantiles = table["mean_mbps"].quantile([0, 0.25, 0.5, 0.75, 1])
             rows.append((name, folders[name].parent.name, len(table), *lengths, *quantiles))
         columns = ["trace set", "split", "traces", "hours", "min_s", "median_s", "max_s"]
         return pd.DataFrame(rows, columns=[*columns, "min", "q25", "median", "q75", "max"])
@@ -290,6 +273,12 @@ def _lookup(found: dict[str, Path], name: str, what: str, root: Path) -> Path:
         known = ", ".join(found) or "none"
         raise FileNotFoundError(f"{what} {name!r} not found under {root} (there: {known})")
     return found[name]
+
+
+def _first(names: Sequence[str], folder: Path, what: str) -> str:
+    if not names:
+        raise FileNotFoundError(f"{folder}: no {what} in it")
+    return names[0]
 
 
 def find_registry(data: str | Path | None = None) -> Registry:
@@ -316,9 +305,7 @@ OVERLAP_RUN = 4  # consecutive distinct bandwidths that two traces must share to
 
 def _runs(trace: Trace) -> set[bytes]:
     rates = trace.mbps[np.concatenate([[True], np.diff(trace.mbps) != 0])]
-    if len(rates) < OVERLAP_RUN:
-        return {rates.tobytes()}
-    windows = np.lib.stride_tricks.sliding_window_view(rates, OVERLAP_RUN)
+    windows = np.lib.stride_tricks.sliding_window_view(rates, min(OVERLAP_RUN, len(rates)))
     return {window.tobytes() for window in windows}
 
 
@@ -328,17 +315,13 @@ def overlapping(traces: TraceSet, others: TraceSet) -> np.ndarray:
     Two traces overlap when they share four consecutive distinct bandwidths: the same recording, whatever its file name
     or start. A policy trained on one has seen the other.
     """
-    seen = set().union(*(_runs(trace) for trace in others.traces))
+    seen = set().union(*map(_runs, others.traces))
     return np.array([not _runs(trace).isdisjoint(seen) for trace in traces.traces])
 
 
 def overlap_matrix(sets: Mapping[str, TraceSet]) -> pd.DataFrame:
     """[sets x sets] int: how many traces of the row's set share content with any trace of the column's (see `overlapping`)."""
-    runs_of = {name: [_runs(trace) for trace in traces.traces] for name, traces in sets.items()}
-    seen = {name: set().union(*each) for name, each in runs_of.items()}
-    counts = [
-        [sum(not run.isdisjoint(others) for run in each) for others in seen.values()] for each in runs_of.values()
-    ]
+    counts = [[int(overlapping(traces, others).sum()) for others in sets.values()] for traces in sets.values()]
     return pd.DataFrame(counts, index=list(sets), columns=list(sets), dtype=int)
 
 
@@ -349,36 +332,20 @@ def split_validation(traces: TraceSet, share: float, seed: int) -> tuple[TraceSe
     """
     if not 0 < share < 1:
         raise ValueError(f"validation share must lie between 0 and 1, not {share}")
-    groups = list(range(len(traces)))  # union-find over traces that share a run of bandwidths
-
-    def root(i: int) -> int:
-        while groups[i] != i:
-            groups[i] = groups[groups[i]]
-            i = groups[i]
-        return i
-
-    owner: dict[bytes, int] = {}
-    for i, trace in enumerate(traces.traces):
-        for run in _runs(trace):
-            groups[root(i)] = root(owner.setdefault(run, i))
-    members: dict[int, list[int]] = {}
-    for i in range(len(traces)):
-        members.setdefault(root(i), []).append(i)
-    if len(members) < 2:
+    count, first_with = len(traces), dict[bytes, int]()
+    pairs = np.array([(i, first_with.setdefault(run, i)) for i, t in enumerate(traces.traces) for run in _runs(t)]).T
+    graph = scipy.sparse.coo_array((np.ones(len(pairs[0])), pairs), shape=(count, count))
+    number_of_groups, group_of = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    if number_of_groups < 2:
         raise ValueError(f"{traces.name}: all traces share content, no validation set can be cut from them")
-    wanted = max(1, round(share * len(traces)))
+    groups = [np.flatnonzero(group_of == group).tolist() for group in range(number_of_groups)]
+    wanted = max(1, round(share * count))
     held: list[int] = []
-    for key in np.random.default_rng(seed).permutation(sorted(members, key=lambda k: members[k][0])):
-        group = members[int(key)]
-        if (
-            len(held) < wanted
-            and len(held) + len(group) <= max(wanted * 1.5, 1)
-            and len(held) + len(group) < len(traces)
-        ):
-            held += group
-    if not held:
-        held = min(members.values(), key=len)
-    rest = sorted(set(range(len(traces))) - set(held))
+    for group in np.random.default_rng(seed).permutation(number_of_groups):
+        if len(held) < wanted and len(held) + len(groups[group]) <= min(max(wanted * 1.5, 1), count - 1):
+            held += groups[group]
+    held = held or min(groups, key=len)
+    rest = sorted(set(range(count)) - set(held))
     return traces.subset(rest, f"{traces.name} (train part)"), traces.subset(
         sorted(held), f"{traces.name} (validation part)"
     )

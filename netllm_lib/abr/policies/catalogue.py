@@ -35,7 +35,7 @@ def make_policy(name: str, video: Video, registry: Registry, preset: Preset = "s
     if match := re.fullmatch(r"constant-(\d)", name):
         return Constant(int(match[1]))
     if name in registry.actor_folders():
-        return Pensieve(Actor.load(exported_actor(registry.actor(name))), name)
+        return Pensieve(Actor.load(exported_actor(registry.actor_folders()[name])), name)
     if match := re.fullmatch(r"(.+\.py):(\w+)", name):
         return _own_policy(Path(match[1]), match[2])
     if Path(name).is_dir():
