@@ -35,8 +35,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from netllm_lib import runs
-from netllm_lib.abr import diagnosis, plots, pool, teaching
-from netllm_lib.abr import evaluate as report
+from netllm_lib.abr import diagnosis, evaluate, plots, pool, teaching
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
@@ -110,7 +109,7 @@ if estimate_steps:
     told = runs.progress("estimate")
     tables = {"clone": teaching.cloning_estimate(training, simulator, estimate_steps, seed=seed, progress=told)}
     tables |= {Path(name).name: play(make_policy(name, clip, registry), simulator) for name in policies}
-    league = report.league(tables)
+    league = evaluate.Test(tables).league()
     estimate = league["reward"].to_dict()
     print(league[["reward", "low", "high", "worst_5%"]].round(3).to_string())
 

@@ -43,10 +43,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from netllm_lib import checkpoint, runs, train
-from netllm_lib.abr import diagnosis, model, plots, pool
+from netllm_lib.abr import diagnosis, evaluate, model, plots, pool
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.policies import llm
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.plm import PLMConfig, load_plm
 
@@ -84,7 +83,7 @@ if not split["validation"]:
     raise ValueError(f"{pool_dir}/split.json names no validation traces: make the pool with validation_share above 0")
 held = everything.subset([everything.names.index(name) for name in split["validation"]], "validation")
 simulator = Simulator(held, registry.video(split["video"]), sound_episodes(held, seed=seed))
-validate = llm.validator(simulator, checkpoint.describe(network, config.cut(experience).scale, w))
+validate = evaluate.validator(simulator, checkpoint.describe(network, config.cut(experience).scale, w))
 
 # %%
 # a folder of its own for each setting, so that changing a parameter by hand starts anew and an interrupted run goes on

@@ -30,19 +30,14 @@ seed: int = 100003  # of everything that is sampled
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 from netllm_lib import runs
-from netllm_lib.abr import evaluate as report
-from netllm_lib.abr import plots
+from netllm_lib.abr import evaluate, plots
 from netllm_lib.abr import traces as sets
-from netllm_lib.abr.episodes import upstream_episodes
-from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
-from netllm_lib.abr.simulator import Simulator
 
 # %%
 this_run = runs.notebook_run(run_dir, "05_test", training=policy)
@@ -64,22 +59,17 @@ print(trace_set, clip, f"policies: {', '.join(players)}", sep="\n")
 # ## Play
 
 # %%
-tables, seconds = {}, {}
-for name, player in players.items():
-    episodes = upstream_episodes(
-        trace_set, trace_num=-1, seed=seed, draws_actions=player.draws_actions, clock="episode"
-    )
-    start = time.perf_counter()
-    tables[name] = play(player, Simulator(trace_set, clip, episodes), progress=runs.progress(name))
-    seconds[name] = time.perf_counter() - start
+about = {"subject": "llm" if policy else "", "seed": seed, "train_traces": training_set}
+test = evaluate.test(players, trace_set, clip, **about, progress=runs.progress)
 if policy:
-    print(f"llm: context window {context_window}, {choose}, {seconds['llm']:.1f} s for {len(trace_set)} traces")
+    print(f"llm: context window {context_window}, {choose}, {test.seconds['llm']:.1f} s for {len(trace_set)} traces")
 
 # %%
-report.league(tables, seconds).round(4)
+league = test.league()
+league.drop(columns="reward_clean").round(4)
 
 # %%
-plots.plot_decomposition(tables)
+plots.plot_decomposition(test.tables)
 plt.savefig(out / "decomposition.png", dpi=120)
 plt.show()
 
@@ -88,16 +78,14 @@ plt.show()
 # A test trace that shares four consecutive distinct bandwidths with a training trace is the same recording.
 
 # %%
-clean = ~sets.overlapping(trace_set, training_set)
+clean = test.setting["clean"]
 print(f"{clean.sum()} of {len(clean)} test traces share no content with {training_set.name}")
-league = report.league(tables, seconds, clean)
 league[["reward", "reward_clean"]].round(4)
 
 # %%
-known = {"train_traces": training_set.name, "clean": clean, "seed": seed}
-report.save_test(out, tables, report.setting_of(trace_set, clip, policy, players.get("llm"), **known))
+test.save(out)
 metrics = {"policies": league.to_dict("index"), "clean_traces": int(clean.sum())}
 metrics["clean_mean"] = league["reward_clean"].to_dict()
 this_run.finish(metrics)
 print(league[["reward", "low", "high", "seconds"]].round(4).to_string())
-# expected: setting.json, decomposition.png
+# expected: setting.json, scores.json, decomposition.png

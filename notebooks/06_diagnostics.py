@@ -36,9 +36,8 @@ import pandas as pd
 from IPython.display import display
 
 from netllm_lib import runs
-from netllm_lib.abr import diagnosis, plots, qoe
-from netllm_lib.abr import evaluate as report
-from netllm_lib.abr.diagnosis import decisions, explorer, figures
+from netllm_lib.abr import diagnosis, evaluate, plots, qoe
+from netllm_lib.abr.diagnosis import decisions, explorer, figures, words
 from netllm_lib.abr.diagnosis import load as sources
 from netllm_lib.abr.diagnosis import replay as ablation
 from netllm_lib.abr.diagnosis.timeline import timeline
@@ -77,8 +76,10 @@ def keep(axes, name):
 # and the mean on traces that share no content with the training traces.
 
 # %%
-compared = report.with_runs(loaded, more, data or None)
-league = report.league(compared.tables, clean=loaded.clean)
+compared = words.with_runs(loaded, more, data or None)
+tested = evaluate.Test(compared.tables, subject, {"clean": loaded.clean})
+tested.scores().save(out)
+league = tested.league()
 league.to_parquet(out / "league.parquet")
 league.round(4)
 
@@ -90,11 +91,11 @@ league.round(4)
 # %%
 found = diagnosis.diagnose(loaded, budget_s, retrain_s, print)
 runs.write_json(out / "findings.json", found.plain())
-print(report.headline(found))
+print(words.headline(found))
 
 # %%
 with pd.option_context("display.max_colwidth", None):
-    display(report.findings_table(found).style.set_properties(**{"text-align": "left", "vertical-align": "top"}))
+    display(words.findings_table(found).style.set_properties(**{"text-align": "left", "vertical-align": "top"}))
 
 # %%
 elsewhere = ("waterfall", "differences", "losses")  # these have a section below
@@ -131,7 +132,7 @@ for by in ("regime", "chunk") if reference is not None else ():
     keep(figures.parts(ours, theirs, (subject, reference)), f"parts_by_{by}")
 
 # %%
-gaps = None if reference is None else report.trace_gaps(run, tables[reference])
+gaps = None if reference is None else words.trace_gaps(run, tables[reference])
 if gaps is not None:
     keep(figures.concentration(-gaps["reward"]), "concentration")
     display(decisions.concentration(-gaps["reward"]).round(3), gaps.head(8).round(3))
@@ -199,7 +200,7 @@ if loaded.pool is not None:
 
 # %%
 worst = missing if missing is not None else -gaps["reward"] if gaps is not None else -qoe.per_trace(run)["reward"]
-shown = {name: tables[name] for name in report.timeline_policies(tables, subject, reference or subject, 2)}
+shown = {name: tables[name] for name in words.timeline_policies(tables, subject, reference or subject, 2)}
 if plans is not None:
     shown["oracle"] = play(Replay(plans.levels, "oracle"), simulator)
 label = trace or worst.idxmax()
@@ -216,7 +217,7 @@ if not runs.headless():
     display(explorer.explore(compared, plans))
 
 # %%
-summary = report.summary(league, found, loaded.setting)
+summary = words.summary(league, found, loaded.setting)
 (out / "summary.txt").write_text(summary + "\n")
 metrics = {"findings": [finding.id for finding in found.findings], "baseline": reference}
 metrics |= {"run": subject, "interval": league.loc[subject, ["low", "high"]].tolist()}

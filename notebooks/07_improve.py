@@ -50,10 +50,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from netllm_lib import runs
-from netllm_lib.abr import diagnosis, plots, pool, qoe
-from netllm_lib.abr import evaluate as report
+from netllm_lib.abr import evaluate, plots, pool, qoe
 from netllm_lib.abr import traces as sets
-from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.improve import ImproveConfig, improve, leak_free, roll_pool, small_network
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
@@ -120,32 +119,23 @@ improved.rounds.round(4)
 # ## Before and after
 # On the test traces, played once.
 
-
 # %%
-def tested(players, trace_set, video):
-    """A table of chunks for each policy."""
-    tables = {}
-    for name, player in players.items():
-        chosen = {"trace_num": -1, "draws_actions": player.draws_actions, "clock": "episode"}
-        tables[name] = play(player, Simulator(trace_set, video, upstream_episodes(trace_set, **chosen)))
-    return tables
-
-
-# %%
-tables = tested({"improved": load_llm_policy(out / "policy")} | others, test, clip)
-clean = ~sets.overlapping(test, whole)
-league = report.league(tables, clean=clean)
+players = {"improved": load_llm_policy(out / "policy")} | others
+tested = evaluate.test(players, test, clip, subject="improved", train_traces=whole)
+clean, scores = tested.setting["clean"], tested.scores()
+scores.save(out)
+league = tested.league()
 league.to_parquet(out / "league.parquet")
 league.round(4)
 
 # %%
-differences = {f"− {name}": diagnosis.paired(tables["improved"], tables[name]) for name in others}
+differences = {f"− {name}": scores.difference("improved", name) for name in others}
 plots.plot_differences(differences)
 plt.savefig(out / "differences.png", dpi=120, bbox_inches="tight")
 plt.show()
 
 # %%
-plots.plot_decomposition({name: tables[name] for name in ("improved", *others)})
+plots.plot_decomposition(tested.tables)
 plt.savefig(out / "decomposition.png", dpi=120)
 plt.show()
 
@@ -155,9 +145,9 @@ plt.show()
 
 # %%
 start = "before" if before else "mpc"
-scores = {start: qoe.summarise(play(first or RobustMPC(clip), held)).reward}
-scores |= {f"round {row.round + 1}": row.score for row in improved.rounds.itertuples()}
-plots.plot_steps(scores)
+steps = {start: qoe.summarise(play(first or RobustMPC(clip), held)).reward}
+steps |= {f"round {row.round + 1}": row.score for row in improved.rounds.itertuples()}
+plots.plot_steps(steps)
 plt.savefig(out / "rounds.png", dpi=120, bbox_inches="tight")
 plt.show()
 
@@ -178,11 +168,22 @@ subset = test.subset(clean.nonzero()[0], f"{test.name}, no overlap at all")
 if 1 < len(subset) < len(test):
     places[subset.name] = (subset, clip)
 
+
 # %%
-rows = {}
-for place, (trace_set, other_clip) in {f"{test.name}, {clip.name}": (test, clip), **places}.items():
-    players = {"improved": load_llm_policy(out / "policy")} | rivals(other_clip)
-    rows[place] = report.against(tested(players, trace_set, other_clip), "improved")
+def compared(scores):
+    """Traces, each policy's reward, and what the improved one has more, with its interval."""
+    row = {"traces": len(scores.of("improved"))} | {name: scores.mean(name).mean for name in players}
+    for name in others:
+        gain = scores.difference("improved", name)
+        row |= {f"− {name}": gain.mean, f"− {name} low": gain.low, f"− {name} high": gain.high}
+    return row
+
+
+# %%
+rows = {f"{test.name}, {clip.name}": compared(scores)}
+for place, (trace_set, other_clip) in places.items():
+    there = {"improved": players["improved"]} | rivals(other_clip)
+    rows[place] = compared(evaluate.test(there, trace_set, other_clip, subject="improved").scores())
 elsewhere = pd.DataFrame.from_dict(rows, orient="index")
 elsewhere.to_parquet(out / "elsewhere.parquet")
 elsewhere[["traces", *players, "− mpc", "− mpc low", "− mpc (strong)", "− mpc (strong) low"]].round(4)
@@ -217,4 +218,4 @@ metrics |= {"differences": {name: list(interval) for name, interval in differenc
 metrics |= {"clean_traces": int(clean.sum()), "parameters": parameters}
 this_run.finish(metrics)
 print(league[["reward", "low", "high"]].round(4).to_string())
-# expected: policy/config.json, league.parquet, elsewhere.parquet, model_card.json, differences.png, rounds.png
+# expected: policy/config.json, scores.json, league.parquet, elsewhere.parquet, model_card.json, differences.png, rounds.png

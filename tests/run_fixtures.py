@@ -8,16 +8,14 @@ from typing import Any
 
 from llm_fixtures import stir
 from netllm_lib import runs
-from netllm_lib.abr import evaluate as report
-from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr import evaluate
+from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
-from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.pool import generate_pool
-from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import write_sample
-from netllm_lib.abr.traces import Registry, overlapping
+from netllm_lib.abr.traces import Registry
 from netllm_lib.checkpoint import describe, save_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.train import TrainConfig, preflight, train
@@ -71,15 +69,7 @@ def write_test(run: SmallRun, name: str = "small", **switches: Any) -> Path:
     training = registry.trace_set(registry.default_traces("train"))
     policy = run.folder("04_finetune")
     players = {"llm": load_llm_policy(policy, **switches), **baselines(video, registry)}
-    tables = {}
-    for player, chosen in players.items():
-        episodes = upstream_episodes(traces, trace_num=-1, draws_actions=chosen.draws_actions, clock="episode")
-        tables[player] = play(chosen, Simulator(traces, video, episodes))
-    clean = ~overlapping(traces, training)
-    setting = report.setting_of(
-        traces, video, str(policy), players["llm"], train_traces=training.name, clean=clean, seed=100003
-    )
     folder = run.folder("05_test", name)
-    report.save_test(folder, tables, setting)
+    evaluate.test(players, traces, video, subject="llm", train_traces=training).save(folder)
     runs.write_json(folder / "metrics.json", {})
     return folder

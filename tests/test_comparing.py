@@ -13,8 +13,8 @@ from scipy.stats import ttest_ind
 
 from netllm_lib import compare as comparing
 from netllm_lib import notebooks, runs, stats
-from netllm_lib.abr import evaluate as report
 from netllm_lib.abr import qoe
+from netllm_lib.abr.evaluate import Test
 
 TRACES = [f"trace{i}" for i in range(12)]
 EFFECT = {8: 0.0, 32: 0.3}
@@ -53,9 +53,8 @@ def make_sweep(folder: Path, tests: bool = True, validation: bool = True, seeds:
                 llm["reward"] += shift + rng.normal(0, 0.01, len(llm))
                 if tests:
                     setting = {"traces": "fcc-test", "video": "video1", "clean": [i % 2 == 0 for i in range(12)]}
-                    report.save_test(
-                        test, {"llm": llm, "mpc": base, "bba": base.assign(reward=base["reward"] - 0.2)}, setting
-                    )
+                    played = {"llm": llm, "mpc": base, "bba": base.assign(reward=base["reward"] - 0.2)}
+                    Test(played, "llm", setting).save(test)
                 row: dict[str, Any] = {"point": len(rows) + 1, "seed": seed, "parameter.04_finetune.rank": rank}
                 row |= {"parameter.04_finetune.random_weights": random, "parameter.epochs": 4}
                 row |= {

@@ -10,14 +10,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pdoc
 import pytest
 
 import netllm_lib
-from netllm_lib.abr import evaluate as report
-from netllm_lib.abr import qoe
+from netllm_lib.abr import evaluate, qoe
 from netllm_lib.abr.diagnosis import RULES
+from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.llm import EvalConfig
 from netllm_lib.abr.policies.mpc import MPCConfig
 from netllm_lib.abr.synthetic import write_sample
@@ -56,12 +55,10 @@ def test_every_switch_of_the_original_is_documented(config: type) -> None:
 def test_every_key_of_a_tests_setting_is_documented(tmp_path: Path) -> None:
     write_sample(tmp_path, train=1, test=2)
     registry = Registry(tmp_path)
-    (tmp_path / "policy").mkdir()
     traces, video = registry.trace_set("sample-test"), registry.video("sample")
-    setting = report.setting_of(traces, video, str(tmp_path / "policy"), train_traces="t", clean=np.ones(2, bool))
-    report.save_test(tmp_path, {}, setting)
+    evaluate.test({"bba": BBA()}, traces, video, train_traces=registry.trace_set("sample-train")).save(tmp_path)
     listed = {key for cells in rows(DOCS / "formats.md") for key in cells[0].split(", ")}
-    assert set(read_json(tmp_path / report.SETTING)) <= listed
+    assert set(read_json(tmp_path / evaluate.SETTING)) <= listed
 
 
 def test_the_index_fits_a_screen_and_leads_to_every_page() -> None:

@@ -18,9 +18,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from netllm_lib.abr import evaluate as report
-from netllm_lib.abr import qoe
+from netllm_lib.abr import evaluate, qoe
 from netllm_lib.abr.diagnosis import Evidence, Finding, Training, decisions, figures
+from netllm_lib.abr.diagnosis import words as wording
 from netllm_lib.abr.diagnosis.timeline import SHADES, edges, of_trace, timeline, unrolled
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
@@ -316,57 +316,34 @@ def test_gallery_draws_shared_figures_once(tables: dict, pool: ExperiencePool) -
     assert [name for name, _ in figures.gallery(diagnosis, known, without=("losses",))] == ["waterfall", "differences"]
 
 
-# --- report -------------------------------------------------------------------------------------------------------------
-
-
-def test_league_has_the_tail_and_the_clean_traces(tables: dict) -> None:
-    clean = np.arange(8) < 3
-    league = report.league(tables, clean=clean)
-    assert list(league.index) == sorted(tables, key=lambda name: -qoe.summarise(tables[name]).reward)
-    by_trace = np.sort(qoe.per_trace(tables["llm"])["reward"].to_numpy())
-    row: Any = league.loc["llm"]
-    assert row["iqm"] == pytest.approx(by_trace[2:6].mean())
-    assert row["worst_5%"] == pytest.approx(by_trace[0])
-    assert row["reward_clean"] == pytest.approx(qoe.per_trace(tables["llm"])["reward"].to_numpy()[clean].mean())
-    assert row["low"] <= row["reward"] <= row["high"]
-    assert "reward_clean" not in report.league(tables)
-    fewer = {"llm": tables["llm"][tables["llm"]["trace"] != TRACES.names[0]]}
-    assert report.league(fewer, clean=clean)["reward_clean"].isna().all()
+# --- words --------------------------------------------------------------------------------------------------------------
 
 
 def test_summary_and_findings_in_words(tables: dict) -> None:
     numbers = {"share": 0.51234, "means": [0.1, 0.25]}
     found = Finding("sampling", "cause", "drawn at random", numbers, "argmax", Effect(0.2, 0.1, 0.3, "replayed"))
     diagnosis = Diagnosis((found, finding("undertrained")), Interval(0.5, 0.4, 0.6), "mpc", Interval(-0.2, -0.3, -0.1))
-    text = report.summary(
-        report.league(tables, clean=np.ones(8, bool)), diagnosis, {"traces": "t", "video": "v"}, top=1
+    text = wording.summary(
+        evaluate.Test(tables, "llm", {"clean": np.ones(8, bool)}).league(),
+        diagnosis,
+        {"traces": "t", "video": "v"},
+        top=1,
     )
     assert text.startswith("t, v: mean reward")
     assert "worst 5%" in text
     assert "clean" in text
     assert "1. [cause] sampling: drawn at random" in text
     assert "… and 1 more" in text
-    table = report.findings_table(diagnosis)
+    table = wording.findings_table(diagnosis)
     assert table.loc[1, "evidence"] == "share 0.512; means [0.1, 0.25]"
     assert table.loc[1, "rule"] == RULES["sampling"]
     assert table["worth"].iloc[0].startswith("+0.200")
-    assert report.headline(diagnosis) == "mean reward 0.500 [0.400, 0.600]\ndifference to mpc: -0.200 [-0.300, -0.100]"
-    assert "nothing found" in report.headline(replace(diagnosis, findings=()))
+    assert wording.headline(diagnosis) == "mean reward 0.500 [0.400, 0.600]\ndifference to mpc: -0.200 [-0.300, -0.100]"
+    assert "nothing found" in wording.headline(replace(diagnosis, findings=()))
 
 
 def test_gaps_by_trace_are_sums_of_their_parts(tables: dict) -> None:
-    gaps = report.trace_gaps(tables["llm"], tables["mpc"])
+    gaps = wording.trace_gaps(tables["llm"], tables["mpc"])
     np.testing.assert_allclose(gaps["reward"], gaps[["quality", "rebuffering", "smoothness"]].sum(axis=1))
     assert gaps["reward"].is_monotonic_increasing
-    assert report.timeline_policies(tables, "llm", "mpc")[:2] == ["llm", "mpc"]
-
-
-def test_against_pairs_by_trace(tables: dict[str, pd.DataFrame]) -> None:
-    found = report.against({name: tables[name] for name in ("llm", "mpc")}, "llm")
-    ours, theirs = (qoe.per_trace(tables[name])["reward"] for name in ("llm", "mpc"))
-    assert found["traces"] == len(ours)
-    assert found["llm"] == pytest.approx(ours.mean())
-    assert found["mpc"] == pytest.approx(theirs.mean())
-    assert found["− mpc"] == pytest.approx((ours - theirs).mean())
-    assert found["− mpc low"] < found["− mpc"] < found["− mpc high"]
-    assert "− llm" not in found
+    assert wording.timeline_policies(tables, "llm", "mpc")[:2] == ["llm", "mpc"]

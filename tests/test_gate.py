@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from netllm_lib import gate, stats
-from netllm_lib.abr.evaluate import save_test
+from netllm_lib.abr.evaluate import Test
 from netllm_lib.gate import Gate
 from netllm_lib.pipelines import read_pipeline
 from test_cli import run
@@ -34,7 +34,7 @@ def table(rewards: list[float], first: int = 0) -> pd.DataFrame:
 
 def save(folder: Path, **rewards: list[float]) -> Path:
     """A test of policies with these rewards by trace."""
-    save_test(folder, {name: table(values) for name, values in rewards.items()}, {"traces": "t", "video": "v"})
+    Test({name: table(values) for name, values in rewards.items()}, "", {"traces": "t", "video": "v"}).save(folder)
     return folder
 
 
@@ -77,7 +77,7 @@ def test_a_loss_of_exactly_the_margin_passes(tmp_path: Path) -> None:
 
 def test_order_of_traces_does_not_matter(tmp_path: Path) -> None:
     backwards = table([3.0, 2.0, 1.0]).assign(trace=np.repeat(["trace2", "trace1", "trace0"], 4))
-    save_test(tmp_path, {"llm": table([1.0, 2.0, 3.0]), "mpc": backwards}, {})
+    Test({"llm": table([1.0, 2.0, 3.0]), "mpc": backwards}).save(tmp_path)
     assert judge(tmp_path).interval == stats.Interval(0.0, 0.0, 0.0)
 
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_judged_is_an_error_and_not_a_pass(tmp_path: Path) -> Non
     assert "no policy 'ppo'" in judge(tmp_path / "a", policy="ppo").reason
 
     tables = {"llm": table([1.0, 2.0]), "mpc": table([0.0, 0.0], first=1), "bba": table([0.0, 0.0, 0.0])}
-    save_test(tmp_path / "b", tables, {})
+    Test(tables).save(tmp_path / "b")
     for name, which in (("mpc", "2 and 2, trace0"), ("bba", "2 and 3, trace2")):
         verdict = judge(tmp_path / "b", name)
         assert verdict.state == "error"

@@ -18,10 +18,11 @@ from llm_fixtures import episodes_of, observe, replay, tiny_network, toy_pool, w
 from netllm_lib.abr import qoe
 from netllm_lib.abr.batches import return_to_go
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
+from netllm_lib.abr.evaluate import validator
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.bba import BBA
-from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy, validator
+from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video

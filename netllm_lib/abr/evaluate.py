@@ -1,201 +1,169 @@
-"""Tables of a comparison, their files, and the words at the end of a headless run."""
+"""Test policies on a whole trace set by the protocol, and what a test leaves behind.
+
+The protocol is the original's: every trace once, in order, from its fixed starting point, without noise. The first chunk of a
+trace, which no policy chooses, does not count.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from netllm_lib import runs, stats
+from netllm_lib import runs
 from netllm_lib.abr import qoe
-from netllm_lib.abr.traces import TraceSet, Video
+from netllm_lib.abr.episodes import upstream_episodes
+from netllm_lib.abr.play import Progress, play
+from netllm_lib.abr.policies.base import Policy
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.traces import TraceSet, Video, overlapping
+from netllm_lib.measure import Scores
 
 if TYPE_CHECKING:
-    from netllm_lib.abr.diagnosis import Diagnosis, Evidence
-    from netllm_lib.abr.policies.base import Policy
+    from netllm_lib.abr.model import PolicyNetwork
+    from netllm_lib.abr.policies.llm import EvalConfig
+    from netllm_lib.checkpoint import CheckpointMeta
 
 SETTING, TABLES = "setting.json", "tables"
+SEED = 100003
+"""The original's, of its tests."""
 
 
-def league(
-    tables: Mapping[str, pd.DataFrame],
-    seconds: Mapping[str, float] | None = None,
-    clean: np.ndarray | None = None,
-) -> pd.DataFrame:
-    """One row per policy, the best first: mean reward with its 95 % interval over traces, the mean of the middle half of the traces
-    (iqm) and of the worst 5 %, and the parts of QoE.
-
-    `clean` [traces] marks those that share no content with the training traces; reward_clean is the mean over them (NaN for a
-    policy that played other traces).
-    """
-    rows = {}
-    for name, table in tables.items():
-        quality = qoe.summarise(table)
-        by_trace = qoe.per_trace(table)["reward"].to_numpy()
-        interval = stats.bootstrap(by_trace)
-        rows[name] = {
-            "reward": quality.reward,
-            "low": interval.low,
-            "high": interval.high,
-            "iqm": float(stats.interquartile_mean(by_trace)),
-            "worst_5%": float(stats.worst_mean(0.05)(by_trace)),
-            "bitrate_mbps": quality.bitrate_mbps,
-            "rebuffer_s": quality.rebuffer_s,
-            "smoothness_mbps": quality.smoothness_mbps,
-        }
-        if clean is not None:
-            fits = len(clean) == len(by_trace) and bool(clean.any())
-            rows[name]["reward_clean"] = float(by_trace[clean].mean()) if fits else float("nan")
-        if seconds:
-            rows[name]["seconds"] = seconds[name]
-    return pd.DataFrame.from_dict(rows, orient="index").sort_values("reward", ascending=False)
-
-
-def against(tables: Mapping[str, pd.DataFrame], subject: str) -> dict[str, float]:
-    """Traces, each policy's reward, and the paired difference to each other one: "− mpc", "− mpc low", "− mpc high"."""
-    by_trace = {name: qoe.per_trace(table)["reward"] for name, table in tables.items()}
-    found: dict[str, float] = {"traces": len(by_trace[subject])}
-    found |= {name: float(rewards.mean()) for name, rewards in by_trace.items()}
-    for name in tables:
-        if name != subject:
-            difference = stats.bootstrap((by_trace[subject] - by_trace[name]).to_numpy())
-            found |= {f"− {name}": difference.mean, f"− {name} low": difference.low, f"− {name} high": difference.high}
-    return found
-
-
-def trace_gaps(ours: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
-    """Per trace that both played, worst first: difference of the mean reward and what each part adds to it (reward per chunk)."""
-    gap = (qoe.per_trace(ours) - qoe.per_trace(baseline)).dropna()
-    gap["rebuffering"] *= -1
-    gap["smoothness"] *= -1
-    return gap.sort_values("reward")
-
-
-def timeline_policies(tables: Mapping[str, pd.DataFrame], subject: str, baseline: str, count: int = 3) -> list[str]:
-    """The run, its baseline, and the next best policies: at most `count` names, to keep a timeline legible."""
-    ranked = sorted(tables, key=lambda name: -qoe.summarise(tables[name]).reward)
-    return list(dict.fromkeys([subject, baseline, *ranked]))[:count]
-
-
-# --- a test's files -----------------------------------------------------------------------------------------------------
-
-
-def setting_of(
+def play_test(
+    policy: Policy,
     traces: TraceSet,
     video: Video,
-    policy: str = "",
-    player: Policy | None = None,
     *,
-    train_traces: str = "",
-    clean: np.ndarray | None = None,
-    seed: int = 100003,
-) -> dict[str, Any]:
-    """All that decides what a test of a whole trace set in fixed order shows, so that a diagnosis can play it again.
+    trace_num: int = -1,
+    fixed: bool = True,
+    seed: int = SEED,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Play one policy by the protocol: its table of chunks (`Rollout.table`).
 
-    `policy` is the folder of the fine-tuned policy, whose checkpoint is named by the hash of its files; `player`, which plays it,
-    tells how levels were chosen and what the context was (the fields of `EvalConfig`).
+    `trace_num` is for fewer traces than all (-1), `fixed=False` for the original's shuffled order with noise, which it uses then.
     """
+    episodes = upstream_episodes(
+        traces,
+        trace_num=trace_num,
+        fixed_order=fixed,
+        seed=seed,
+        draws_actions=policy.draws_actions,
+        clock="episode",
+    )
+    return play(policy, Simulator(traces, video, episodes), progress=progress)
+
+
+@dataclass(frozen=True)
+class Test:
+    """Some policies on the same traces: what they played, and all that decides it."""
+
+    __test__ = False  # for pytest: this is no test of the library
+
+    tables: Mapping[str, pd.DataFrame]
+    """Tables of chunks by policy, in playing order."""
+    subject: str = ""
+    """The policy that the test is about; empty if it is about none."""
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    """traces, video and their hashes, trace_num, fixed, seed, train_traces, clean, and what the subject says of itself."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of playing, by policy."""
+
+    def scores(self) -> Scores:
+        """Reward and its parts by policy and trace; `reward_clean`, where that is known, is NaN for traces that are not clean."""
+        clean, parts = self.setting.get("clean"), []
+        for name, table in self.tables.items():
+            means = qoe.by_trace(table)
+            if clean is not None and len(clean) == len(means):
+                means["reward_clean"] = means["reward"].where(np.asarray(clean, dtype=bool))
+            parts.append(means.reset_index().assign(policy=name))
+        where = ", ".join(str(self.setting[key]) for key in ("traces", "video") if key in self.setting)
+        return Scores(qoe.REWARD, self.subject, pd.concat(parts, ignore_index=True), where)
+
+    def league(self) -> pd.DataFrame:
+        """`Scores.league`, with the seconds that playing took where they are known."""
+        league = self.scores().league()
+        return league.assign(seconds=pd.Series(self.seconds)) if self.seconds else league
+
+    def save(self, folder: Path) -> None:
+        """Write setting.json, tables/<policy>.parquet and the scores: what a run folder keeps of a test."""
+        for name, table in self.tables.items():
+            with runs.atomic_path(folder / TABLES / f"{name}.parquet") as aside:
+                table.to_parquet(aside)
+        about = {"order": list(self.tables), "subject": self.subject, "seconds": self.seconds}
+        runs.write_json(folder / SETTING, {**self.setting, **about})
+        self.scores().save(folder)
+
+    @classmethod
+    def read(cls, folder: Path) -> Test:
+        """What `save` wrote. Raises FileNotFoundError or ValueError, naming the file, for a test that is not whole."""
+        folder = Path(folder)
+        setting = runs.read_json(folder / SETTING)
+        if not isinstance(setting, dict) or not isinstance(setting.get("order"), list):
+            raise ValueError(
+                f"{folder / SETTING}: it does not list the policies of the test (order); make the test again"
+            )
+        tables = {name: _read_table(folder / TABLES / f"{name}.parquet") for name in setting.pop("order")}
+        return cls(tables, setting.pop("subject", ""), setting, setting.pop("seconds", {}))
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; the test is incomplete")
+    try:
+        table = pd.read_parquet(path)
+    except Exception as error:  # pyarrow has its own errors for each way of being broken
+        raise ValueError(f"{path}: it cannot be read as a table ({error})") from None
+    needed = ("trace", "chunk", "reward", "bitrate_kbps", "rebuffer_s", "smoothness_mbps")
+    if missing := [name for name in needed if name not in table]:
+        raise ValueError(f"{path}: not a table of chunks, it has no column {', '.join(missing)}")
+    return table
+
+
+def test(
+    policies: Mapping[str, Policy],
+    traces: TraceSet,
+    video: Video,
+    *,
+    subject: str = "",
+    seed: int = SEED,
+    train_traces: TraceSet | None = None,
+    progress: Callable[[str], Progress] | None = None,
+) -> Test:
+    """Play all policies on all traces by the protocol.
+
+    `train_traces` tells which of the traces are clean: those that share no content with any of them. `progress` makes a policy's
+    progress bar of its name. Raises ValueError if `subject` is none of the policies.
+    """
+    if subject and subject not in policies:
+        raise ValueError(f"the test is about {subject!r}, which is none of its policies: {', '.join(policies)}")
     setting: dict[str, Any] = {"traces": traces.name, "video": video.name, "trace_num": len(traces), "fixed": True}
-    setting |= {"traces_hash": traces.content_hash, "video_hash": video.content_hash}
-    setting |= {"train_traces": train_traces or None, "seed": seed, "clean": clean}
-    if player is not None:
-        setting |= runs.plain(getattr(player, "config", {}))
-    if policy:
-        folder = Path(policy)
-        inner = folder / "policy" if (folder / "policy").is_dir() else folder
-        setting |= {"policy": policy, "policy_hash": runs.tree_hash(inner)}
-    return setting
+    setting |= {"traces_hash": traces.content_hash, "video_hash": video.content_hash, "seed": seed}
+    if train_traces is not None:
+        setting |= {"train_traces": train_traces.name, "clean": ~overlapping(traces, train_traces)}
+    if subject:
+        setting |= policies[subject].facts()
+    tables, seconds = {}, {}
+    for name, policy in policies.items():
+        start = time.perf_counter()
+        tables[name] = play_test(policy, traces, video, seed=seed, progress=progress and progress(name))
+        seconds[name] = time.perf_counter() - start
+    return Test(tables, subject, setting, seconds)
 
 
-def save_test(folder: Path, tables: Mapping[str, pd.DataFrame], setting: Mapping[str, Any]) -> None:
-    """Write `setting.json` and `tables/<policy>.parquet`: what `diagnosis.load` reads."""
-    for name, table in tables.items():
-        with runs.atomic_path(folder / TABLES / f"{name}.parquet") as aside:
-            table.to_parquet(aside)
-    runs.write_json(folder / SETTING, {**setting, "order": list(tables)})
+def validator(
+    simulator: Simulator, meta: CheckpointMeta, config: EvalConfig | None = None
+) -> Callable[[PolicyNetwork], float]:
+    """A `validate` for `train`: mean reward of the network, played over the simulator's episodes (validation traces)."""
+    from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy  # PyTorch, which other policies do without
 
+    def validate(network: PolicyNetwork) -> float:
+        policy = LLMPolicy(network, meta, config or EvalConfig(precision="auto"))
+        return qoe.summarise(play(policy, simulator)).reward
 
-def with_runs(evidence: Evidence, folders: Sequence[str | Path], data: str | None = None) -> Evidence:
-    """The evidence with the runs of other folders beside its own tables, named after their folders, for comparisons.
-
-    Raises ValueError for a run that was not tested on the same traces.
-    """
-    from netllm_lib.abr.diagnosis import load as sources
-
-    tables = dict(evidence.tables)
-    for folder in folders:
-        other = sources.load(folder, data=data)
-        if other.table is None:
-            raise ValueError(f"{folder}: it holds no test, there is nothing to compare")
-        if evidence.table is not None and set(other.table["trace"]) != set(evidence.table["trace"]):
-            raise ValueError(f"{folder}: it was tested on other traces than {evidence.run}")
-        place = Path(folder)
-        name = place.name if place.name not in tables else f"{place.parent.name}/{place.name}"
-        tables[name] = other.table
-    return replace(evidence, tables=tables)
-
-
-# --- words --------------------------------------------------------------------------------------------------------------
-
-
-def headline(diagnosis: Diagnosis) -> str:
-    """The diagnosis without its findings: reward, what it is compared with, and what is not there."""
-    lines = str(replace(diagnosis, findings=())).splitlines()
-    return "\n".join(line for line in lines if not (diagnosis.findings and line == "nothing found"))
-
-
-def findings_table(diagnosis: Diagnosis) -> pd.DataFrame:
-    """The findings as a table for people: what was found, by which numbers and rule, the fix, and what it is worth."""
-    rows = [
-        {
-            "severity": finding.severity,
-            "id": finding.id,
-            "found": finding.title,
-            "evidence": "; ".join(
-                f"{name} {_brief(value)}" for name, value in finding.evidence.items() if value is not None
-            ),
-            "rule": finding.rule,
-            "fix": finding.fix,
-            "worth": str(finding.effect or "not measured"),
-        }
-        for finding in diagnosis.findings
-    ]
-    columns = ["severity", "id", "found", "evidence", "rule", "fix", "worth"]
-    return pd.DataFrame(rows, columns=columns, index=pd.RangeIndex(1, len(rows) + 1))
-
-
-def _brief(value: object) -> str:
-    """A value, or the first of a list, in a few characters."""
-    if isinstance(value, float | np.floating):
-        return f"{value:.3g}"
-    if isinstance(value, list | tuple | np.ndarray):
-        shown = [_brief(item) for item in value[:6]]
-        return f"[{', '.join(shown)}{', …' if len(value) > 6 else ''}]"
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:39]}…"
-
-
-def summary(table: pd.DataFrame, diagnosis: Diagnosis, setting: Mapping[str, object], top: int = 3) -> str:
-    """The end of a headless run: who got how much, and the first things to fix."""
-    where = f"{setting.get('traces', 'unknown traces')}, {setting.get('video', 'unknown video')}"
-    lines = [f"{where}: mean reward per chunk, 95 % interval over traces", ""]
-    clean = "reward_clean" in table and bool(table["reward_clean"].notna().any())
-    header = f"{'policy':20} {'reward':>7}  {'interval':16} {'iqm':>7} {'worst 5%':>8} {'Mbps':>6} {'stall s':>8} {'|ΔMbps|':>8}"
-    header += f" {'clean':>7}" if clean else ""
-    lines += [header, "-" * len(header)]
-    for name, row in table.iterrows():
-        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
-        tail = f"{row['iqm']:7.4f} {row['worst_5%']:8.4f}"
-        parts = f"{row['bitrate_mbps']:6.3f} {row['rebuffer_s']:8.4f} {row['smoothness_mbps']:8.3f}"
-        line = f"{name!s:20} {row['reward']:7.4f}  {interval:16} {tail} {parts}"
-        lines.append(line + (f" {row['reward_clean']:7.4f}" if clean else ""))
-    found = diagnosis.findings
-    lines += ["", "Findings" if found else "No findings."]
-    lines += [f"{number}. {finding}" for number, finding in enumerate(found[:top], 1)]
-    if len(found) > top:
-        lines.append(f"… and {len(found) - top} more in the report")
-    return "\n".join(lines)
+    return validate

@@ -24,13 +24,12 @@ import torch
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import upstream_episodes
+from netllm_lib.abr.evaluate import play_test
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
-from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.pool import ExperiencePool, generate_pool
-from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import Registry, TraceSet, Video, find_registry
 from netllm_lib.checkpoint import CheckpointMeta, describe
 from netllm_lib.plm import PLMConfig, load_plm
@@ -71,8 +70,7 @@ class Bench:
 
     def play(self, policy: Policy) -> pd.Series:
         """[traces] mean reward of each trace."""
-        episodes = upstream_episodes(self.traces, trace_num=-1, draws_actions=policy.draws_actions, clock="episode")
-        return qoe.per_trace(play(policy, Simulator(self.traces, self.video, episodes)))["reward"]
+        return qoe.per_trace(play_test(policy, self.traces, self.video))["reward"]
 
     def pool(self) -> ExperiencePool:
         traces = self.registry.trace_set(self.registry.default_traces("train"))

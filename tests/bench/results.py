@@ -15,12 +15,10 @@ import pandas as pd
 
 from netllm_lib import stats
 from netllm_lib.abr import qoe
-from netllm_lib.abr.episodes import upstream_episodes
-from netllm_lib.abr.play import play
+from netllm_lib.abr.evaluate import play_test
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
-from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import TraceSet, Video, find_registry, overlapping
 
 STRONG = "mpc (strong)"
@@ -29,8 +27,7 @@ CLEAN = "no overlap"
 
 def by_trace(policy: Policy, traces: TraceSet, video: Video) -> pd.Series:
     """Mean reward of every trace, by the original's protocol."""
-    episodes = upstream_episodes(traces, trace_num=-1, draws_actions=policy.draws_actions, clock="episode")
-    return qoe.per_trace(play(policy, Simulator(traces, video, episodes)))["reward"]
+    return qoe.per_trace(play_test(policy, traces, video))["reward"]
 
 
 def main(data: str, groups: dict[str, list[str]]) -> None:

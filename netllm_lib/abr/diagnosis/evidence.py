@@ -225,10 +225,8 @@ def with_baselines(evidence: Evidence) -> Evidence:
     By the original's protocol of a whole set in fixed order (no noise). A run over shuffled or fewer traces gets the
     baselines on those traces, under the recorded seed.
     """
-    from netllm_lib.abr.episodes import upstream_episodes
-    from netllm_lib.abr.play import play
+    from netllm_lib.abr.evaluate import SEED, play_test
     from netllm_lib.abr.policies.catalogue import baselines
-    from netllm_lib.abr.simulator import Simulator
 
     table, traces, video = evidence.table, evidence.traces, evidence.video
     if table is None or traces is None or video is None or len(evidence.tables) > 1 or evidence.registry is None:
@@ -238,16 +236,9 @@ def with_baselines(evidence: Evidence) -> Evidence:
         return evidence
     tables = dict(evidence.tables)
     fixed = bool(evidence.setting.get("fixed", len(played) == len(traces)))
+    seed = int(evidence.setting.get("seed", SEED))
     for name, policy in baselines(video, evidence.registry).items():
-        episodes = upstream_episodes(
-            traces,
-            trace_num=len(played),
-            fixed_order=fixed,
-            seed=int(evidence.setting.get("seed", 100003)),
-            draws_actions=policy.draws_actions,
-            clock="episode",
-        )
-        tables[name] = play(policy, Simulator(traces, video, episodes))
+        tables[name] = play_test(policy, traces, video, trace_num=len(played), fixed=fixed, seed=seed)
     tables = {name: t for name, t in tables.items() if set(t["trace"]) == set(played) or name == evidence.run}
     handicapped = tuple(name for name in tables if name.endswith("(original)"))
     return replace(evidence, tables=tables, handicapped=handicapped)

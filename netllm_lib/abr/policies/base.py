@@ -13,6 +13,7 @@ A policy chooses the bitrate level of the next chunk for N episodes at once. To 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,10 @@ class Policy:
 
     def played(self, levels: np.ndarray) -> None:
         """Told after `act` which levels [N] were played, if they are not all its own: for policies that remember their actions."""
+
+    def facts(self) -> Mapping[str, Any]:
+        """What a test that is about this policy records of it besides its name: JSON types."""
+        return {}
 
     def extras(self) -> Mapping[str, np.ndarray]:
         """Further columns of the table for the decision just taken, each [N]; for example probabilities."""

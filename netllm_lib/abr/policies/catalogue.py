@@ -67,7 +67,7 @@ def load_llm_policy(folder: Path, preset: Preset = "sound", **changes: Any) -> P
     inner = folder / "policy"
     network, meta = load_checkpoint(inner if inner.is_dir() else folder)
     config = EvalConfig.upstream(**changes) if preset == "upstream" else EvalConfig(**changes)
-    return LLMPolicy(network, meta, config)
+    return LLMPolicy(network, meta, config, folder=folder)
 
 
 def baselines(video: Video, registry: Registry) -> dict[str, Policy]:

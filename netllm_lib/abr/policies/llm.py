@@ -7,21 +7,20 @@ Source: NetLLM, `plm_special/test.py`, `evaluate.py` and `OfflineRLPolicy.sample
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.model import PolicyNetwork
-from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Policy
-from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS
 from netllm_lib.plm import InferenceWeights, TokenCache, arithmetic_dtype
+from netllm_lib.runs import plain, tree_hash
 
 if TYPE_CHECKING:
     from netllm_lib.checkpoint import CheckpointMeta
@@ -84,12 +83,17 @@ class LLMPolicy(Policy):
     block = 512  # the cache of as many episodes is in memory at once
 
     def __init__(
-        self, network: PolicyNetwork, meta: CheckpointMeta, config: EvalConfig | None = None, name: str = "llm"
+        self,
+        network: PolicyNetwork,
+        meta: CheckpointMeta,
+        config: EvalConfig | None = None,
+        name: str = "llm",
+        folder: Path | None = None,
     ):
         config = config or EvalConfig()
         if config.context_window == "cached" and not network.plm.causal:
             raise ValueError(f'{network.plm.family} is not causal and cannot be cached: use context_window="rolling"')
-        self.name = name
+        self.name, self.folder = name, folder
         self.network = network
         self.scale = meta.scale
         self.config = config
@@ -142,6 +146,14 @@ class LLMPolicy(Policy):
         """Probabilities p0 … p5 and the return-to-go that the decision was conditioned on."""
         columns = {f"p{level}": self.probabilities[:, level] for level in range(self.probabilities.shape[1])}
         return {**columns, "return_to_go": self._target}
+
+    def facts(self) -> Mapping[str, Any]:
+        """The fields of `EvalConfig`, and the checkpoint's folder with the hash of its files, where it came from one."""
+        facts = plain(self.config)
+        if self.folder is not None:
+            inner = self.folder / "policy"
+            facts |= {"policy": str(self.folder), "policy_hash": tree_hash(inner if inner.is_dir() else self.folder)}
+        return facts
 
     # --- context
 
@@ -213,18 +225,6 @@ class LLMPolicy(Policy):
         sums = np.cumsum(self.probabilities, axis=1, dtype=np.float32)
         threshold = self._uniform[observation.episode, observation.chunk - 1] * sums[:, -1].astype(np.float64)
         return (sums[:, :-1].astype(np.float64) <= threshold[:, None]).sum(axis=1)
-
-
-def validator(
-    simulator: Simulator, meta: CheckpointMeta, config: EvalConfig | None = None
-) -> Callable[[PolicyNetwork], float]:
-    """A `validate` for `train`: mean reward of the network, played over the simulator's episodes (validation traces)."""
-
-    def validate(network: PolicyNetwork) -> float:
-        policy = LLMPolicy(network, meta, config or EvalConfig(precision="auto"))
-        return qoe.summarise(play(policy, simulator)).reward
-
-    return validate
 
 
 def _uniform_draws(draws: str, episodes: Episodes, decisions: int = CHUNKS) -> np.ndarray:
