@@ -169,7 +169,7 @@ class Sandbox:
             mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
             mock.patch.object(fetch, "REPOSITORY", (self.home / "NetLLM").as_uri()),
             mock.patch.object(fetch, "COMMIT", self.commit),
-            mock.patch.object(fetch.read_sums, "__defaults__", (self.sums,)),
+            mock.patch.object(fetch, "SUMS", self.sums),
             # completion is for the shell that a command is typed in; under make that would be sh
             mock.patch("shellingham.detect_shell", return_value=("bash", "/bin/bash")),
             contextlib.chdir(self.checkout),

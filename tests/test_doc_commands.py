@@ -225,7 +225,6 @@ JSON_LINES = [
     ("netllm data import", "movie.json new --format movie", 0),
     ("netllm data export", "fcc-test out --format csv", 0),
     ("netllm data generate", "made --train 2 --test 2", 0),
-    ("netllm data generate", "made_like --train 2 --test 2 --like fcc-train", 0),
     ("netllm pool show", "reports/runs/03_experience_pool/demo-*", 0),
     ("netllm pool export", "reports/runs/03_experience_pool/demo-* a-v0", 0),
     ("netllm pool import", "a-v0 pool", 0),

@@ -4,15 +4,13 @@ Bandwidth follows a Markov-modulated log-normal model, as broadband logs suggest
 distribution; its logarithm then wanders as a first-order autoregression around one of a few regimes (good, usual, poor,
 bad), which change at random:
 
-    log mbps[i] = level + volatility * (regime[i] + wander[i])      (never below the floor)
+    log mbps[i] = level + regime[i] + wander[i]      (never below the floor)
     level ~ N(log median_mbps, spread^2), once a trace
-    volatility = 1, or with `restless` > 0 log-normal with mean square 1, once a trace
     regime[i] = regime[i-1], or with probability interval_s / regime_s one of `regimes` anew
     wander[i] = memory * wander[i-1] + N(0, jitter^2), wander[0] = 0
 
-`abr/fit.py` estimates the parameters from a trace set. Samples are written to six digits, so traces of this model never share
-content. Videos are variable-bit-rate: one complexity series per video scales all levels together, as an encoder
-does.
+Samples are written to six digits, so traces of this model never share content. Videos are variable-bit-rate: one complexity
+series per video scales all levels together, as an encoder does.
 """
 
 from __future__ import annotations
@@ -40,7 +38,6 @@ class BandwidthModel:
     regime_s: float = 45.0  # mean stay in a regime
     regimes: tuple[float, ...] = (0.25, 0.0, 0.0, -0.3, -0.7)  # log factors, equally likely
     floor_mbps: float = 0.02
-    restless: float = 0.0  # standard deviation of the logarithm of the traces' volatility: calm traces beside wild ones
 
 
 def generate_trace(name: str, seed: tuple[int, ...], model: BandwidthModel = BandwidthModel()) -> Trace:
@@ -55,9 +52,6 @@ def generate_trace(name: str, seed: tuple[int, ...], model: BandwidthModel = Ban
     wander = np.zeros(model.samples)
     for i in range(1, model.samples):
         wander[i] = model.memory * wander[i - 1] + noise[i]
-    if model.restless:
-        volatility = np.exp(model.restless * rng.standard_normal() - model.restless**2)
-        regime, wander = volatility * regime, volatility * wander
     mbps = np.maximum(np.exp(level + regime + wander), model.floor_mbps)
     return Trace(name, np.round(np.arange(model.samples) * model.interval_s, 3), np.round(mbps, 6))
 

@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from netllm_lib.cli.options import DataOption, JsonOption, counting, waiting
+from netllm_lib.cli.options import DataOption, JsonOption, waiting
+
+if TYPE_CHECKING:
+    from netllm_lib.abr.traces import Trace
 
 app = typer.Typer(
     help="Trace sets and videos: list, fetch, import, export, generate.", no_args_is_help=True, rich_markup_mode=None
 )
-
-
-class TraceFormat(StrEnum):
-    """Formats that traces are written in."""
-
-    mahimahi = "mahimahi"
-    csv = "csv"
-    sabre = "sabre"
-
-
-class SourceFormat(StrEnum):
-    """Formats that traces, and a video (movie), are read from."""
-
-    mahimahi = "mahimahi"
-    csv = "csv"
-    sabre = "sabre"
-    movie = "movie"
-
-
 SumsOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Sums as of sha256sum, for a fork with other data [NetLLM's].")
 ]
 FolderArgument = Annotated[Path | None, typer.Argument(help="Root folder [data/netllm of the checkout].")]
-ReplaceOption = Annotated[bool, typer.Option("--replace", help="Replace what is there under that name.")]
 
 
 def _fetched_to(folder: Path | None) -> Path:
@@ -85,30 +69,21 @@ def data_fetch(
     replace: Annotated[bool, typer.Option("--replace", help="Fetch files anew that were changed in FOLDER.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring NetLLM's own data, every file checked.
-
-    By git, without the rest of the repository, or from a folder. Goes on where it was interrupted.
-    """
+    """Bring NetLLM's own data, every file checked: by git, without the rest of the repository, or from a folder."""
     from netllm_lib.abr import fetch
 
-    done = fetch.fetch_data(
-        _fetched_to(folder),
-        source=source,
-        repository=repository or fetch.REPOSITORY,
-        commit=commit or fetch.COMMIT,
-        sums=fetch.read_sums(sums) if sums is not None else None,
-        replace=replace,
-        progress=counting("files"),
-    )
-    total = done.kept + done.brought
-    print(f"{done.folder}: all {total} files are there and right; {done.kept} were there, {done.brought} fetched")
-    if done.brought:
-        print(f"from {done.source}")
-    if done.ignored:
-        more = f" and {len(done.ignored) - 3} more" if len(done.ignored) > 3 else ""
-        print(f"left out {len(done.ignored)} files that the sums do not know: {', '.join(done.ignored[:3])}{more}")
-    result = {"folder": done.folder, "files": total, "kept": done.kept, "brought": done.brought}
-    _end(result | {"ignored": done.ignored, "source": done.source}, as_json)
+    known, to = fetch.read_sums(sums or fetch.SUMS), _fetched_to(folder)
+    with waiting("fetching"):
+        brought = fetch.fetch_data(
+            to,
+            source=source,
+            repository=repository or fetch.REPOSITORY,
+            commit=commit or fetch.COMMIT,
+            sums=known,
+            replace=replace,
+        )
+    print(f"{to}: all {len(known)} files are there and right; {brought} of them are new")
+    _end({"folder": to, "files": len(known), "brought": brought}, as_json)
 
 
 @app.command("check")
@@ -119,13 +94,14 @@ def data_check(folder: FolderArgument = None, sums: SumsOption = None, as_json: 
     """
     from netllm_lib.abr import fetch
 
-    found = fetch.check_data(
-        _fetched_to(folder), fetch.read_sums(sums) if sums is not None else None, counting("checked files")
-    )
-    print(found)
-    _end({"complete": found.complete, "folder": found.folder, "right": len(found.right)} | {
-        "missing": found.missing, "wrong": found.wrong, "extra": found.extra}, as_json)  # fmt: skip
-    if not found.complete:
+    found = fetch.check_data(_fetched_to(folder), fetch.read_sums(sums or fetch.SUMS))
+    complete = not found["wrong"] and not found["missing"]
+    print(f"{_fetched_to(folder)}: {len(found['right'])} files are there and right")
+    for what in ("wrong", "missing", "foreign"):
+        if found[what]:
+            print(f"{len(found[what])} {what}: {fetch.few(found[what])}")
+    _end({"folder": _fetched_to(folder), "complete": complete, **found, "right": len(found["right"])}, as_json)
+    if not complete:
         raise typer.Exit(1)
 
 
@@ -133,40 +109,32 @@ def data_check(folder: FolderArgument = None, sums: SumsOption = None, as_json: 
 def data_import(
     source: Annotated[Path, typer.Argument(help="A file, or a folder of files that become one trace set.")],
     folder: Annotated[Path, typer.Argument(help="Root folder to write to; name it with --data later.")],
-    form: Annotated[SourceFormat, typer.Option("--format", help="movie: a video, sabre's movie JSON.")],
+    form: Annotated[Literal["mahimahi", "csv", "sabre", "movie"], typer.Option("--format", help="movie: a video.")],
     name: Annotated[str | None, typer.Option(help="Of the trace set or video [the source's].")] = None,
     split: Annotated[str, typer.Option(help="train, test, or any other.")] = "train",
-    time_column: Annotated[
-        str | None, typer.Option("--time", metavar="COLUMN", help="CSV: the time's column [by its header].")
-    ] = None,
-    bandwidth: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="CSV: the bandwidth's column [by its header].")
-    ] = None,
-    unit: Annotated[
-        str | None, typer.Option(help="Of bandwidths: Mbps, kbps, bps, MB/s, kB/s or B/s; then it is not questioned.")
-    ] = None,
-    time_unit: Annotated[str | None, typer.Option(help="Of times: s, ms, us or ns; then it is not questioned.")] = None,
+    time: Annotated[str, typer.Option(metavar="COLUMN", help="CSV: the column of times.")] = "time_s",
+    bandwidth: Annotated[str, typer.Option(metavar="COLUMN", help="CSV: the column of bandwidths.")] = "mbps",
+    unit: Annotated[str, typer.Option(help="CSV, required: Mbps, kbps, bps, MB/s, kB/s or B/s.")] = "",
+    time_unit: Annotated[str, typer.Option(help="CSV: of times, s, ms, us or ns.")] = "s",
     interval: Annotated[float, typer.Option(metavar="SECONDS", help="mahimahi: packets are counted over this.")] = 1.0,
-    replace: ReplaceOption = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace what is there under that name.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn other tools' files into a trace set or video.
-
-    mahimahi packet timestamps, CSV with a header, sabre's JSON. Implausible units are refused; --unit and --time-unit settle it.
-    """
+    """Turn other tools' files into a trace set or video: mahimahi packet timestamps, CSV with a header, sabre's JSON."""
     from netllm_lib.abr import convert
 
-    if form is SourceFormat.movie:
-        with waiting("reading"):
-            video, written = convert.import_movie(source, folder, name, replace)
+    if form == "movie":
+        video, written = convert.import_movie(source, folder, name, replace)
         print(f"{written}: {video.sizes_bytes.shape[1]} chunks in {len(video.sizes_bytes)} levels")
         _end({"folder": written, "chunks": video.sizes_bytes.shape[1]}, as_json)
         return
-    reading = convert.Reading(time_column, bandwidth, unit, time_unit, interval)
+    read: dict[str, Callable[[Path], Trace]] = {
+        "csv": partial(convert.read_csv, unit=unit, bandwidth=bandwidth, time=time, time_unit=time_unit),
+        "mahimahi": partial(convert.read_mahimahi, interval_s=interval),
+        "sabre": convert.read_sabre,
+    }
     with waiting("converting traces"):
-        traces, written = convert.import_traces(
-            source, folder, form.value, name=name, split=split, reading=reading, replace=replace
-        )
+        traces, written = convert.import_traces(source, folder, read[form], name=name, split=split, replace=replace)
     means = traces.describe()["mean_mbps"]
     print(
         f"{written}: {len(traces)} traces of {means.min():.3f} to {means.max():.3f} Mbps, median {means.median():.3f}"
@@ -178,7 +146,7 @@ def data_import(
 def data_export(
     trace_set: Annotated[str, typer.Argument(help="Name of a trace set, as `netllm data list` shows it.")],
     folder: Annotated[Path, typer.Argument(help="New folder, one file per trace.")],
-    form: Annotated[TraceFormat, typer.Option("--format", help="What to write; docs/data.md describes each.")],
+    form: Annotated[Literal["mahimahi", "csv", "sabre"], typer.Option("--format", help="What to write.")],
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -188,7 +156,7 @@ def data_export(
 
     traces = find_registry(data).trace_set(trace_set)
     with waiting("writing traces"):
-        written = convert.export_traces(traces, folder, form.value)
+        written = convert.export_traces(traces, folder, form)
     print(f"{written}: {len(traces)} files")
     _end({"folder": written, "traces": len(traces)}, as_json)
 
@@ -196,44 +164,15 @@ def data_export(
 @app.command("generate")
 def data_generate(
     folder: Annotated[Path, typer.Argument(help="Root folder to write to.")],
-    train: Annotated[int, typer.Option(metavar="N", help="How many training traces.")] = 60,
-    test: Annotated[int, typer.Option(metavar="N", help="How many test traces.")] = 30,
+    train: Annotated[int, typer.Option(metavar="N", min=1, help="How many training traces.")] = 60,
+    test: Annotated[int, typer.Option(metavar="N", min=1, help="How many test traces.")] = 30,
     seed: Annotated[int, typer.Option(metavar="S", help="Of all random numbers.")] = 7,
-    like: Annotated[
-        str | None, typer.Option(metavar="TRACE_SET", help="Fit the model to this trace set, print fit and match.")
-    ] = None,
-    data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate synthetic traces and a video.
-
-    With the defaults, the bundled sample.
-
-    A trace's log bandwidth is a level, drawn once, plus a regime (good, usual, poor, bad) that changes every 45 s or so,
-    plus a first-order autoregression. --like estimates all parameters from a trace set by moments. docs/data.md has the formulas.
-    """
+    """Generate synthetic traces and a video; with the defaults, the bundled sample. docs/data.md has the formulas."""
     from netllm_lib.abr import synthetic
-    from netllm_lib.runs import plain
 
-    if train < 1 or test < 1:
-        raise ValueError(f"--train {train} --test {test}: at least one trace of each is needed")
-    if like is None:
-        with waiting("generating"):
-            synthetic.write_sample(folder, train, test, seed)
-        print(f"wrote {train} + {test} traces and a video to {folder}")
-        _end({"folder": folder, "trace_sets": ["sample-train", "sample-test"]}, as_json)
-        return
-    from netllm_lib.abr import fit
-    from netllm_lib.abr.traces import find_registry
-
-    traces = find_registry(data).trace_set(like)
-    with waiting("fitting and generating"):
-        model = fit.fit_model(traces)
-        made = fit.write_like(traces, model, folder, train, test, seed)
-        match = fit.compare({like: traces, **{each.name: each for each in made}}, model.interval_s)
-    for name, value in plain(model).items():
-        print(f"{name:12}  {value if not isinstance(value, list) else ', '.join(map(str, value))}")
-    print(f"\n{match.round(3).to_string()}\n")
-    print(f"wrote {train} + {test} traces to {folder}: {', '.join(each.name for each in made)}")
-    result = {"folder": folder, "trace_sets": [each.name for each in made], "model": plain(model)}
-    _end(result | {"match": match.to_dict()}, as_json)
+    with waiting("generating"):
+        synthetic.write_sample(folder, train, test, seed)
+    print(f"wrote {train} + {test} traces and a video to {folder}")
+    _end({"folder": folder, "trace_sets": ["sample-train", "sample-test"]}, as_json)
