@@ -165,7 +165,7 @@ def test_the_original_reads_what_is_written(tmp_path: Path, pool: ExperiencePool
         assert np.array(getattr(record, name)).dtype == np.array(values).dtype
 
 
-seconds = st.floats(0.001, 1e3, allow_nan=False)
+seconds = st.floats(0.01, 1e3, allow_nan=False)
 rates = st.floats(0, 1e4, allow_nan=False)
 
 
