@@ -84,7 +84,6 @@ def test_the_vector_form_is_as_many_single_ones(mode: AutoresetMode, noise: bool
     assert compiled.observation_space == loop.observation_space
     assert compiled.action_space == loop.action_space
     assert_same(compiled.reset(seed=11), loop.reset(seed=11))
-    assert compiled.np_random_seed == loop.np_random_seed
     episodes = 1
     for actions in levels(3 * CHUNKS, count):
         mine, theirs = compiled.step(actions), loop.step(actions)

@@ -7,14 +7,15 @@ there; it ends a terminated episode, whose value after the end is zero in any ca
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from netllm_lib.abr.pool import ExperiencePool, PoolError
+from netllm_lib.abr.pool import ExperiencePool, PoolError, concatenate
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.abr.traces import find_registry
 from netllm_lib.runs import atomic_path, blocks, plain
@@ -27,14 +28,7 @@ ABOUT = "netllm_pool"
 """Key of the dataset's metadata that holds the pool's content hash and source."""
 
 
-def export_minari(
-    pool: ExperiencePool,
-    dataset_id: str,
-    *,
-    data: str | None = None,
-    author: str | None = None,
-    description: str | None = None,
-) -> Path:
+def export_minari(pool: ExperiencePool, dataset_id: str, *, data: str | None = None, author: str | None = None) -> Path:
     """Write a pool as the Minari dataset `dataset_id` ("name-v0" or "namespace/name-v0"); returns its folder.
 
     The folder lies under `$MINARI_DATASETS_PATH`, by default `~/.minari/datasets`, and appears only when it is whole. The
@@ -49,8 +43,7 @@ def export_minari(
     from minari.namespace import create_namespace, list_local_namespaces
     from minari.storage.datasets_root_dir import get_dataset_path
 
-    namespace = parse_dataset_id(dataset_id)[0]
-    folder = get_dataset_path(dataset_id)
+    namespace, folder = parse_dataset_id(dataset_id)[0], get_dataset_path(dataset_id)
     if folder.exists():
         raise FileExistsError(f"{folder}: this dataset exists; count the version up, or remove it with `minari delete`")
     if namespace is not None and namespace not in list_local_namespaces():
@@ -60,17 +53,14 @@ def export_minari(
         "dataset_id": dataset_id,
         "minari_version": importlib.metadata.version("minari"),
         "algorithm_name": ", ".join(pool.source.get("policies", ["unknown"])),
-        "description": description or f"{pool!r}; the observation after the last action of an episode is zeros",
+        "description": f"{pool!r}; the observation after the last action of an episode is zeros",
         ABOUT: {"hash": pool.content_hash(), "source": plain(pool.source)},
     }
-    if author is not None:
-        about["author"] = {author}
     with atomic_path(folder) as aside:
         aside.mkdir()
-        storage = MinariStorage.new(
-            aside / "data", observation_space=space, action_space=spaces.Discrete(LEVELS), env_spec=spec
-        )
-        storage.update_metadata(about)
+        actions = spaces.Discrete(LEVELS)
+        storage = MinariStorage.new(aside / "data", observation_space=space, action_space=actions, env_spec=spec)
+        storage.update_metadata(about | ({"author": {author}} if author else {}))
         storage.update_episodes(_episodes(pool))
     return folder
 
@@ -86,25 +76,20 @@ def import_minari(dataset_id: str) -> ExperiencePool:
     from gymnasium import spaces
 
     dataset = minari.load_dataset(dataset_id, download=False)
-    seen, acted = dataset.observation_space, dataset.action_space
+    metadata, seen, acted = dataset.storage.metadata, dataset.observation_space, dataset.action_space
     if seen.shape != (6, 6) or not isinstance(acted, spaces.Discrete) or (acted.n, acted.start) != (LEVELS, 0):
         raise PoolError(f"{dataset_id}: observations {seen} and actions {acted} are not those of bitrate episodes")
-    count = int(dataset.total_steps)
-    states, actions = np.empty((count, 6, 6), dtype=np.float32), np.empty(count, dtype=np.int64)
-    rewards, dones = np.empty(count), np.zeros(count, dtype=bool)
-    first = 0
+    parts = []
     for episode in dataset.iterate_episodes():
         ended = episode.terminations | episode.truncations
         if not len(ended) or not ended[-1] or ended[:-1].any():
             raise PoolError(f"{dataset_id}: episode {episode.id} does not end with its last step")
-        rows = slice(first, first + len(ended))
-        states[rows], actions[rows], rewards[rows] = episode.observations[:-1], episode.actions, episode.rewards
-        dones[rows.stop - 1] = True
-        first = rows.stop
-    about = dataset.storage.metadata.get(ABOUT)
-    source = about["source"] if about else {"minari": dataset_id, "policies": [_algorithm(dataset.storage.metadata)]}
-    pool = ExperiencePool(states[:first], actions[:first], rewards[:first], dones[:first], source)
-    if about and about["hash"] != pool.content_hash():
+        states, actions = episode.observations[:-1].astype(np.float32), episode.actions.astype(np.int64)
+        parts.append(ExperiencePool(states, actions, episode.rewards.astype(np.float64), ended))
+    about = metadata.get(ABOUT, {})
+    named = {"minari": dataset_id, "policies": [str(metadata.get("algorithm_name", "unknown"))]}
+    pool = concatenate(parts, about.get("source", named))
+    if about.get("hash", digest := pool.content_hash()) != digest:
         raise PoolError(f"{dataset_id}: the episodes are not those of the pool that was exported; export it again")
     return pool
 
@@ -114,10 +99,9 @@ def _episodes(pool: ExperiencePool) -> Iterator[EpisodeBuffer]:
 
     for number, (first, length) in enumerate(zip(pool.episode_starts, pool.episode_lengths, strict=True)):
         rows = slice(first, first + length)
-        after = np.zeros((1, 6, 6), dtype=np.float32)
         yield EpisodeBuffer(
             id=number,
-            observations=np.concatenate([pool.states[rows], after]),
+            observations=np.concatenate([pool.states[rows], np.zeros((1, 6, 6), dtype=np.float32)]),
             actions=pool.actions[rows],
             rewards=pool.rewards[rows],
             terminations=pool.dones[rows],
@@ -129,41 +113,24 @@ def _environment(
     pool: ExperiencePool, data: str | None
 ) -> tuple[gymnasium.envs.registration.EnvSpec | None, gymnasium.spaces.Box]:
     """The environment that the pool was played in, if it can be made here, and the space of its observations."""
-    from gymnasium import spaces
-    from gymnasium.envs.registration import EnvSpec
-
     from netllm_lib.abr import env
 
-    anything = spaces.Box(-np.inf, np.inf, (6, 6), np.float32)
+    gymnasium, registry = env.gymnasium, find_registry(data)
     parts = pool.source.get("mix", [pool.source])
-    named = {(part.get("traces"), part.get("video"), part.get("fixed", True)) for part in parts}
-    if len(named) != 1:
-        return None, anything
+    named = {(str(part.get("traces")), part.get("video"), part.get("fixed", True)) for part in parts}
     traces, video, fixed = named.pop()
-    registry = find_registry(data)
-    whole = str(traces).removesuffix(" (train part)").removesuffix(" (validation part)")
-    if whole not in registry.trace_folders() or video not in registry.video_folders():
-        return None, anything
-    space = env.state_space(registry.trace_set(whole), registry.video(video))
-    if not all(((states >= space.low) & (states <= space.high)).all() for _, states in blocks(pool.states)):
-        return None, anything  # other traces of the same name
-    spec = EnvSpec(
-        env.ENV_ID,
-        entry_point="netllm_lib.abr.env:AbrEnv",
-        kwargs={"traces": whole, "video": video, "noise": not fixed},
-        vector_entry_point="netllm_lib.abr.env:AbrVectorEnv",
-    )
-    return spec, space
-
-
-def _algorithm(metadata: Mapping[str, Any]) -> str:
-    return str(metadata.get("algorithm_name", "unknown"))
+    whole = traces.removesuffix(" (train part)").removesuffix(" (validation part)")
+    if not named and whole in registry.trace_folders() and video in registry.video_folders():
+        space = env.state_space(registry.trace_set(whole), registry.video(video))
+        if all(((states >= space.low) & (states <= space.high)).all() for _, states in blocks(pool.states)):
+            made = copy.deepcopy(gymnasium.spec(env.ENV_ID))
+            made.kwargs = {"traces": whole, "video": video, "noise": not fixed}
+            return made, space
+    return None, gymnasium.spaces.Box(-np.inf, np.inf, (6, 6), np.float32)  # other traces, maybe of the same name
 
 
 def _need_minari() -> None:
     try:
         import minari  # noqa: F401
     except ImportError:
-        raise ValueError(
-            "pools as Minari datasets need Minari, which is not installed: pip install 'netllm-companion[gym]'"
-        ) from None
+        raise ValueError("Minari is not installed: pip install 'netllm-companion[gym]'") from None
