@@ -1,38 +1,77 @@
-"""What a training run will do, known before it starts: windows, optimizer steps, learning rates, memory and time."""
+"""What a training will do, known before it starts: optimizer steps, learning rates, memory and time.
+
+Memory is found without loading anything: the network is built without numbers, one training step and one validation are traced on
+it (PyTorch's fake tensors), and every tensor that comes and goes is counted. So the estimate holds for any network and any family,
+and sees what is really kept for the backward pass. Layers are alike: short PLMs are traced and the line through them is followed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 import time
-from typing import TYPE_CHECKING, Any
+import weakref
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from netllm_lib.abr.batches import Windows
-from netllm_lib.abr.model import PolicyNetwork, action_loss
-from netllm_lib.memory import Memory, estimate_memory
 from netllm_lib.placement import devices_of
-from netllm_lib.plm import arithmetic_dtype
-
-if TYPE_CHECKING:
-    from netllm_lib.abr.pool import ExperiencePool
-    from netllm_lib.train import TrainConfig
+from netllm_lib.plm import PLMConfig, arithmetic_dtype, sketch_plm
+from netllm_lib.schedule import Plan, TrainConfig
+from netllm_lib.task import Data, Network
 
 FULL = 0.95
 """Part of a device's memory that an estimate may fill."""
+LIBRARIES_BYTES = {"cpu": (0.565e9, 0.665e9), "cuda": (0.6e9, 0.6e9)}
+"""Of training and of a test: Python with its libraries in main memory (measured); CUDA's context on a GPU (not measured)."""
+HEAP_TENSORS = (4.3, 2.4)
+"""What glibc's heap keeps of a training step beside the tensors that are alive, without and with gradient checkpointing: so
+many tensors of the step's largest kind for each layer. Blocks that are freed are cut by small ones, and do not fit the next
+tensor of their size. Measured over seven cases, see reports/benchmarks/memory.md."""
+HEAP_LIMIT_BYTES = 32 * 2**20
+"""Larger tensors never come from the heap."""
+FOUR_BIT_BYTES = 0.516
+"""Of a weight in NF4 with double quantisation: 4 bits, and 8 + 32/256 bits for every 64 weights."""
+TRACED_LAYERS = (2, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes, as estimated. The two peaks include everything above them and the libraries."""
+
+    weights: float  # of the whole network
+    gradients: float
+    optimizer: float  # AdamW's two moments
+    activations: float  # what else a training step holds at its peak
+    allocator: float  # freed, but kept by the C library during training on a CPU
+    train_peak: float
+    test_peak: float  # of a test after training: no gradients, no optimizer
+    checkpointing: bool  # is gradient checkpointing on
+
+    @property
+    def validate_peak(self) -> float:
+        """Of a test while training, beside gradients and optimizer."""
+        return self.test_peak + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> float:
+        return max(self.train_peak, self.validate_peak)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """What a training run will do, known before it starts. `print` it."""
+    """What a training will do. `print` it."""
 
-    windows: int
-    labels: int  # actions to predict in an epoch
-    crossing: int  # windows that hold parts of two episodes
+    samples: int
+    labels: int  # predictions in an epoch
+    crossing: int  # samples that hold parts of two episodes
     micro_batches: int  # in all epochs
     steps: int  # optimizer steps in all epochs
     short_steps: int  # optimizer steps with fewer micro-batches than `accumulation`
@@ -50,131 +89,76 @@ class Preflight:
     def table(self) -> pd.DataFrame:
         """Two columns, for a notebook."""
         device = "" if self.device_bytes is None else f" of {self.device_bytes / 1e9:.1f} GB"
+        how = " with gradient checkpointing" if self.memory.checkpointing else ""
+        training, testing = self.memory.train_peak / 1e9, self.memory.validate_peak / 1e9
         rows = {
-            "windows": f"{self.windows} ({self.labels} actions to predict, {self.crossing} windows cross episodes)",
+            "samples": f"{self.samples} ({self.labels} predictions, {self.crossing} samples cross episodes)",
             "optimizer steps": f"{self.steps} ({self.micro_batches} micro-batches)",
             "warm-up": f"{self.warmup_steps} steps = {self.warmup_steps / max(self.steps, 1):.0%} of them",
             "learning rate": f"peak {self.lr_peak:.2g} of {self.lr:.2g} for the PLM, {self.lr_around_peak:.2g} around it",
             "parameters": f"{self.trainable / 1e6:.2f} M trained, {self.frozen / 1e6:.2f} M frozen",
-            "memory": self._memory_text() + device,
+            "memory": f"about {training:.1f} GB to train{how}, {testing:.1f} GB to test meanwhile{device}",
             "time": "not measured" if self.seconds is None else f"about {_duration(self.seconds)} without validation",
         }
         rows |= {f"warning {i}": text for i, text in enumerate(self.warnings, 1)}
         return pd.DataFrame({"what": rows.keys(), "value": rows.values()})
 
-    @property
-    def memory_bytes(self) -> float:
-        """Peak of training and of the tests in between."""
-        return self.memory.peak
-
-    def _memory_text(self) -> str:
-        training, testing = self.memory.train_peak / 1e9, self.memory.validate_peak / 1e9
-        how = " with gradient checkpointing" if self.memory.checkpointing else ""
-        return f"about {training:.1f} GB to train{how}, {testing:.1f} GB to play 100 traces meanwhile"
-
     def __str__(self) -> str:
         return "\n".join(f"{what:16} {value}" for what, value in self.table().itertuples(index=False))
 
 
-def preflight(config: TrainConfig, pool: ExperiencePool, network: PolicyNetwork, measure: bool = True) -> Preflight:
-    """Plan a training run. With `measure` one micro-batch is timed, forward and backward; nothing is changed by it.
+def preflight(network: Network, data: Data, config: TrainConfig | None = None, measure: bool = True) -> Preflight:
+    """Plan a training. With `measure` one micro-batch is timed, forward and backward; nothing is changed by it.
 
-    Before anything is loaded, `PolicyNetwork(sketch_plm(...))` does for a network; it cannot be timed.
+    Before anything is loaded, a network around `sketch_plm(...)` will do; it cannot be timed.
     """
-    windows = config.cut(pool)
-    plan = Plan(config, len(windows))
-    rates = [plan.rate(step) for step in range(plan.steps)]
+    config = config or TrainConfig()
+    plan, crossing = Plan(config, len(data)), int(data.facts.get("crossing") or 0)
     trainable = sum(p.numel() for p in network.trainable().values())
-    total = sum(p.numel() for p in network.parameters())
-    crossing = int(windows.crossing.sum())
-    memory, device_bytes = fitting_memory(network, config)
-    measure = measure and network.device.type != "meta"
-    peak = max(rates, default=0.0)
-    warnings = []
-    if peak < 0.9:
-        warnings.append(
-            f"the warm-up of {plan.warmup} steps is longer than the run of {plan.steps}: "
-            f"the learning rate never passes {peak:.0%} of its value"
-        )
-    if plan.steps < 100:
-        warnings.append(f"{plan.steps} optimizer steps: the loss usually rests on a plateau for the first 40 to 60")
-    if crossing:
-        warnings.append(f"{crossing / len(windows):.0%} of the windows span two episodes")
-    if plan.short_steps and config.last_group == "upstream":
-        warnings.append(f"{plan.short_steps} steps are incomplete and count for less than the others")
-    if device_bytes is not None and memory.peak > FULL * device_bytes:
-        warnings.append(
-            f"the memory estimate exceeds the {device_bytes / 1e9:.1f} GB of the device: fewer windows a batch, fewer "
-            f"traces at once, "
-            "bfloat16 or 4-bit weights, or more devices"
-        )
+    memory, device_bytes = fitting_memory(network, data, config)
+    seconds = None
+    if measure and network.device.type != "meta":
+        seconds = _seconds_per_micro_batch(network, data, config) * plan.micro_batches
+    warnings = {
+        f"the warm-up of {plan.warmup} steps is longer than the run of {plan.steps}: "
+        f"the learning rate never passes {plan.peak:.0%} of its value": plan.peak < 0.9,
+        f"{plan.steps} optimizer steps: the loss usually rests on a plateau for the first 40 to 60": plan.steps < 100,
+        f"{crossing / len(data):.0%} of the samples span two episodes": crossing > 0,
+        f"{plan.short_steps} steps are incomplete and count for less than the others": (
+            plan.short_steps > 0 and config.last_group == "upstream"
+        ),
+        f"the memory estimate exceeds the {(device_bytes or 0) / 1e9:.1f} GB of the device: a smaller batch, "
+        "bfloat16 or 4-bit weights, or more devices": device_bytes is not None and memory.peak > FULL * device_bytes,
+    }
     return Preflight(
-        windows=len(windows),
-        labels=windows.labels,
+        samples=len(data),
+        labels=data.labels(np.arange(len(data))),
         crossing=crossing,
         micro_batches=plan.micro_batches,
         steps=plan.steps,
         short_steps=plan.short_steps,
         warmup_steps=plan.warmup,
         lr=config.lr,
-        lr_peak=config.lr * peak,
-        lr_around_peak=config.lr_around * peak,
+        lr_peak=config.lr * plan.peak,
+        lr_around_peak=config.lr_around * plan.peak,
         trainable=trainable,
-        frozen=total - trainable,
+        frozen=sum(p.numel() for p in network.parameters()) - trainable,
         memory=memory,
         device_bytes=device_bytes,
-        seconds=_seconds_per_micro_batch(network, windows, config) * plan.micro_batches if measure else None,
-        warnings=tuple(warnings),
+        seconds=seconds,
+        warnings=tuple(text for text, applies in warnings.items() if applies),
     )
 
 
-class Plan:
-    """Steps and learning rates of a run, from the configuration and the number of windows alone."""
-
-    def __init__(self, config: TrainConfig, windows: int):
-        self.config = config
-        self.windows = windows
-        sizes = [windows] * config.epochs
-        if config.order is not None:
-            sizes = [len(self.order_of(epoch)) for epoch in range(config.epochs)]
-        micro = [-(-size // config.batch) for size in sizes]
-        self.steps_of = [-(-m // config.accumulation) for m in micro]
-        self.micro_batches = sum(micro)
-        self.steps = sum(self.steps_of)
-        self.short_steps = sum(m % config.accumulation > 0 for m in micro)
-        part = max(1, round(config.warmup * self.steps))
-        self.warmup = config.warmup_steps if config.warmup_steps is not None else part
-
-    def rate(self, step: int) -> float:
-        """Part of the configured learning rate that optimizer step `step` (from 0) uses."""
-        if step + 1 < self.warmup or self.config.schedule == "constant":
-            return min((step + 1) / max(self.warmup, 1), 1.0)
-        done = (step + 1 - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.config.lr_end + (1 - self.config.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-
-    def order_of(self, epoch: int) -> np.ndarray:
-        """Window numbers int64 in the order in which `epoch` takes them. With shuffle="torch" it draws from PyTorch's generator."""
-        config = self.config
-        if config.order is not None:
-            order = np.asarray(config.order[epoch if len(config.order) > 1 else 0], dtype=np.int64)
-            if len(order) == 0 or order.min() < 0 or order.max() >= self.windows:
-                raise ValueError(f"order: epoch {epoch} needs window numbers from 0 to {self.windows - 1}")
-            return order
-        if config.shuffle == "torch":
-            loader: Any = torch.utils.data.DataLoader(torch.arange(self.windows), batch_size=1, shuffle=True)  # type: ignore[arg-type]
-            return np.array([int(number) for number in loader], dtype=np.int64)
-        return np.random.default_rng([config.seed, epoch]).permutation(self.windows)
-
-
-def _seconds_per_micro_batch(network: PolicyNetwork, windows: Windows, config: TrainConfig) -> float:
-    batch = windows.batch(np.arange(config.batch) % len(windows)).to(network.device)
+def _seconds_per_micro_batch(network: Network, data: Data, config: TrainConfig) -> float:
+    batch = _first_batch(data, config).to(network.device)
     kept = {name: p.grad for name, p in network.trainable().items()}
     training, best = network.training, math.inf
     network.train()
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         for _ in range(3):  # the first one also warms up
             start = time.perf_counter()
-            action_loss(network, batch, arithmetic_dtype(config.precision, network.device)).backward()
+            network.loss(batch, arithmetic_dtype(config.precision, network.device))[0].backward()
             if network.device.type == "cuda":
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - start)
@@ -184,31 +168,42 @@ def _seconds_per_micro_batch(network: PolicyNetwork, windows: Windows, config: T
     return best
 
 
-def fitting_memory(network: PolicyNetwork, config: TrainConfig) -> tuple[Memory, float | None]:
-    """Memory that training takes, with gradient checkpointing if it is on, or "auto" and needed, and the devices' "
-    "(None: unknown)."""
-    plm = network.plm.config
-    device_bytes = _device_bytes(plm.device)
-    memory = estimate_memory(plm, config, network.config)
-    too_much = device_bytes is not None and memory.train_peak > FULL * device_bytes
-    if too_much and plm.gradient_checkpointing == "auto":
-        memory = estimate_memory(plm, config, network.config, checkpointing=True)
+def _first_batch(data: Data, config: TrainConfig) -> Any:
+    return data.batch(np.arange(config.batch) % len(data))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+# --- memory -------------------------------------------------------------------------------------------------------------
+
+
+def fitting_memory(network: Network, data: Data, config: TrainConfig) -> tuple[Memory, float | None]:
+    """Memory that training takes, with gradient checkpointing if that is on, or "auto" and needed, and that of the devices
+    (None: unknown)."""
+    device_bytes, asked = _device_bytes(network.plm.config.device), network.plm.config.gradient_checkpointing
+    batch = _first_batch(data, config)
+    memory = estimate_memory(network, batch, config, checkpointing=asked is True)
+    if asked == "auto" and device_bytes is not None and memory.train_peak > FULL * device_bytes:
+        memory = estimate_memory(network, batch, config, checkpointing=True)
     return memory, device_bytes
 
 
-def needs_checkpointing(network: PolicyNetwork, config: TrainConfig) -> bool:
+def needs_checkpointing(network: Network, data: Data, config: TrainConfig) -> bool:
     """Must gradient checkpointing be on, by what the PLM's config says and, if that is "auto", by the memory of its devices."""
     plm = network.plm
     if plm.config.gradient_checkpointing != "auto":
         return plm.config.gradient_checkpointing
     device_bytes = _device_bytes(plm.config.device)
-    # most PLMs here are small and most machines are not: a generous bound, several times what is kept, spares the seconds of
-    # tracing
-    tokens = config.batch * config.w * network.tokens_per_step
+    # most PLMs here are small and most machines are not: a generous bound, several times what is kept, spares the tracing
+    tokens = network.tokens(_first_batch(data, config))
     bound = 1e9 + 16 * sum(p.numel() for p in network.parameters()) + 300.0 * tokens * plm.layers * plm.hidden_size
     if device_bytes is None or bound < 0.5 * device_bytes:
         return False
-    return fitting_memory(network, config)[0].checkpointing
+    return fitting_memory(network, data, config)[0].checkpointing
 
 
 def _device_bytes(device: str) -> float | None:
@@ -221,11 +216,140 @@ def _device_bytes(device: str) -> float | None:
     return None
 
 
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
+def estimate_memory(network: Network, batch: Any, config: TrainConfig, checkpointing: bool = False) -> Memory:
+    """Memory for training `network`, or one without numbers like it, on batches like `batch`, on its PLM's devices together.
+
+    Takes seconds, whatever the PLM's size.
+    """
+    plm, layers = network.plm.config, network.plm.layers
+    device = torch.device(devices_of(plm.device)[0])
+    traced = TRACED_LAYERS if layers > max(TRACED_LAYERS) else (layers,)
+    points = []
+    for count in traced:
+        changes: dict[str, Any] = {"device": "cpu", "placement": None, "layers": count, "early_stop": "all"}
+        shape = dataclasses.replace(plm, gradient_checkpointing=checkpointing, **changes)
+        points.append(_trace(type(network), shape, network.config, batch, config, device))
+    first, last = points[0], points[-1]
+    steps = (layers - traced[0]) / max(traced[-1] - traced[0], 1)
+    sizes = {name: first[name] + (last[name] - first[name]) * steps for name in first}
+    # of each phase apart: with the layers that are traced another one may be the largest than with all
+    step = max(size for name, size in sizes.items() if name.startswith("train "))
+    test = max(size for name, size in sizes.items() if name.startswith("test "))
+    base, base_test = LIBRARIES_BYTES.get(device.type, LIBRARIES_BYTES["cpu"])
+    allocator = HEAP_TENSORS[checkpointing] * layers * last["largest"] if device.type == "cpu" else 0.0
+    return Memory(
+        weights=sizes["weights"],
+        gradients=sizes["gradients"],
+        optimizer=sizes["optimizer"],
+        activations=step - sizes["weights"] - sizes["gradients"] - sizes["optimizer"],
+        allocator=allocator,
+        train_peak=base + step + allocator,
+        test_peak=base_test + test,
+        checkpointing=checkpointing,
     )
+
+
+def _trace(
+    kind: type[Network], plm: PLMConfig, sizes: Any, batch: Any, config: TrainConfig, device: torch.device
+) -> dict[str, float]:
+    """Bytes of a network and the peaks of a step and of a validation, all but the libraries."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"):
+        network = kind(sketch_plm(plm), sizes)
+    network.plm.set_checkpointing(bool(plm.gradient_checkpointing))
+    packed = _packed_bytes(network) if plm.dtype == "4bit" else 0.0
+    dtype = arithmetic_dtype(config.precision, device)
+    with FakeTensorMode():
+        _fill(network)
+        batch = tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), batch)
+        parameters = list(network.trainable().values())
+        with _Meter() as meter:
+            for tensor in [*network.parameters(), *network.buffers()]:
+                meter.note(tensor)
+            sizes_of = {"weights": meter.now}
+            optimizer = torch.optim.AdamW(parameters, lr=1.0, foreach=device.type == "cuda")
+            network.train()
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            optimizer.step()  # from the second step on there are the optimizer's moments beside the activations
+            optimizer.zero_grad(set_to_none=True)
+            meter.take_peak()
+            meter.largest = 0.0
+            loss = network.loss(batch, dtype)[0]
+            sizes_of["train forward"] = meter.take_peak()
+            loss.backward()
+            del loss
+            sizes_of["train backward"] = meter.take_peak()
+            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=False)
+            optimizer.step()
+            sizes_of["train update"], largest = meter.take_peak(), meter.largest
+            gradients = float(sum(p.numel() * p.element_size() for p in parameters))
+            optimizer.zero_grad(set_to_none=True)
+            moments = float(sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim))
+            optimizer.state.clear()
+            gc.collect()
+            network.eval()
+            meter.take_peak()
+            network.rehearse(batch, dtype)
+            sizes_of["test "] = meter.peak
+    whole = {name: size - packed for name, size in sizes_of.items()}
+    return {**whole, "gradients": gradients, "optimizer": moments, "largest": largest}
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is on, and of those that it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.peak = 0.0
+        self.largest = 0.0  # of those that come from the heap
+        self.alive: dict[int, int] = {}
+
+    def note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive[key] = size = storage.nbytes()
+            self.now += size
+            self.largest = max(self.largest, size if size < HEAP_LIMIT_BYTES else 0.0)
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key)
+
+    def take_peak(self) -> float:
+        """The peak since the last time."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.alive.pop(key, 0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.note(leaf)
+        return result
+
+
+def _fill(network: nn.Module) -> None:
+    """Replace the sketch's tensors by fake ones on the CPU, shared ones by shared ones. Within a FakeTensorMode."""
+    known: dict[nn.Parameter, nn.Parameter] = {}
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in known:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    known[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = known[parameter]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _packed_bytes(network: Network) -> float:
+    """What 4 bits save of the PLM's matrices, LoRA's own excepted."""
+    named = network.plm.base.named_modules()
+    matrices = [m for name, m in named if isinstance(m, nn.Linear) and "lora_" not in name]
+    return sum(m.weight.numel() for m in matrices) * (2 - FOUR_BIT_BYTES)

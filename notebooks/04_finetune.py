@@ -43,7 +43,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from netllm_lib import checkpoint, runs, train
-from netllm_lib.abr import diagnosis, evaluate, model, plots, pool
+from netllm_lib.abr import batches, diagnosis, evaluate, model, plots, pool
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.simulator import Simulator
@@ -56,8 +56,9 @@ out = this_run.folder
 
 # %%
 experience = pool.load_pool(Path(pool_dir) / "pool")
-rates = {"lr": lr, "lr_around": lr_around, "advantage": advantage or None}
-config = train.TrainConfig(w=w, epochs=epochs, batch=batch, seed=seed, validate_epochs=validate_epochs, **rates)
+windows = batches.make_windows(experience, batches.WindowConfig(w=w), advantage=advantage or None)
+rates = {"lr": lr, "lr_around": lr_around}
+config = train.TrainConfig(epochs=epochs, batch=batch, seed=seed, validate_epochs=validate_epochs, **rates)
 plm_config = PLMConfig(plm, layers=layers or None, random_weights=random_weights, rank=rank, seed=seed, device=device)
 longest = int(experience.episode_lengths.max())
 around = model.NetworkConfig(max_timestep=longest - 1, tokens=tokens, seed=seed)
@@ -68,7 +69,7 @@ print(f"{network.plm.family}, {network.plm.layers} layers, hidden {network.plm.h
 # ## Preflight
 
 # %%
-flight = train.preflight(config, experience, network)
+flight = train.preflight(network, windows, config)
 print(flight)
 
 # %% [markdown]
@@ -83,13 +84,15 @@ if not split["validation"]:
     raise ValueError(f"{pool_dir}/split.json names no validation traces: make the pool with validation_share above 0")
 held = everything.subset([everything.names.index(name) for name in split["validation"]], "validation")
 simulator = Simulator(held, registry.video(split["video"]), sound_episodes(held, seed=seed))
-validate = evaluate.validator(simulator, checkpoint.describe(network, config.cut(experience).scale, w))
+validate = evaluate.validator(simulator, checkpoint.describe(network, windows.settings))
 
 # %%
 # a folder of its own for each setting, so that changing a parameter by hand starts anew and an interrupted run goes on
-folder = out / "training" / runs.content_hash([config, plm_config, experience.content_hash()])
-progress = runs.progress("training")
-result = train.train(network, experience, config, folder=folder, validate=validate, progress=progress, track=track)
+folder = out / "training" / runs.content_hash([config, plm_config, around, windows.key])
+unseen = pool.load_pool(Path(pool_dir) / "validation_pool")
+held_out = batches.make_windows(unseen, windows.config, like=windows.scale)
+options = {"validate": validate, "held_out": held_out, "progress": runs.progress("training"), "track": track}
+result = train.train(network, windows, config, folder=folder, settings=windows.settings, **options)
 result.evaluations
 
 # %%
@@ -104,22 +107,19 @@ plt.show()
 # The checkpoint holds everything that a test needs: adapter, modules, sizes, reward range, target return, the PLM's identity.
 
 # %%
-validation = pool.load_pool(Path(pool_dir) / "validation_pool")
-windows = config.cut(experience)
-held_out = train.held_out(network, config.cut(validation, windows.scale))
-print(
-    f"held-out cross-entropy {held_out.cross_entropy:.3f} nats, accuracy {held_out.accuracy:.1%} on {held_out.labels} labels"
-)
-
-# %%
+print(f"held-out cross-entropy {result.held_out_loss:.3f} nats on {held_out.labels()} actions")
 with runs.atomic_path(out / "policy") as aside:
     shutil.copytree(result.best, aside)
 
 # %%
-final_loss = float(result.history.tail(20)["loss"].mean())
 metrics = {"steps": flight.steps, "warmup_steps": flight.warmup_steps, "lr": flight.lr, "lr_peak": flight.lr_peak}
-metrics |= {"windows": flight.windows, "crossing": flight.crossing, "final_loss": final_loss, "seconds": result.seconds}
-metrics |= {"held_out_loss": held_out.cross_entropy, "validation_reward": float(result.evaluations["score"].max())}
+metrics |= {
+    "windows": flight.samples,
+    "crossing": flight.crossing,
+    "final_loss": result.final_loss,
+    "seconds": result.seconds,
+}
+metrics |= {"held_out_loss": result.held_out_loss, "validation_reward": result.best_score}
 metrics |= {"plm": plm, "layers": network.plm.layers, "random_weights": random_weights, "tokens": tokens}
 metrics["pool_hash"] = experience.content_hash()
 this_run.finish(metrics)

@@ -92,7 +92,7 @@ print(f"{network.plm.family}, {network.plm.layers} layers, hidden {network.plm.h
 # validation traces. The last round's policy is kept, unless an earlier one played these surely better.
 
 # %%
-limits = {"weight_decay": 0.01, "max_grad_norm": 1.0, "w": 47}
+limits = {"weight_decay": 0.01, "max_grad_norm": 1.0}
 training = TrainConfig(batch=batch, lr=lr, lr_around=lr_around, **limits)
 config = ImproveConfig(groups=groups, starts=starts, epochs=tuple(epochs), learn=learn, train=training, seed=seed)
 held = Simulator(split.validation, clip, sound_episodes(split.validation, seed=seed, repeats=4))

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from netllm_lib.abr.batches import Batch, Windows, make_windows
 from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.policies.llm import LLMPolicy
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.train import TrainConfig, TrainingRun, train
 
 FAMILIES = ("llama", "mistral", "gpt2", "opt", "t5-lm")
 
@@ -56,6 +58,20 @@ def stir(network: PolicyNetwork) -> PolicyNetwork:
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     return network.eval()
+
+
+def train_on(
+    network: PolicyNetwork, data: ExperiencePool | Windows, config: TrainConfig, folder: Path, **options: Any
+) -> TrainingRun:
+    """Train on windows, or on the default ones of a pool."""
+    windows = make_windows(data) if isinstance(data, ExperiencePool) else data
+    return train(network, windows, config, folder=folder, settings=windows.settings, **options)
+
+
+def batch_loss(network: PolicyNetwork, batch: Batch, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The mean over the labels."""
+    total, count = network.loss(batch, dtype)
+    return total / count
 
 
 def toy_pool(episodes: int = 4, length: int = 47, seed: int = 0, learnable: bool = False) -> ExperiencePool:

@@ -22,10 +22,10 @@ import torch
 
 from llm_fixtures import write_plm
 from netllm_lib.abr import qoe
-from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.diagnosis import Diagnosis, diagnose
 from netllm_lib.abr.diagnosis import load as sources
-from netllm_lib.abr.model import PolicyNetwork
+from netllm_lib.abr.model import PolicyNetwork, load_policy
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.policies.simple import Constant
@@ -37,7 +37,7 @@ from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
 from netllm_lib.abr.upstream.discover import LOSSES
 from netllm_lib.abr.upstream.imports import import_run
 from netllm_lib.abr.upstream.pickles import write_pool
-from netllm_lib.checkpoint import CheckpointMeta, load_checkpoint, load_weights, save_checkpoint
+from netllm_lib.checkpoint import CheckpointMeta, load_weights, save_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
 from planted_runs import (
     EARLY_STEP,
@@ -164,7 +164,7 @@ def weights_of_another_run(bench: Bench, root: Path) -> Planted:
 
 
 def early_checkpoint(bench: Bench, root: Path) -> Planted:
-    early = load_checkpoint(bench.trained("healthy").early)
+    early = load_policy(bench.trained("healthy").early)
     table = bench.play(LLMPolicy(*early))
     return Planted(write_runs(root, bench, "healthy", table, policy=early), table, bench.test("healthy"))
 
@@ -420,7 +420,7 @@ def not_a_number(bench: Bench, root: Path) -> Planted:
 
 
 def tree_of_early_checkpoint(bench: Bench, root: Path) -> Planted:
-    network, meta = load_checkpoint(bench.trained("original").early)
+    network, meta = load_policy(bench.trained("original").early)
     table = play_original(bench, network, meta)
     write_tree(root, bench, "original", table, network=network)
     return Planted((root,), table, as_original(bench, "original"))
@@ -428,7 +428,7 @@ def tree_of_early_checkpoint(bench: Bench, root: Path) -> Planted:
 
 def tested_another(bench: Bench, root: Path) -> Planted:
     """The results are those of another checkpoint than the one that lies in the tree."""
-    network, meta = load_checkpoint(bench.trained("original").early)
+    network, meta = load_policy(bench.trained("original").early)
     table = play_original(bench, network, meta)
     return Planted((write_tree(root, bench, "original", table),), table, as_original(bench, "original"))
 
@@ -438,7 +438,7 @@ def other_pool_at_test(training: str, make: Callable[[Bench], ExperiencePool]) -
 
     def plant(bench: Bench, root: Path) -> Planted:
         trained, other = bench.trained(training), make(bench)
-        _, scale = return_to_go(other, trained.config.gamma, trained.config.scale)
+        _, scale = pool_returns(other, trained.windows.gamma, trained.windows.scale)
         table = play_original(bench, trained.network, replace(trained.meta, scale=scale))
         write_tree(root / "tree", bench, training, table)
         path = write_pool(other, root / "other" / "exp_pool.pkl")

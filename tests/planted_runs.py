@@ -6,6 +6,7 @@ kept on disk, by their configuration, their pool and the code that made them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pickle
 import shutil
@@ -24,6 +25,7 @@ from netllm_lib import runs
 from netllm_lib import train as training
 from netllm_lib.abr import batches as windows
 from netllm_lib.abr import model, qoe, synthetic
+from netllm_lib.abr.batches import WindowConfig
 from netllm_lib.abr.episodes import Episodes, Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
@@ -43,7 +45,8 @@ from netllm_lib.abr.upstream.imports import remake_pool
 from netllm_lib.abr.upstream.pickles import write_pool
 from netllm_lib.checkpoint import CheckpointMeta, describe, save_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
-from netllm_lib.train import RESULT, TrainConfig, preflight, train
+from netllm_lib.train import TrainConfig, preflight, train
+from netllm_lib.training_run import RESULT
 from upstream_tree import arguments_line, console_text, write_results
 
 W, HIDDEN, RANK, FEATURE_DIM = 10, 96, 16, 64
@@ -82,6 +85,7 @@ class Trained:
     network: PolicyNetwork
     meta: CheckpointMeta
     config: TrainConfig
+    windows: WindowConfig
     history: pd.DataFrame
     pool: str
     metrics: dict[str, Any]  # as notebook 04 writes them
@@ -90,12 +94,14 @@ class Trained:
 
 # --- what can be trained on what ----------------------------------------------------------------------------------------
 
-SOUND: dict[str, Any] = {"w": W, "epochs": 4, "precision": "float32"}
-ORIGINAL: dict[str, Any] = {"w": W, "epochs": 3, "accumulation": 8, "seed": 1, "shuffle": "seed"}
+SOUND: dict[str, Any] = {"epochs": 4, "precision": "float32"}
+ORIGINAL: dict[str, Any] = {"epochs": 3, "accumulation": 8, "seed": 1, "shuffle": "seed"}
 FIXED = ORIGINAL | {
     "epochs": 4, "lr": 1e-3, "lr_around": 1e-2, "warmup_steps": 40, "schedule": "cosine", "clip": "step", "last_group": "mean",
 }  # fmt: skip
 """The original's loop as somebody mended it: as it is, it takes minutes to learn here."""
+
+WINDOWS = {field.name for field in dataclasses.fields(WindowConfig)}
 
 TRAININGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # name: pool, changes of SOUND (of FIXED for those of the original, but its own warm-up is ORIGINAL), changes of the PLMConfig
@@ -273,39 +279,43 @@ class Bench:
         """The training `name` of TRAININGS; done once, read back later."""
         if name not in self._trained:
             pool_name, changes, plm = TRAININGS[name]
-            if name == "original-warmup":
-                config = TrainConfig.upstream(**ORIGINAL)
-            elif name.startswith("original"):
-                config = TrainConfig.upstream(**FIXED | changes)
+            cut = {"w": W} | {key: value for key, value in changes.items() if key in WINDOWS}
+            changes = {key: value for key, value in changes.items() if key not in WINDOWS}
+            if name.startswith("original"):
+                asked = ORIGINAL if name == "original-warmup" else FIXED | changes
+                config, made = TrainConfig.upstream(**asked), WindowConfig.upstream(**cut)
             else:
-                config = TrainConfig(**SOUND | changes)
-            self._trained[name] = self._train(name, pool_name, config, plm)
+                config, made = TrainConfig(**SOUND | changes), WindowConfig(**cut)
+            self._trained[name] = self._train(name, pool_name, config, made, plm)
         return self._trained[name]
 
-    def _train(self, name: str, pool_name: str, config: TrainConfig, plm: Mapping[str, Any]) -> Trained:
+    def _train(
+        self, name: str, pool_name: str, config: TrainConfig, made: WindowConfig, plm: Mapping[str, Any]
+    ) -> Trained:
         pool = self.pool(pool_name)
+        data = windows.make_windows(pool, made)
         plm_config = PLMConfig(str(self.plm.resolve()), rank=RANK, **plm)
         network = PolicyNetwork(load_plm(plm_config), NetworkConfig(state_feature_dim=FEATURE_DIM))
         code = [runs.file_hash(Path(module.__file__ or "")) for module in (training, model, plm_module, windows)]
-        key = runs.content_hash([config, dict(plm), pool.content_hash(), code])
+        key = runs.content_hash([config, dict(plm), data.key, code])
         folder = self.root / "trainings" / f"{name}-{key}"
         early = folder.parent / f"{folder.name}-early"
-        meta = describe(network, config.cut(pool).scale, config.w, runs.plain(config))
-        flight = preflight(config, pool, network)
+        meta = describe(network, data.settings, {**runs.plain(config), "data": data.facts})
+        flight = preflight(network, data, config)
 
         def keep(done: int, total: int, info: dict[str, Any]) -> None:
             if done == EARLY_STEP:
                 save_checkpoint(early, network, replace(meta, step=done))
 
         self.reused |= (folder / RESULT).is_file()
-        result = train(network, pool, config, folder=folder, progress=keep)
+        result = train(network, data, config, folder=folder, settings=data.settings, progress=keep)
         metrics = {
             "steps": flight.steps, "warmup_steps": flight.warmup_steps, "lr": flight.lr, "lr_peak": flight.lr_peak,
-            "windows": flight.windows, "crossing": flight.crossing, "final_loss": float(result.history.tail(20)["loss"].mean()),
+            "windows": flight.samples, "crossing": flight.crossing, "final_loss": result.final_loss,
             "pool_hash": pool.content_hash(),
         }  # fmt: skip
         meta = replace(meta, step=flight.steps)
-        return Trained(name, network.eval(), meta, config, result.history, pool_name, metrics, early)
+        return Trained(name, network.eval(), meta, config, made, result.history, pool_name, metrics, early)
 
     # --- tests
 
@@ -418,7 +428,8 @@ def upstream_settings(trained: Trained, **changes: Any) -> dict[str, Any]:
     config = trained.config
     pool = UPSTREAM_MPC if trained.pool == "upstream-mpc" else OWN_POOL
     settings: dict[str, Any] = pool | {
-        "plm_type": "llama", "plm_size": "tiny", "sample_step": config.stride, "rank": RANK, "w": config.w, "gamma": config.gamma,
+        "plm_type": "llama", "plm_size": "tiny", "rank": RANK,
+        "sample_step": trained.windows.stride, "w": trained.windows.w, "gamma": trained.windows.gamma,
         "state_feature_dim": FEATURE_DIM, "lr": config.lr, "weight_decay": config.weight_decay,
         "warmup_steps": config.warmup_steps, "epochs": config.epochs, "seed": config.seed, "early_stop": -1,
         "test_traces": TRACES, "test_video": VIDEO, "test_trace_num": 40, "test_fixed": True, "test_seed": TEST_SEED,
@@ -451,7 +462,7 @@ def write_tree(
         mean = None if table is None else qoe.summarise(table).reward
         arguments = arguments_line(settings, "exp_pool.pkl")
         arguments = arguments.replace("grad_accum_steps=32", f"grad_accum_steps={trained.config.accumulation}")
-        arguments = arguments.replace("scale=1000,", f"scale={trained.config.scale:g},")
+        arguments = arguments.replace("scale=1000,", f"scale={trained.windows.scale:g},")
         run.mkdir(parents=True, exist_ok=True)
         text = console_text(settings, by_epoch, mean)
         (run / "early_stop_-1_console.log").write_text(arguments + text if terminal else text)

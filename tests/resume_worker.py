@@ -14,9 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from llm_fixtures import tiny_network, toy_pool
+from llm_fixtures import tiny_network, toy_pool, train_on
 from netllm_lib import checkpoint, runs
-from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.model import PolicyNetwork
 from netllm_lib.abr.policies.bba import BBA
@@ -24,10 +24,11 @@ from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Random
 from netllm_lib.abr.pool import generate_mix
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.train import TrainConfig, train
+from netllm_lib.train import TrainConfig
 
 POOL = toy_pool(4)
-CONFIG = TrainConfig(epochs=3, batch=2, w=8, precision="float32", windows="stride", stride=24, checkpoint_steps=2)
+WINDOWS = make_windows(POOL, WindowConfig("stride", w=8, stride=24))
+CONFIG = TrainConfig(epochs=3, batch=2, precision="float32", checkpoint_steps=2)
 CALLS = ("fsync", "replace", "unlink", "rmdir", "truncate", "mkdir")
 
 
@@ -38,7 +39,7 @@ def train_job(network: PolicyNetwork, path: Path) -> None:
         parameter = next(iter(net.trainable().values()))
         return float(parameter.detach().abs().sum())
 
-    train(network, POOL, CONFIG, folder=path, validate=validate)
+    train_on(network, WINDOWS, CONFIG, path, validate=validate)
 
 
 def pool_job(_: PolicyNetwork, path: Path) -> None:
@@ -59,7 +60,7 @@ def run_job(network: PolicyNetwork, path: Path) -> None:
             return
         with runs.atomic_path(run.folder / "table.parquet") as aside:
             pd.DataFrame({"reward": POOL.rewards}).to_parquet(aside)
-        meta = checkpoint.describe(network, return_to_go(POOL)[1], w=8)
+        meta = checkpoint.describe(network, WINDOWS.settings)
         for _ in range(4):
             checkpoint.save_checkpoint(run.folder / "policy", network, meta)
         run.finish({"reward": 0.5})

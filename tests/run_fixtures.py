@@ -9,6 +9,7 @@ from typing import Any
 from llm_fixtures import stir
 from netllm_lib import runs
 from netllm_lib.abr import evaluate
+from netllm_lib.abr.batches import make_windows
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
@@ -47,17 +48,21 @@ def prepare_run(root: Path, test_traces: int = 6, epochs: int = 2) -> SmallRun:
     network = PolicyNetwork(load_plm(PLMConfig("tiny-llama", rank=8)), NetworkConfig(16, 46))
     config = TrainConfig(epochs=max(1, epochs), lr=3e-3)
     folder = run.folder("04_finetune")
-    flight = preflight(config, pool, network, measure=False)
+    windows = make_windows(pool)
+    flight = preflight(network, windows, config, measure=False)
     loss = None
     if epochs:
-        history = train(network, pool, config, folder=folder / "training" / "once").history
-        loss = float(history.tail(20)["loss"].mean())
+        once = folder / "training" / "once"
+        loss = train(network, windows, config, folder=once, settings=windows.settings).final_loss
     else:
         stir(network)
-    save_checkpoint(folder / "policy", network, describe(network, config.cut(pool).scale, config.w))
+    save_checkpoint(folder / "policy", network, describe(network, windows.settings))
     runs.write_json(folder / "config.json", {"parameters": {"pool_dir": str(run.folder("03_experience_pool"))}})
-    known = {name: getattr(flight, name) for name in ("steps", "warmup_steps", "lr", "lr_peak", "windows", "crossing")}
-    runs.write_json(folder / "metrics.json", known | {"final_loss": loss, "pool_hash": pool.content_hash()})
+    known = {name: getattr(flight, name) for name in ("steps", "warmup_steps", "lr", "lr_peak", "crossing")}
+    runs.write_json(
+        folder / "metrics.json",
+        known | {"windows": flight.samples, "final_loss": loss, "pool_hash": pool.content_hash()},
+    )
     write_test(run)
     return run
 

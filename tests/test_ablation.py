@@ -12,11 +12,12 @@ import torch
 
 from llm_fixtures import stir, tiny_network
 from netllm_lib.abr import qoe
-from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.diagnosis import Evidence, Subject, Training, diagnose
 from netllm_lib.abr.diagnosis import replay as ablation
 from netllm_lib.abr.diagnosis.replay import ALL_SOUND, AS_RUN, RETRAINED, SWITCHES
 from netllm_lib.abr.episodes import upstream_episodes
+from netllm_lib.abr.model import PolicySettings
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import EvalConfig
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
@@ -50,7 +51,9 @@ def subject(pool: ExperiencePool) -> Subject:
     network = tiny_network(layers=1)
     with torch.no_grad():  # as if trained: probabilities that differ
         network.action_head.weight.mul_(6)
-    return Subject(network, describe(network, return_to_go(pool)[1], 4), EvalConfig(choose="sample", **ROLLING))
+    return Subject(
+        network, describe(network, PolicySettings(4, pool_returns(pool)[1])), EvalConfig(choose="sample", **ROLLING)
+    )
 
 
 def simulator(count: int = len(TRACES)) -> Simulator:
@@ -161,18 +164,18 @@ def test_retraining_within_a_budget(subject: Subject, pool: ExperiencePool) -> N
     assert list(rows.index) == [AS_RUN, RETRAINED]
     again, with_ = ablation.retrain(subject, pool, 0.1)
     assert with_["steps"] >= 1
-    assert again.meta.pool_hash == pool.content_hash()
+    assert again.meta.settings.pool_hash == pool.content_hash()
     assert again.network is not subject.network
 
 
 def test_every_switch_is_a_finding_with_a_sound_value(subject: Subject) -> None:
     config = EvalConfig.upstream(in_training=True, w=3, target_return_scale=2.0)
-    other = replace(subject.meta.scale, max_reward=99.0)
+    other = replace(subject.meta.settings.scale, max_reward=99.0)
     wrong = replace(subject, config=config, test_scale=other, lora=False, played=subject.network)
     assert ablation.switched(wrong) == list(SWITCHES)
     sound = ablation.variant(wrong, list(SWITCHES))
     assert ablation.switched(replace(subject, config=sound.config)) == []
-    assert sound.scale == subject.meta.scale
+    assert sound.scale == subject.meta.settings.scale
 
 
 def test_a_subset_of_traces_is_played_in_the_recorded_order(subject: Subject) -> None:

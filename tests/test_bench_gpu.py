@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 import gpu
 
 from llm_fixtures import toy_pool
-from netllm_lib.abr.model import action_loss
-from netllm_lib.train import TrainConfig
+from netllm_lib.abr.batches import make_windows
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,19 +33,19 @@ def test_without_a_gpu_it_says_so() -> None:
 
 def test_counted_operations(tmp_path: Path) -> None:
     """The formula against PyTorch's own count of a step, less that of the modules around the PLM; it leaves out fused attention."""
-    size, config = gpu.Size(256, 768, 4, 4, 2, 16, 1, (2,), 1, 1), TrainConfig(precision="float32")
+    size = gpu.Size(256, 768, 4, 4, 2, 16, 1, (2,), 1, 1)
     network = gpu.make(size, torch.device("cpu"), tmp_path, attention="fast")
     network.plm.base.float()
     network.train()
-    batch = config.cut(toy_pool()).batch([0, 1])
+    batch = make_windows(toy_pool()).batch([0, 1])
     around = FlopCounterMode(display=False)
     with around:
         network.embed(*batch[:4]).sum().backward()
     whole = FlopCounterMode(display=False)
     with whole:
-        action_loss(network, batch, None).backward()
+        network.loss(batch)[0].backward()
     counted = (whole.get_total_flops() - around.get_total_flops()) / 2
-    assert gpu.matrix_flop(size, config.w) == pytest.approx(counted, rel=0.01)
+    assert gpu.matrix_flop(size, 20) == pytest.approx(counted, rel=0.01)
     assert (
         4.0e12 < gpu.training_flop(dataclasses.replace(gpu.FULL, kv_heads=32, intermediate=11008), 20) < 4.3e12
     )  # Llama-2-7B

@@ -15,19 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_fixtures import FAMILIES, stir, tiny_network, toy_pool, write_plm
-from netllm_lib.abr.batches import make_windows, return_to_go
-from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
+from netllm_lib.abr.batches import make_windows, pool_returns
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings, load_policy
 from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint, save_upstream_checkpoint
-from netllm_lib.checkpoint import CheckpointMeta, describe, load_checkpoint, load_weights, read_meta, save_checkpoint
+from netllm_lib.checkpoint import CheckpointMeta, describe, load_weights, read_meta, save_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
 
 POOL = toy_pool()
-_, SCALE = return_to_go(POOL)
+_, SCALE = pool_returns(POOL)
 
 
 def logits(network: PolicyNetwork) -> torch.Tensor:
     with torch.inference_mode():
-        return network.eval()(*make_windows(POOL).batch([0, 1]))
+        return network.eval()(make_windows(POOL).batch([0, 1]))
 
 
 def family_network(folder: Path, family: str, rank: int = 4, **plm: object) -> PolicyNetwork:
@@ -40,15 +40,15 @@ def family_network(folder: Path, family: str, rank: int = 4, **plm: object) -> P
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, PolicyNetwork, CheckpointMeta]:
     network = tiny_network(layers=1)
-    meta = replace(describe(network, SCALE, 20, {"epochs": 3}), step=12, score=0.5)
+    meta = replace(describe(network, PolicySettings(20, SCALE), {"epochs": 3}), step=12, score=0.5)
     return save_checkpoint(tmp_path / "policy", network, meta), network, meta
 
 
 @pytest.mark.parametrize("rank", [8, 0, -1])
 def test_what_is_saved_comes_back(tmp_path: Path, rank: int) -> None:
     network = tiny_network(rank=rank)
-    meta = describe(network, SCALE, 20)
-    loaded, found = load_checkpoint(save_checkpoint(tmp_path / "policy", network, meta))
+    meta = describe(network, PolicySettings(20, SCALE))
+    loaded, found = load_policy(save_checkpoint(tmp_path / "policy", network, meta))
     assert found == meta
     assert torch.equal(logits(loaded), logits(network))
     assert not loaded.training
@@ -56,11 +56,12 @@ def test_what_is_saved_comes_back(tmp_path: Path, rank: int) -> None:
 
 def test_meta_holds_what_a_test_needs(saved: tuple[Path, PolicyNetwork, CheckpointMeta]) -> None:
     folder, _, meta = saved
-    found = read_meta(folder)
+    found = read_meta(folder, PolicyNetwork)
     assert found == meta
-    assert found.pool_hash == POOL.content_hash()
-    assert (found.scale.min_reward, found.scale.max_reward) == (POOL.rewards.min(), POOL.rewards.max())
-    assert (found.layers, found.hidden_size, found.w, found.step) == (1, 192, 20, 12)
+    settings = found.settings
+    assert settings.pool_hash == POOL.content_hash()
+    assert (settings.scale.min_reward, settings.scale.max_reward) == (POOL.rewards.min(), POOL.rewards.max())
+    assert (found.layers, found.hidden_size, settings.w, found.step) == (1, 192, 20, 12)
 
 
 def test_adapter_is_in_the_layout_of_peft(saved: tuple[Path, PolicyNetwork, CheckpointMeta]) -> None:
@@ -109,7 +110,7 @@ def test_weights_that_do_not_fit(
 ) -> None:
     edit(saved[0] / name, change)
     with pytest.raises(ValueError, match=rf"{name}.*{reason}"):
-        load_checkpoint(saved[0])
+        load_policy(saved[0])
 
 
 @pytest.mark.parametrize(
@@ -119,10 +120,10 @@ def test_files_that_are_missing_or_cut(saved: tuple[Path, PolicyNetwork, Checkpo
     path = saved[0] / name
     path.write_bytes(path.read_bytes()[:30])
     with pytest.raises(ValueError, match=name):
-        load_checkpoint(saved[0])
+        load_policy(saved[0])
     path.unlink()
     with pytest.raises(FileNotFoundError, match=name):
-        load_checkpoint(saved[0])
+        load_policy(saved[0])
 
 
 def test_another_plm_is_refused(saved: tuple[Path, PolicyNetwork, CheckpointMeta], tmp_path: Path) -> None:
@@ -132,17 +133,17 @@ def test_another_plm_is_refused(saved: tuple[Path, PolicyNetwork, CheckpointMeta
         with pytest.raises(
             ValueError, match=rf"another PLM.*llama \(1 layers, hidden 192.*{family} \(1 layers, hidden {hidden}"
         ):
-            load_checkpoint(folder, plm_source=str(other))
+            load_policy(folder, plm_source=str(other))
     edit(folder / "config.json", lambda config: config["plm"].update(layers=2))
     with pytest.raises(ValueError, match="another PLM"):
-        load_checkpoint(folder)
+        load_policy(folder)
 
 
 def test_another_rank_is_refused(saved: tuple[Path, PolicyNetwork, CheckpointMeta]) -> None:
     folder = saved[0]
     edit(folder / "adapter_config.json", lambda config: config.update(r=16))
     with pytest.raises(ValueError, match=r"r is 16.*says 8"):
-        load_checkpoint(folder)
+        load_policy(folder)
     with pytest.raises(ValueError, match=r"r is 16.*says 4"):
         load_weights(folder, tiny_network(rank=4, layers=1))
 
@@ -150,8 +151,10 @@ def test_another_rank_is_refused(saved: tuple[Path, PolicyNetwork, CheckpointMet
 @pytest.mark.parametrize(
     "change",
     [
-        lambda config: config.pop("scale"),
-        lambda config: config.pop("w"),
+        lambda config: config.pop("layers"),
+        lambda config: config["settings"].pop("scale"),
+        lambda config: config["settings"].update(w=0),
+        lambda config: config.update(task="vp"),
         lambda config: config.update(surprise=1),
         lambda config: config["plm"].update(trust_remote_code=True),
         lambda config: config.update(format=99),
@@ -162,13 +165,13 @@ def test_configs_that_are_not_ours(
 ) -> None:
     edit(saved[0] / "config.json", change)
     with pytest.raises(ValueError, match=r"config\.json"):
-        load_checkpoint(saved[0])
+        load_policy(saved[0])
 
 
 def test_another_pool_is_refused_when_one_is_named(saved: tuple[Path, PolicyNetwork, CheckpointMeta]) -> None:
-    load_checkpoint(saved[0], pool_hash=POOL.content_hash())
+    load_policy(saved[0], pool_hash=POOL.content_hash())
     with pytest.raises(ValueError, match="trained on the pool"):
-        load_checkpoint(saved[0], pool_hash="0123456789abcdef")
+        load_policy(saved[0], pool_hash="0123456789abcdef")
 
 
 def test_saving_replaces_a_folder_or_leaves_it(

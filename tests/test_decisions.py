@@ -25,6 +25,7 @@ from netllm_lib.abr.diagnosis.decisions import (
     swapped,
 )
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
+from netllm_lib.abr.model import PolicySettings
 from netllm_lib.abr.optimum import best_plans, regret
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.base import Policy
@@ -88,7 +89,7 @@ def test_an_llm_remembers_what_was_played_not_what_it_wanted(window: Any) -> Non
     """Behind a prefix, the LLM's probabilities equal those of one that chose the prefix itself."""
     pytest.importorskip("torch")
     from llm_fixtures import tiny_network, toy_pool
-    from netllm_lib.abr.batches import return_to_go
+    from netllm_lib.abr.batches import pool_returns
     from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
     from netllm_lib.checkpoint import describe
 
@@ -100,7 +101,7 @@ def test_an_llm_remembers_what_was_played_not_what_it_wanted(window: Any) -> Non
             return given[observation.episode, observation.chunk] if observation.chunk < 5 else own
 
     network = tiny_network()
-    meta = describe(network, return_to_go(toy_pool())[1], w=20)
+    meta = describe(network, PolicySettings(20, pool_returns(toy_pool())[1]))
     two = Simulator(TRACES, VIDEO, EPISODES.rows([0, 1]))
     given = np.random.default_rng(0).integers(0, 6, (2, CHUNKS))
     config = EvalConfig(context_window=window)

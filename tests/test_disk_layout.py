@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from llm_fixtures import FAMILIES, stir, write_plm
 from netllm_lib import checkpoint, runs
-from netllm_lib.abr.batches import ReturnScale
-from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings, load_policy
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.returns import ReturnScale
 
 SCALE = ReturnScale(min_reward=-10.0, max_reward=4.3, target_return=0.05, max_timestep=46, pool_hash="none")
 """Of no pool in particular."""
@@ -25,7 +25,7 @@ def saved(plm: Path, folder: Path, **config: Any) -> PolicyNetwork:
     """A fine-tuned network on the PLM in a folder, and its checkpoint."""
     network = PolicyNetwork(load_plm(PLMConfig(str(plm), rank=4, **config)), NetworkConfig(state_feature_dim=8))
     stir(network)
-    checkpoint.save_checkpoint(folder, network, checkpoint.describe(network, SCALE, w=8))
+    checkpoint.save_checkpoint(folder, network, checkpoint.describe(network, PolicySettings(8, SCALE)))
     return network
 
 
@@ -79,14 +79,14 @@ def test_an_adapter_that_peft_wrote(tmp_path: Path) -> None:
     assert load_file(ours).keys() == load_file(plain).keys()
     for name, values in load_file(plain).items():
         assert torch.equal(values, load_file(ours)[name]), name
-    reloaded, _ = checkpoint.load_checkpoint(tmp_path / "policy")
+    reloaded, _ = load_policy(tmp_path / "policy")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "policy" / name).write_bytes((tmp_path / "again" / name).read_bytes())
     config = tmp_path / "policy" / "config.json"
     told = runs.read_json(config)
     told["hashes"]["adapter_model.safetensors"] = runs.file_hash(plain)
     runs.write_json(config, told)
-    swapped, _ = checkpoint.load_checkpoint(tmp_path / "policy")
+    swapped, _ = load_policy(tmp_path / "policy")
     x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         assert torch.equal(swapped.plm(x), reloaded.plm(x))

@@ -535,27 +535,28 @@ ADAPTERS = {
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `ours` and `theirs` with the same small policy."""
     from llm_fixtures import tiny_network, toy_pool
-    from netllm_lib.abr.batches import return_to_go
+    from netllm_lib.abr.batches import pool_returns
+    from netllm_lib.abr.model import PolicySettings
     from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
     from netllm_lib.checkpoint import describe, save_checkpoint
 
     root, network = tmp_path_factory.mktemp("checkpoints"), tiny_network(rank=2, layers=1)
-    _, scale = return_to_go(toy_pool())
-    save_checkpoint(root / "ours", network, describe(network, scale, 20))
+    _, scale = pool_returns(toy_pool())
+    save_checkpoint(root / "ours", network, describe(network, PolicySettings(20, scale)))
     save_upstream_checkpoint(root / "theirs", network)
     return root
 
 
 def load_again(folder: Path) -> Any:
     from llm_fixtures import toy_pool
-    from netllm_lib.abr.batches import return_to_go
+    from netllm_lib.abr.batches import pool_returns
+    from netllm_lib.abr.model import load_policy
     from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
-    from netllm_lib.checkpoint import load_checkpoint
     from netllm_lib.plm import PLMConfig
 
     if folder.name == "ours":
-        return load_checkpoint(folder)[0]
-    return load_upstream_checkpoint(folder, PLMConfig("tiny-llama", layers=1), return_to_go(toy_pool())[1])[0]
+        return load_policy(folder)[0]
+    return load_upstream_checkpoint(folder, PLMConfig("tiny-llama", layers=1), pool_returns(toy_pool())[1])[0]
 
 
 def fuzz_weights(checkpoints: Path, folder: Path, count: int) -> None:

@@ -18,6 +18,7 @@ from conftest import GOLDEN
 from llm_fixtures import toy_pool
 from netllm_lib import runs
 from netllm_lib.abr import qoe
+from netllm_lib.abr.model import PolicyNetwork
 from netllm_lib.abr.pool import ExperiencePool, concatenate, load_pool
 from netllm_lib.abr.traces import SAMPLE, Registry
 from netllm_lib.abr.upstream import logs
@@ -108,8 +109,8 @@ def test_the_test_is_reproduced_from_the_import(tree: Tree, reports: Path) -> No
     np.testing.assert_array_equal(table["level"], imported["level"])
     pd.testing.assert_frame_equal(table[imported.columns.tolist()], imported, rtol=1e-9)
     meta = read_meta(run.folder / "policy")
-    assert meta.w == 5
-    assert meta.pool_hash == load_pool(tree.pool).content_hash()
+    assert meta.settings.w == 5
+    assert meta.settings.pool_hash == load_pool(tree.pool).content_hash()
     with pytest.raises(FileNotFoundError, match=r"no result set 'other' \(there: results\)"):
         replay(run, "other", Registry(SAMPLE))
 
@@ -403,7 +404,7 @@ def test_another_pool_than_the_one_named(tree: Tree, reports: Path) -> None:
     run = import_run(tree.root, data=SAMPLE, pool=pool)
     assert told(run)["pool"]["pool_differs"] is True
     assert told(run)["pool"]["hash"] == pool.content_hash() != told(run)["pool"]["named_hash"]
-    assert read_meta(run.folder / "policy").pool_hash == pool.content_hash()
+    assert read_meta(run.folder / "policy", PolicyNetwork).settings.pool_hash == pool.content_hash()
     assert any("it is not the training pool" in note for note in told(run)["notes"])
     with pytest.raises(ValueError, match="not the training pool"):
         import_run(tree.root, data=SAMPLE, pool=toy_pool(length=30))
@@ -647,7 +648,10 @@ def test_complete_runs_of_the_original(golden: Path, reports: Path, tmp_path: Pa
     assert any(note.startswith("results: the test in the console log") for note in told(run)["notes"])
     assert any(note.startswith("results_test_alone: mean") for note in told(run)["notes"])
     assert not any("not the training pool" in note or "two runs" in note for note in told(run)["notes"])
-    assert read_meta(run.folder / "policy").pool_hash == read_pool(folder / described["pool"]).content_hash()
+    assert (
+        read_meta(run.folder / "policy", PolicyNetwork).settings.pool_hash
+        == read_pool(folder / described["pool"]).content_hash()
+    )
     test = as_tested(told(run)["results"]["results_test_alone"]["settings"])
     assert (test.traces, test.video, test.trace_num) == (
         described["traces"],

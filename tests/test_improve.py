@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from llm_fixtures import batch_loss
 from netllm_lib import notebooks, runs
 from netllm_lib.abr import improve as improving
 from netllm_lib.abr import qoe
-from netllm_lib.abr.batches import Batch
+from netllm_lib.abr.batches import WindowConfig, make_targets, make_windows
 from netllm_lib.abr.episodes import Observation, sound_episodes
 from netllm_lib.abr.hindsight import Grid
 from netllm_lib.abr.improve import (
@@ -26,7 +28,7 @@ from netllm_lib.abr.improve import (
     roll_pool,
     small_network,
 )
-from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
+from netllm_lib.abr.model import Batch, NetworkConfig, PolicyNetwork, PolicySettings, load_policy
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.catalogue import load_llm_policy
@@ -36,12 +38,12 @@ from netllm_lib.abr.pool import generate_pool, load_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import SAMPLE, TraceSet, overlapping
-from netllm_lib.checkpoint import describe, load_checkpoint, save_checkpoint
+from netllm_lib.checkpoint import describe, save_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
-from netllm_lib.train import TrainConfig, train
+from netllm_lib.train import TrainConfig
 
 TRACES, VIDEO = generate_traces("t", 6, 3), generate_video("v", 3)
-TRAINING = TrainConfig(w=47, batch=4, lr=1e-3, lr_around=1e-3, precision="float32")
+TRAINING = TrainConfig(batch=4, lr=1e-3, lr_around=1e-3, precision="float32")
 SMALL = ImproveConfig(groups=4, starts=2, epochs=(2, 1), grid=Grid(10, 10), train=TRAINING)
 
 
@@ -110,27 +112,25 @@ def test_the_loss_is_the_distance_to_the_best_level() -> None:
     network = tiny_network().eval()
     states, zeros = torch.randn(2, 3, 6, 6), torch.zeros(2, 3)
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    batch = Batch(states, zeros.long(), zeros, torch.arange(3).expand(2, 3), mask)
     values = torch.randn(2, 3, 6) * 10
-    logits, worth = network(*batch)[mask].detach().numpy(), values[mask].numpy()
+    distances, best = (make_targets(values.flatten(0, 1).numpy(), learn) for learn in ("values", "best"))
+    batch = Batch(states, zeros.long(), zeros, torch.arange(3).expand(2, 3), mask, distances.view(2, 3, 6))
+    logits, worth = network(batch)[mask].detach().numpy(), values[mask].numpy()
     wanted = np.maximum(worth - worth.max(axis=1, keepdims=True), -8.0)
     assert wanted.min() == -8.0
-    assert action_loss(network, batch, None, values).item() == pytest.approx(((logits - wanted) ** 2).mean(), rel=1e-5)
+    assert batch_loss(network, batch).item() == pytest.approx(((logits - wanted) ** 2).mean(), rel=1e-5)
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     entropy = -np.log(shares[np.arange(4), worth.argmax(axis=1)]).mean()
-    assert action_loss(network, batch, None, values, best=True).item() == pytest.approx(entropy, rel=1e-5)
+    assert batch_loss(network, batch._replace(targets=best.view(2, 3))).item() == pytest.approx(entropy, rel=1e-5)
 
 
-def test_values_are_asked_for_and_given_together(tmp_path: Path) -> None:
+def test_values_are_asked_for_and_given_together() -> None:
     pool = generate_pool(BBA(), TRACES, VIDEO, sound_episodes(TRACES))
     values = np.zeros((len(pool), 6), np.float32)
-    for config, given in (
-        (TRAINING, values),
-        (TrainConfig(learn="values"), None),
-        (TrainConfig(learn="values"), values[1:]),
-    ):
-        with pytest.raises(ValueError, match=f'learn="{config.learn}" with'):
-            train(tiny_network(), pool, config, folder=tmp_path, values=given)
+    asked: list[tuple[Any, Any]] = [("actions", values), ("values", None), ("values", values[1:])]
+    for learn, given in asked:
+        with pytest.raises(ValueError, match=f'learn="{learn}" with'):
+            make_windows(pool, learn=learn, values=given)
 
 
 @pytest.mark.parametrize("tokens", ["step", "parts"])
@@ -139,7 +139,9 @@ def test_a_cached_test_is_the_trained_function(tokens: str) -> None:
     network = tiny_network(tokens).eval()
     simulator = Simulator(TRACES, VIDEO, sound_episodes(TRACES))
     pool = generate_pool(BBA(), TRACES, VIDEO, simulator.episodes)
-    policy = LLMPolicy(network, describe(network, TRAINING.cut(pool).scale, 47), EvalConfig(merge_lora=False))
+    policy = LLMPolicy(
+        network, describe(network, make_windows(pool, WindowConfig(w=47)).settings), EvalConfig(merge_lora=False)
+    )
     seen: list[np.ndarray] = []
 
     class Recording(LLMPolicy):
@@ -148,7 +150,9 @@ def test_a_cached_test_is_the_trained_function(tokens: str) -> None:
             seen.append(self.logits.copy())
             return levels
 
-    played = rollout(Recording(network, describe(network, policy.scale, 47)), simulator, keep_states=True)
+    played = rollout(
+        Recording(network, describe(network, PolicySettings(47, policy.scale))), simulator, keep_states=True
+    )
     returns = np.array(played.extras["return_to_go"][:, 1:], dtype=np.float32)
     assert played.states is not None
     with torch.inference_mode():
@@ -208,7 +212,7 @@ def test_rounds_leave_pools_values_and_a_policy(tmp_path: Path) -> None:
     scores = [qoe.summarise(table).reward for table in tables]
     np.testing.assert_allclose(scores, improved.rounds["score"], atol=1e-6)
     assert improved.policy == tmp_path / f"round-{chosen_round(tables)}" / "training" / "final"
-    meta = load_checkpoint(improved.policy)[1]
+    meta = load_policy(improved.policy)[1]
     assert meta.network.tokens == "step"
     assert meta.train is not None
     assert meta.train["learn"] == "values"
@@ -289,8 +293,8 @@ def test_notebook_07(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Headless on the sample, at the smallest size; its pool is what notebook 04 takes."""
     monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path))
     network = tiny_network("parts", rank=4)
-    scale = TRAINING.cut(generate_pool(BBA(), TRACES, VIDEO, sound_episodes(TRACES))).scale
-    before = save_checkpoint(tmp_path / "before", network, describe(network, scale, 20))
+    scale = make_windows(generate_pool(BBA(), TRACES, VIDEO, sound_episodes(TRACES))).scale
+    before = save_checkpoint(tmp_path / "before", network, describe(network, PolicySettings(20, scale)))
     small = {
         "before": str(before),
         "groups": 4,

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from conftest import GOLDEN
-from llm_fixtures import episodes_of, observe, replay, tiny_network, toy_pool, write_plm
+from llm_fixtures import episodes_of, observe, replay, tiny_network, toy_pool, train_on, write_plm
 from netllm_lib.abr import qoe
-from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.evaluate import validator
-from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings, load_policy
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
@@ -29,10 +29,10 @@ from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import Registry
 from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
 from netllm_lib.abr.upstream.pickles import read_pool
-from netllm_lib.checkpoint import CheckpointMeta, describe, load_checkpoint
+from netllm_lib.checkpoint import CheckpointMeta, describe
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.runs import read_json
-from netllm_lib.train import TrainConfig, train
+from netllm_lib.train import TrainConfig
 
 RNG = np.random.default_rng(0)
 STATES, REWARDS = RNG.random((47, 3, 6, 6)), RNG.normal(size=(47, 3))
@@ -45,7 +45,7 @@ def network() -> PolicyNetwork:
 
 @pytest.fixture(scope="module")
 def meta(network: PolicyNetwork) -> CheckpointMeta:
-    return describe(network, return_to_go(toy_pool())[1], w=20)
+    return describe(network, PolicySettings(20, pool_returns(toy_pool())[1]))
 
 
 def run(
@@ -98,7 +98,7 @@ def test_context_holds_the_previous_w_steps_and_the_current_one(network: PolicyN
 def test_return_to_go_follows_the_rewards(network: PolicyNetwork, meta: CheckpointMeta) -> None:
     policy = LLMPolicy(network, meta, EvalConfig(target_return_scale=2.0))
     policy.reset(episodes_of(3))
-    scale, target = meta.scale, []
+    scale, target = meta.settings.scale, []
     for chunk in (1, 2, 3):
         policy.act(observe(STATES, REWARDS, chunk))
         target.append(policy.extras()["return_to_go"])
@@ -206,8 +206,8 @@ def test_from_pool_to_test(tmp_path: Path) -> None:
     pool = generate_pool(BBA(), traces, video, episodes)
     network = tiny_network(lora=False, layers=1)
     config = TrainConfig(epochs=2, batch=3, precision="float32")
-    result = train(network, pool, config, folder=tmp_path)
-    loaded, meta = load_checkpoint(result.best, pool_hash=pool.content_hash())
+    result = train_on(network, pool, config, tmp_path)
+    loaded, meta = load_policy(result.best, pool_hash=pool.content_hash())
     simulator = Simulator(traces, video, episodes)
     for choose in ("argmax", "sample"):
         policy = LLMPolicy(loaded, meta, EvalConfig(choose=choose))
@@ -232,7 +232,7 @@ def test_greedy_episodes_of_the_original(golden: Path, path: Path) -> None:
     """Two traces, 48 decisions each, fed with what was recorded: every level equal, logits within 1e-5."""
     recorded, folder = np.load(golden / path), (golden / path).parent
     meta_file, layer = read_json(folder / "meta.json"), int(path.stem.rpartition("layer")[2])
-    _, scale = return_to_go(read_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta_file["scale"])
+    _, scale = pool_returns(read_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta_file["scale"])
     plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1)
     network, meta = load_upstream_checkpoint(folder / "adapter", plm, scale, meta_file["w"])
     leak = "noclear" in path.stem
@@ -250,7 +250,7 @@ def test_greedy_episodes_played_anew(golden: Path, real_data: Path, path: Path) 
     """The same, but the simulator produces the states."""
     recorded, folder = np.load(golden / path), (golden / path).parent
     meta_file, layer = read_json(folder / "meta.json"), int(path.stem.rpartition("layer")[2])
-    _, scale = return_to_go(read_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta_file["scale"])
+    _, scale = pool_returns(read_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta_file["scale"])
     plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1)
     network, meta = load_upstream_checkpoint(folder / "adapter", plm, scale, meta_file["w"])
     config = EvalConfig.upstream(choose="argmax", context="leak" if "noclear" in path.stem else "clear")
@@ -291,7 +291,7 @@ def test_complete_run_of_the_original(golden: Path, real_data: Path, path: Path)
     trained, tested = best.parent.name, next(iter(results.values())).parent.name  # the names hold the settings
     w, gamma = int(setting(trained, "w")), setting(trained, "gamma")
     layer, target_scale = int(setting(best.name, "early_stop")), setting(tested, "tgt_scale")
-    _, scale = return_to_go(read_pool(folder / run_file["pool"]), gamma)
+    _, scale = pool_returns(read_pool(folder / run_file["pool"]), gamma)
     plm = PLMConfig.upstream(str(folder / run_file["plm"]), layers=None if layer < 0 else layer + 1)
     network, meta = load_upstream_checkpoint(best, plm, scale, w)
     registry = Registry(real_data)

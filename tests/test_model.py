@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conftest import GOLDEN
-from llm_fixtures import stir, tiny_network, toy_pool, write_plm
-from netllm_lib.abr.batches import Batch, WindowConfig, make_windows, return_to_go
-from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork, action_loss
+from llm_fixtures import batch_loss, stir, tiny_network, toy_pool, write_plm
+from netllm_lib.abr.batches import WindowConfig, make_windows, pool_returns
+from netllm_lib.abr.model import TOKENS_PER_STEP, Batch, NetworkConfig, PolicyNetwork
 from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
 from netllm_lib.abr.upstream.pickles import read_pool
 from netllm_lib.plm import PLMConfig, TokenCache, load_plm
@@ -59,15 +59,15 @@ def test_state_encoder_equals_a_plain_loop() -> None:
 def test_a_step_is_predicted_from_what_came_before_its_action() -> None:
     network, data = tiny_network(), batch()
     with torch.inference_mode():
-        plain = network(*data)
+        plain = network(data)
         for step in (0, 5, 9):
             actions = data.actions.clone()
             actions[:, step] = (actions[:, step] + 3) % 6
-            changed = (network(*data._replace(actions=actions)) - plain).abs().amax(dim=(0, 2)) > 1e-6
+            changed = (network(data._replace(actions=actions)) - plain).abs().amax(dim=(0, 2)) > 1e-6
             assert changed.tolist() == [i > step for i in range(10)]
             states = data.states.clone()
             states[:, step] += 1
-            changed = (network(*data._replace(states=states)) - plain).abs().amax(dim=(0, 2)) > 1e-6
+            changed = (network(data._replace(states=states)) - plain).abs().amax(dim=(0, 2)) > 1e-6
             assert changed.tolist() == [i >= step for i in range(10)]
 
 
@@ -75,7 +75,7 @@ def test_decide_equals_forward() -> None:
     """Whole, cut after the last state, and token by token through a cache."""
     network, data = tiny_network(), batch()
     with torch.inference_mode():
-        expected = network(*data)
+        expected = network(data)
         tokens = network.embed(*data[:4])
         cache = network.plm.new_cache(tokens.shape[1])
         done = 0
@@ -98,13 +98,13 @@ def test_a_last_layer_that_computes_only_what_is_read(tmp_path: Path, family: st
     assert (fast.plm._last_layer is None) == (family == "opt")
     gradients = []
     for network in (fast, plain):
-        loss = action_loss(network, data, None)
+        loss = batch_loss(network, data)
         loss.backward()
         gradients.append({name: p.grad for name, p in network.trainable().items()} | {"loss": loss.detach()})
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
     with torch.inference_mode():
-        torch.testing.assert_close(fast(*data), plain(*data), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(fast(data), plain(data), atol=1e-6, rtol=1e-5)
         tokens = fast.embed(*data[:4])
         whole = fast.plm(tokens)  # reading everything again
         torch.testing.assert_close(whole, plain.plm(tokens), atol=1e-5, rtol=1e-5)
@@ -142,8 +142,8 @@ def test_lora_is_applied_and_starts_from_the_plm() -> None:
     data = batch()
     fresh, frozen, trained = tiny_network(lora=False), tiny_network(rank=0), tiny_network()
     with torch.inference_mode():
-        assert torch.equal(fresh(*data), frozen(*data))
-        assert not torch.allclose(trained(*data), fresh(*data), atol=1e-3)
+        assert torch.equal(fresh(data), frozen(data))
+        assert not torch.allclose(trained(data), fresh(data), atol=1e-3)
 
 
 def test_random_control_differs_from_the_pretrained(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_random_control_differs_from_the_pretrained(tmp_path: Path) -> None:
     control = PolicyNetwork(load_plm(PLMConfig(folder, rank=4, random_weights=True)), size)
     with torch.inference_mode():
         assert torch.equal(pretrained.embed(*data[:4]), control.embed(*data[:4]))
-        assert not torch.allclose(pretrained.eval()(*data), control.eval()(*data), atol=1e-2)
+        assert not torch.allclose(pretrained.eval()(data), control.eval()(data), atol=1e-2)
 
 
 def test_initial_weights_follow_from_the_seed() -> None:
@@ -179,7 +179,7 @@ FORWARDS = sorted(p.relative_to(GOLDEN) for p in GOLDEN.glob("plm/*/forward_laye
 def test_logits_of_the_original(golden: Path, path: Path) -> None:
     recorded, folder = np.load(golden / path), (golden / path).parent
     meta, layer = read_json(folder / "meta.json"), int(path.stem.removeprefix("forward_layer"))
-    _, scale = return_to_go(read_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta["scale"])
+    _, scale = pool_returns(read_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta["scale"])
     plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1)
     network, _ = load_upstream_checkpoint(folder / "adapter", plm, scale, meta["w"])
     assert network.plm.layers == (meta["layers"] if layer < 0 or not meta["which_layer_effective"] else layer + 1)
@@ -189,5 +189,5 @@ def test_logits_of_the_original(golden: Path, path: Path) -> None:
         embedded = network.embed(states[:1], labels[:1], returns[:1], timesteps[:1])
         np.testing.assert_allclose(embedded, recorded["inputs_embeds_ln"], atol=1e-5, rtol=0)
         np.testing.assert_allclose(network.plm(embedded), recorded["last_hidden_state"], atol=1e-5, rtol=1e-5)
-        logits = network(states, labels, returns, timesteps)
+        logits = network(Batch(states, labels, returns, timesteps, None, labels))
     np.testing.assert_allclose(logits, recorded["logits"], atol=1e-5, rtol=0)

@@ -12,17 +12,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 from original_loop import OriginalPolicy, train_windows
 
-from llm_fixtures import stir, tiny_network, toy_pool
-from netllm_lib.abr.batches import return_to_go
+from llm_fixtures import stir, tiny_network, toy_pool, train_on
+from netllm_lib.abr.batches import WindowConfig, make_windows, pool_returns
 from netllm_lib.abr.episodes import Observation, sound_episodes
-from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings
 from netllm_lib.abr.play import rollout
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.checkpoint import describe
 from netllm_lib.plm import PLMConfig, load_plm
-from netllm_lib.train import TrainConfig, train
+from netllm_lib.train import TrainConfig
 
 
 def network(**plm: float) -> PolicyNetwork:
@@ -33,7 +33,7 @@ def network(**plm: float) -> PolicyNetwork:
 @pytest.mark.parametrize("w", [5, 20])
 def test_the_same_decisions(w: int) -> None:
     """Logits of every decision of three traces, the one after the last chunk and the leaking context included."""
-    net, (_, scale) = network(), return_to_go(toy_pool())
+    net, (_, scale) = network(), pool_returns(toy_pool())
     traces = generate_traces("sample", 3, seed=5)
     simulator = Simulator(traces, generate_video("clip", seed=5), sound_episodes(traces, seed=3))
 
@@ -53,7 +53,7 @@ def test_the_same_decisions(w: int) -> None:
             self.seen.append(self.logits)
             return levels
 
-    theirs, ours = Theirs(net, scale, w), Ours(net, describe(net, scale, w), EvalConfig.upstream())
+    theirs, ours = Theirs(net, scale, w), Ours(net, describe(net, PolicySettings(w, scale)), EvalConfig.upstream())
     theirs.seen, ours.seen = [], []
     played = [rollout(policy, simulator) for policy in (theirs, ours)]
     np.testing.assert_array_equal(played[0].level, played[1].level)
@@ -67,8 +67,9 @@ def test_the_same_training(tmp_path: Path) -> None:
     pool, order = toy_pool(4), (7, 2, 5, 0, 1, 8, 6, 3, 4, 2)
     config = TrainConfig.upstream(epochs=1, order=(order,), accumulation=4, warmup_steps=2, lr=1e-3, lr_around=1e-3)
     ours, theirs = network(lora_dropout=0.0), network(lora_dropout=0.0)
-    history = train(ours, pool, config, folder=tmp_path).history
-    losses = train_windows(theirs, config.cut(pool), order, lr=1e-3, warmup=2, accumulation=4)
+    windows = make_windows(pool, WindowConfig.upstream())
+    history = train_on(ours, windows, config, tmp_path).history
+    losses = train_windows(theirs, windows, order, lr=1e-3, warmup=2, accumulation=4)
     np.testing.assert_allclose(history["loss"], losses, atol=1e-5, rtol=0)
     before = network(lora_dropout=0.0).trainable()
     for name, value in theirs.trainable().items():
@@ -79,13 +80,13 @@ def test_the_same_training(tmp_path: Path) -> None:
 def test_the_sound_loss_is_the_same_function() -> None:
     """Fused attention and one batch give the losses of one window at a time."""
     pool = toy_pool(2)
-    windows = TrainConfig.upstream().cut(pool)
+    windows = make_windows(pool, WindowConfig.upstream())
     fused = tiny_network(lora_dropout=0.0)
     plain = network(lora_dropout=0.0)
     numbers = list(range(len(windows)))
     losses = train_windows(plain, windows, numbers, lr=0.0, weight_decay=0.0)
     with torch.no_grad():
         batch = windows.batch(numbers)
-        logits = fused(*batch)
+        logits = fused(batch)
         ours = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.actions, reduction="none").mean(1)
     np.testing.assert_allclose(ours, losses, atol=1e-5, rtol=0)

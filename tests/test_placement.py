@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from llm_fixtures import FAMILIES, stir, toy_pool, write_plm
-from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
-from netllm_lib.checkpoint import load_checkpoint
+from llm_fixtures import FAMILIES, batch_loss, stir, toy_pool, train_on, write_plm
+from netllm_lib.abr.batches import WindowConfig, make_windows
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, load_policy
 from netllm_lib.placement import device_map, devices_of, split_layers, upstream_devices
 from netllm_lib.plm import PLMConfig, load_plm, sketch_plm
-from netllm_lib.train import TrainConfig, train
+from netllm_lib.train import TrainConfig
 
-BATCH = TrainConfig().cut(toy_pool()).batch([0, 1])
+BATCH = make_windows(toy_pool()).batch([0, 1])
 TWO = "cpu,cpu:0"
 
 
@@ -85,11 +85,11 @@ def test_two_devices_compute_what_one_does(tmp_path: Path, family: str) -> None:
         assert len(hooks) >= 4
         results = []
         for network in networks:
-            loss = action_loss(network, BATCH, None)
+            loss = batch_loss(network, BATCH)
             loss.backward()
             with torch.no_grad():
                 tokens = network.embed(*BATCH[:4])
-                logits = network(*BATCH)
+                logits = network(BATCH)
                 if network.plm.causal:
                     cache = network.plm.new_cache(160)
                     network.decide(tokens[:, :7], cache)
@@ -103,20 +103,22 @@ def test_two_devices_compute_what_one_does(tmp_path: Path, family: str) -> None:
 
 
 def test_training_and_testing_a_split_plm(tmp_path: Path) -> None:
-    config = TrainConfig(epochs=1, batch=2, w=8, precision="float32", order=((0, 1, 2, 3),))
+    config = TrainConfig(epochs=1, batch=2, precision="float32", order=((0, 1, 2, 3),))
     losses = {}
     for device in ("cpu", TWO):
         plm = load_plm(PLMConfig("tiny-llama", rank=4, lora_dropout=0.0, device=device))
         network = PolicyNetwork(plm, NetworkConfig(state_feature_dim=8))
-        result = train(network, toy_pool(), config, folder=tmp_path / device.replace(",", "+"))
+        result = train_on(
+            network, make_windows(toy_pool(), WindowConfig(w=8)), config, tmp_path / device.replace(",", "+")
+        )
         losses[device] = result.history["loss"].tolist()
         with torch.no_grad(), network.plm.using(network.plm.inference_weights(torch.bfloat16)):
-            assert torch.isfinite(network(*BATCH)).all()
+            assert torch.isfinite(network(BATCH)).all()
     assert losses[TWO] == pytest.approx(losses["cpu"], abs=1e-6)
-    again, meta = load_checkpoint(result.final)  # on one device, whatever it was trained on
+    again, meta = load_policy(result.final)  # on one device, whatever it was trained on
     assert (meta.plm.device, again.plm.config.device) == (TWO, "cpu")
     with torch.no_grad():
-        torch.testing.assert_close(again(*BATCH), network.eval()(*BATCH), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(again(BATCH), network.eval()(BATCH), atol=1e-6, rtol=1e-5)
 
 
 def test_a_placement_that_does_not_fit() -> None:

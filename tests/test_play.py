@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from llm_fixtures import tiny_network, toy_pool
-from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.model import PolicySettings
 from netllm_lib.abr.play import Rollout, play, rollout, rollout_blocks
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
@@ -57,7 +58,7 @@ def test_blocks_change_nothing(name: str) -> None:
 @pytest.mark.parametrize("choose", ["argmax", "sample"])
 def test_a_language_model_plays_in_blocks(choose: str) -> None:
     network = tiny_network(rank=4)
-    meta = describe(network, return_to_go(toy_pool())[1], w=20)
+    meta = describe(network, PolicySettings(20, pool_returns(toy_pool())[1]))
     policy = LLMPolicy(network, meta, EvalConfig(choose=choose))  # type: ignore[arg-type]
     assert policy.block == 512
     whole, blocked = play(policy, SIMULATOR), play(policy, SIMULATOR, block=4)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from llm_fixtures import stir, toy_pool
-from netllm_lib.abr.batches import make_windows, return_to_go
-from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork
+from netllm_lib.abr.batches import make_windows, pool_returns
+from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork, PolicySettings
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint, save_upstream_checkpoint
 from netllm_lib.checkpoint import describe
@@ -20,7 +20,7 @@ from netllm_lib.plm import PLM, PLMConfig, check_plm, find_plm, load_plm
 
 WIDTH, LAYERS = 64, 3
 POOL = toy_pool(episodes=2)
-_, SCALE = return_to_go(POOL)
+_, SCALE = pool_returns(POOL)
 
 SMALL: dict[str, Any] = {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 DEEP: dict[str, Any] = SMALL | {
@@ -297,7 +297,7 @@ def test_too_few_positions_are_refused_before_anything_is_played(tmp_path: Path,
     size = "n_positions" if "n_embd" in values else "max_position_embeddings"
     enough, short, tiny = (write(tmp_path / str(n), name, values | {size: n}) for n in (375, 374, 160))
     network = network_of(PLMConfig(str(enough), rank=4))
-    meta = describe(network, SCALE, 20)
+    meta = describe(network, PolicySettings(20, SCALE))
     assert network.plm.max_tokens == 375
     LLMPolicy(network, meta, EvalConfig())  # 46 steps of eight tokens and the last seven
     network = network_of(PLMConfig(str(short), rank=4))
@@ -402,7 +402,7 @@ def test_model_bin_with_resized_token_embeddings(zoo: Any, tmp_path: Path, name:
     loaded, _ = load_upstream_checkpoint(folder, PLMConfig(zoo(name)), SCALE)
     batch = make_windows(POOL).batch([0, 1])
     with torch.inference_mode():
-        assert torch.equal(loaded(*batch), network(*batch))
+        assert torch.equal(loaded(batch), network(batch))
     whole[embeddings[0]] = torch.ones(32, WIDTH + 1)
     torch.save(whole, folder / "model.bin")
     with pytest.raises(ValueError, match=r"model\.bin: does not fit.*shape"):

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from netllm_lib.memory import Memory, estimate_memory
 from transformers import LlamaConfig
 
 from llm_fixtures import FAMILIES, stir, tiny_network, toy_pool, write_plm
 from netllm_lib import preflight as planning
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
 from netllm_lib.abr.policies.llm import EvalConfig
-from netllm_lib.memory import Memory, estimate_memory
 from netllm_lib.plm import PLMConfig, load_plm, sketch_plm
 from netllm_lib.train import TrainConfig, preflight, train
 

@@ -21,14 +21,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import resume_worker
-from llm_fixtures import tiny_network
+from llm_fixtures import tiny_network, train_on
 from netllm_lib import runs
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.pool import generate_pool, load_pool
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.checkpoint import read_meta
-from netllm_lib.train import train
 
 TIMES = ("seconds", "started", "finished")
 """What may differ between two runs."""
@@ -152,7 +151,7 @@ def survive(worker: Worker, job: str, tmp_path: Path, kills: int, seed: int) -> 
             assert code == -signal.SIGKILL
             done += 1
             reached = assert_whole(folder)
-            assert reached >= step or (folder / "result.json").exists()
+            assert reached >= step or (folder / "training.json").exists()
             step = reached
         assert content(folder) == expected
     worker.start(job, folder)  # what is finished is left alone
@@ -232,7 +231,7 @@ def test_training_goes_on_when_there_is_room_again(small_disk: Path, tmp_path: P
     remount(small_disk, "size=64m")
     config = dataclasses.replace(resume_worker.CONFIG, epochs=1)
     undisturbed, network = (tiny_network(rank=4, lora=False, layers=1) for _ in range(2))
-    train(undisturbed, resume_worker.POOL, config, folder=tmp_path / "undisturbed")
+    train_on(undisturbed, resume_worker.WINDOWS, config, tmp_path / "undisturbed")
 
     def fill(done: int, *_: Any) -> None:
         if done == 3:
@@ -242,11 +241,11 @@ def test_training_goes_on_when_there_is_room_again(small_disk: Path, tmp_path: P
 
     folder = small_disk / "training"
     with pytest.raises(runs.StorageError, match=f"^{folder}: the disk is full"):
-        train(network, resume_worker.POOL, config, folder=folder, progress=fill)
+        train_on(network, resume_worker.WINDOWS, config, folder, progress=fill)
     assert {path.name for path in folder.iterdir()} == {"state.pt", "tensorboard"}
     assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
     (small_disk / "ballast").unlink()
-    train(network, resume_worker.POOL, config, folder=folder)
+    train_on(network, resume_worker.WINDOWS, config, folder)
     for name, parameter in network.trainable().items():
         assert torch.equal(parameter, undisturbed.trainable()[name]), name
 
@@ -254,18 +253,18 @@ def test_training_goes_on_when_there_is_room_again(small_disk: Path, tmp_path: P
 def test_a_finished_training_is_read_from_a_read_only_disk(small_disk: Path) -> None:
     remount(small_disk, "size=64m")
     config, folder = dataclasses.replace(resume_worker.CONFIG, epochs=1), small_disk / "training"
-    first = train(tiny_network(rank=4, lora=False, layers=1), resume_worker.POOL, config, folder=folder)
+    first = train_on(tiny_network(rank=4, lora=False, layers=1), resume_worker.WINDOWS, config, folder)
     remount(small_disk, "ro")
-    again = train(tiny_network(rank=4, lora=False, layers=1), resume_worker.POOL, config, folder=folder)
+    again = train_on(tiny_network(rank=4, lora=False, layers=1), resume_worker.WINDOWS, config, folder)
     pd.testing.assert_frame_equal(first.history, again.history)
     other = dataclasses.replace(config, seed=9)
     with pytest.raises(runs.StorageError, match=f"^{small_disk}: this folder cannot be written to"):
-        train(tiny_network(rank=4, lora=False, layers=1), resume_worker.POOL, other, folder=small_disk / "other")
+        train_on(tiny_network(rank=4, lora=False, layers=1), resume_worker.WINDOWS, other, small_disk / "other")
 
 
 def test_what_a_kill_just_before_the_end_leaves_goes(tmp_path: Path) -> None:
     config = dataclasses.replace(resume_worker.CONFIG, epochs=1)
-    train(tiny_network(rank=4, lora=False, layers=1), resume_worker.POOL, config, folder=tmp_path)
+    train_on(tiny_network(rank=4, lora=False, layers=1), resume_worker.WINDOWS, config, tmp_path)
     (tmp_path / "state.pt").write_bytes(b"of the run that is finished")
-    train(tiny_network(rank=4, lora=False, layers=1), resume_worker.POOL, config, folder=tmp_path)
+    train_on(tiny_network(rank=4, lora=False, layers=1), resume_worker.WINDOWS, config, tmp_path)
     assert not (tmp_path / "state.pt").exists()

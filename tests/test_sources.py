@@ -10,7 +10,7 @@ import pytest
 
 from llm_fixtures import tiny_network
 from netllm_lib import runs
-from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.batches import WindowConfig, make_windows, pool_returns
 from netllm_lib.abr.diagnosis import diagnose
 from netllm_lib.abr.diagnosis import load as sources
 from netllm_lib.abr.episodes import upstream_episodes
@@ -80,7 +80,7 @@ def test_the_pool_that_a_test_was_given(tree: Tree, tmp_path: Path) -> None:
     assert evidence.pool is not None
     assert evidence.test_pool.content_hash() == other.content_hash() != evidence.pool.content_hash()
     assert evidence.subject is not None
-    assert evidence.subject.test_scale == return_to_go(other)[1]
+    assert evidence.subject.test_scale == pool_returns(other)[1]
     assert "wrong-pool" in {finding.id for finding in diagnose(evidence).findings}
 
 
@@ -135,9 +135,9 @@ def run_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs.write_json(root / "03" / "split.json", {"traces": "sample-train", "video": "sample", "validation": []})
 
     network = tiny_network()
-    meta = describe(
-        network, return_to_go(pool)[1], 20, runs.plain(TrainConfig(windows="upstream", clip="micro", accumulation=4))
-    )
+    windows = make_windows(pool, WindowConfig.upstream())
+    train = {**runs.plain(TrainConfig(clip="micro", accumulation=4)), "data": windows.facts}
+    meta = describe(network, windows.settings, train)
     save_checkpoint(root / "04" / "policy", network, meta)
     metrics = {
         "steps": 90,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from llm_fixtures import batch_loss, train_on
 from netllm_lib import notebooks, runs
 from netllm_lib.abr import advantage, qoe
 from netllm_lib.abr.advantage import advantage_weights, advantages
-from netllm_lib.abr.batches import Batch
+from netllm_lib.abr.batches import Batch, WindowConfig, make_windows
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.improve import small_network
-from netllm_lib.abr.model import action_loss
+from netllm_lib.abr.model import load_policy
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Random
@@ -25,10 +25,9 @@ from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.teaching import cloning_estimate
 from netllm_lib.abr.traces import SAMPLE
-from netllm_lib.checkpoint import load_checkpoint
 from netllm_lib.pipelines import read_pipeline
 from netllm_lib.runs import PROJECT
-from netllm_lib.train import TrainConfig, train
+from netllm_lib.train import TrainConfig
 
 TRACES, VIDEO = generate_traces("t", 12, 3), generate_video("v", 3)
 EPISODES = sound_episodes(TRACES, repeats=4)
@@ -77,29 +76,31 @@ def test_the_loss_counts_each_action_by_its_weight() -> None:
     network = small_network().eval()
     mask = torch.tensor([[True, True, True], [True, False, False]])
     actions = torch.tensor([[0, 3, 5], [2, 1, 1]])
-    batch = Batch(torch.rand(2, 3, 6, 6), actions, torch.zeros(2, 3), torch.arange(3).expand(2, 3), mask)
     weights = torch.tensor([[0.0, 2.0, 0.5], [3.0, 9.0, 9.0]])
-    each = cross_entropy(network(*batch)[mask], actions[mask], reduction="none")
+    steps = torch.arange(3).expand(2, 3)
+    batch = Batch(torch.rand(2, 3, 6, 6), actions, torch.zeros(2, 3), steps, mask, actions, weights)
+    each = cross_entropy(network(batch)[mask], actions[mask], reduction="none")
     expected = (each * torch.tensor([0.0, 2.0, 0.5, 3.0])).mean().item()
-    assert action_loss(network, batch, None, weights=weights).item() == pytest.approx(expected, rel=1e-5)
+    assert batch_loss(network, batch).item() == pytest.approx(expected, rel=1e-5)
     whole = batch._replace(mask=None)
-    each = cross_entropy(network(*whole).flatten(0, 1), actions.flatten(), reduction="none")
+    each = cross_entropy(network(whole).flatten(0, 1), actions.flatten(), reduction="none")
     expected = (each * weights.flatten()).mean().item()
-    assert action_loss(network, whole, None, weights=weights).item() == pytest.approx(expected, rel=1e-5)
+    assert batch_loss(network, whole).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_weights_change_what_is_learnt_and_the_run_knows_it(mixed: ExperiencePool, tmp_path: Path) -> None:
-    config = TrainConfig(w=47, batch=8, epochs=1, lr=1e-3, lr_around=1e-3, precision="float32")
+    config = TrainConfig(batch=8, epochs=1, lr=1e-3, lr_around=1e-3, precision="float32")
     plain, weighted = small_network(), small_network()
-    train(plain, mixed, config, folder=tmp_path / "plain")
-    choosy = dataclasses.replace(config, advantage=0.5)
-    train(weighted, mixed, choosy, folder=tmp_path / "weighted")
+    train_on(plain, make_windows(mixed, WindowConfig(w=47)), config, tmp_path / "plain")
+    choosy = make_windows(mixed, WindowConfig(w=47), advantage=0.5)
+    train_on(weighted, choosy, config, tmp_path / "weighted")
     assert not torch.equal(plain.action_head.weight, weighted.action_head.weight)
     with pytest.raises(ValueError, match="another configuration"):
-        train(weighted, mixed, choosy, folder=tmp_path / "plain")
-    for wrong in ({"advantage": 0.0}, {"advantage": 1.0, "learn": "values"}):
-        with pytest.raises(ValueError, match="for actions only"):
-            TrainConfig(**wrong)
+        train_on(weighted, choosy, config, tmp_path / "plain")
+    with pytest.raises(ValueError, match="for actions only"):
+        make_windows(mixed, advantage=0.0)
+    with pytest.raises(ValueError, match="for actions only"):
+        make_windows(mixed, advantage=1.0, learn="values", values=np.zeros((len(mixed), 6)))
 
 
 def test_an_estimate_tells_a_good_pool_from_a_bad_one() -> None:
@@ -132,10 +133,10 @@ def test_notebooks_03_and_04_with_every_option_of_a_mixed_pool(tmp_path: Path, m
     small = {"plm": "tiny-llama", "layers": 0, "rank": -1, "tokens": "step", "w": 47, "epochs": 1, "advantage": 0.5}
     asked = {**small, "pool_dir": str(made.folder), "data": str(SAMPLE)}
     done = notebooks.run_notebook("04_finetune", asked, echo=lambda line: None)
-    meta = load_checkpoint(done.folder / "policy")[1]
+    meta = load_policy(done.folder / "policy")[1]
     assert meta.network.tokens == "step"
     assert meta.train is not None
-    assert meta.train["advantage"] == 0.5
+    assert meta.train["data"]["advantage"] == 0.5
 
     split = runs.read_json(made.folder / "split.json")
     runs.write_json(made.folder / "split.json", {**split, "validation": []})

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from netllm_lib.abr.peers import Peers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -23,7 +24,6 @@ from llm_fixtures import tiny_network, toy_pool
 from netllm_lib import runs, tracking, train
 from netllm_lib.abr import finetune
 from netllm_lib.abr.model import PolicyNetwork
-from netllm_lib.abr.peers import Peers
 from netllm_lib.train import TrainConfig, TrainResult
 
 POOL = toy_pool(2)

@@ -15,21 +15,20 @@ import torch
 from torch import nn
 
 from conftest import GOLDEN
-from llm_fixtures import tiny_network, toy_pool
-from netllm_lib.abr.batches import return_to_go
-from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, action_loss
+from llm_fixtures import batch_loss, tiny_network, toy_pool, train_on
+from netllm_lib.abr.batches import WindowConfig, Windows, make_windows, pool_returns
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, load_policy
 from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
 from netllm_lib.abr.upstream.pickles import read_pool
-from netllm_lib.checkpoint import load_checkpoint, read_meta
+from netllm_lib.checkpoint import read_meta
 from netllm_lib.plm import PLMConfig, load_plm
-from netllm_lib.preflight import Plan
 from netllm_lib.runs import read_json
-from netllm_lib.train import TrainConfig, TrainResult, held_out, preflight, train
+from netllm_lib.train import Plan, TrainConfig, TrainingRun, mean_loss, preflight
 
 POOL = toy_pool(4)  # 12 windows of 20 steps
-FAST = TrainConfig(
-    epochs=2, batch=2, w=8, precision="float32", windows="stride", stride=16
-)  # 16 windows, 8 steps an epoch
+WINDOWS = make_windows(POOL, WindowConfig("stride", w=8, stride=16))
+THEIRS = make_windows(POOL, WindowConfig.upstream(w=8, stride=5))
+FAST = TrainConfig(epochs=2, batch=2, precision="float32")  # 16 windows, 8 steps an epoch
 
 
 def weights(network: PolicyNetwork) -> dict[str, torch.Tensor]:
@@ -38,16 +37,16 @@ def weights(network: PolicyNetwork) -> dict[str, torch.Tensor]:
 
 def run(
     folder: Path, config: TrainConfig = FAST, network: PolicyNetwork | None = None, **options: Any
-) -> tuple[PolicyNetwork, TrainResult]:
+) -> tuple[PolicyNetwork, TrainingRun]:
     network = network or tiny_network(lora=False, layers=1)
-    return network, train(network, POOL, config, folder=folder, **options)
+    return network, train_on(network, options.pop("data", WINDOWS), config, folder, **options)
 
 
 # --- plan -----------------------------------------------------------------------------------------------------------
 
 
 def test_rates_of_the_sound_schedule() -> None:
-    plan = Plan(TrainConfig(epochs=5, batch=8, warmup=0.1), windows=160)
+    plan = Plan(TrainConfig(epochs=5, batch=8, warmup=0.1), samples=160)
     assert (plan.steps, plan.warmup) == (100, 10)
     rates = [plan.rate(step) for step in range(100)]
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
@@ -59,7 +58,7 @@ def test_rates_of_the_sound_schedule() -> None:
 
 def test_rates_of_the_original() -> None:
     """A pool of 100 traces: 8 steps an epoch, 640 in all, against a warm-up of 2000."""
-    plan = Plan(TrainConfig.upstream(), windows=235)
+    plan = Plan(TrainConfig.upstream(), samples=235)
     assert (plan.steps, plan.short_steps, plan.warmup) == (640, 80, 2000)
     assert plan.rate(0) == 1 / 2000
     assert max(plan.rate(step) for step in range(640)) == pytest.approx(0.32)
@@ -70,8 +69,8 @@ def test_preflight_tells_what_is_wrong() -> None:
     network = tiny_network(lora=False, layers=1)
     grads = [p.grad for p in network.trainable().values()]
     before = weights(network)
-    flight = preflight(TrainConfig.upstream(epochs=80, accumulation=32), toy_pool(20), network)
-    assert (flight.windows, flight.steps, flight.warmup_steps) == (47, 160, 2000)
+    flight = preflight(network, make_windows(toy_pool(20), WindowConfig.upstream()), TrainConfig.upstream())
+    assert (flight.samples, flight.steps, flight.warmup_steps) == (47, 160, 2000)
     assert flight.lr_peak == pytest.approx(1e-4 * 160 / 2000)
     text = str(flight)
     for part in (
@@ -86,26 +85,29 @@ def test_preflight_tells_what_is_wrong() -> None:
     assert flight.seconds > 0
     assert grads == [p.grad for p in network.trainable().values()]
     assert all(torch.equal(before[name], p) for name, p in network.trainable().items())
-    sound = preflight(TrainConfig(epochs=40, batch=8), toy_pool(20), network, measure=False)
+    sound = preflight(network, make_windows(toy_pool(20)), TrainConfig(epochs=40, batch=8), measure=False)
     assert sound.lr_peak == 1e-3
     assert (sound.crossing, sound.warnings, sound.seconds) == (0, (), None)
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "windows"),
     [
-        dataclasses.replace(FAST, accumulation=3),
-        TrainConfig.upstream(epochs=2, accumulation=4, w=8, warmup_steps=20, stride=5),
+        (dataclasses.replace(FAST, accumulation=3), WINDOWS),
+        (TrainConfig.upstream(epochs=2, accumulation=4, warmup_steps=20), THEIRS),
     ],
     ids=["sound", "upstream"],
 )
-def test_preflight_says_what_training_then_does(tmp_path: Path, config: TrainConfig) -> None:
+def test_preflight_says_what_training_then_does(tmp_path: Path, config: TrainConfig, windows: Windows) -> None:
     network = tiny_network(lora=False, layers=1)
-    flight = preflight(config, POOL, network, measure=False)
-    _, result = run(tmp_path, config, network)
+    flight = preflight(network, windows, config, measure=False)
+    _, result = run(tmp_path, config, network, data=windows)
     history = result.history
+    assert history is not None
+    assert (result.steps, result.warmup_steps, result.lr_peak) == (flight.steps, flight.warmup_steps, flight.lr_peak)
+    assert result.facts["crossing"] == flight.crossing
     assert flight.micro_batches == len(history)
-    assert flight.steps == history["step"].nunique() == read_meta(result.final).step
+    assert flight.steps == history["step"].nunique() == read_meta(tmp_path / "final").step
     assert flight.lr_peak == history["lr"].max()
     assert flight.lr_around_peak == history["lr_around"].max()
     sizes = history.groupby("step").size()
@@ -117,16 +119,17 @@ def test_preflight_says_what_training_then_does(tmp_path: Path, config: TrainCon
 
 def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
     pool = toy_pool(8, learnable=True)
-    config = TrainConfig(epochs=20, batch=4, w=12, precision="float32", lr_around=3e-3)
+    config = TrainConfig(epochs=20, batch=4, precision="float32", lr_around=3e-3)
     network = PolicyNetwork(load_plm(PLMConfig("tiny-llama", rank=8, layers=1)), NetworkConfig(8, timestep_init=0.02))
-    windows = config.cut(pool)
-    before = held_out(network, windows)
-    result = train(network, pool, config, folder=tmp_path)
-    after = held_out(network, config.cut(toy_pool(4, seed=5, learnable=True), windows.scale))
-    assert before.cross_entropy > 1.5
-    assert after.cross_entropy < 1
-    assert after.accuracy > before.accuracy + 0.3
-    assert result.history["loss"].tail(10).mean() < 0.5
+    windows = make_windows(pool, WindowConfig(w=12))
+    held_out = make_windows(toy_pool(4, seed=5, learnable=True), windows.config, like=windows.scale)
+    assert mean_loss(network, held_out) > 1.5
+    result = train_on(network, windows, config, tmp_path, held_out=held_out)
+    assert result.held_out_loss == mean_loss(network, held_out) < 1
+    assert result.final_loss is not None
+    assert result.final_loss < 0.5
+    found = TrainingRun.read(tmp_path)
+    assert found.held_out_loss == result.held_out_loss
 
 
 def test_history_has_a_row_for_each_micro_batch(tmp_path: Path) -> None:
@@ -140,7 +143,7 @@ def test_history_has_a_row_for_each_micro_batch(tmp_path: Path) -> None:
     assert history["grad_norm"].notna().tolist() == [False, False, True, False, False, True, False, True] * 2
     assert calls == [(step, 6) for step in range(1, 7)]
     assert result.best == result.final == tmp_path / "final"
-    assert read_meta(result.final).step == 6
+    assert read_meta(tmp_path / "final").step == 6
     assert (result.history["lr_around"] / result.history["lr"]).to_numpy() == pytest.approx(10)
 
 
@@ -182,16 +185,13 @@ def test_incomplete_last_step(tmp_path: Path) -> None:
     assert norms["mean"] == pytest.approx(4 * norms["upstream"], rel=1e-4)
 
 
-def test_padding_does_not_count(tmp_path: Path) -> None:
-    network = tiny_network()
-    pool = toy_pool(2, length=5)
-    windows = TrainConfig(w=8).cut(pool)
-    batch = windows.batch([0, 1])
-    short = TrainConfig(w=5).cut(pool).batch([0, 1])
-    torch.testing.assert_close(action_loss(network, batch, None), action_loss(network, short, None))
+def test_padding_does_not_count() -> None:
+    network, pool = tiny_network(), toy_pool(2, length=5)
+    padded, whole = (make_windows(pool, WindowConfig(w=w)).batch([0, 1]) for w in (8, 5))
+    torch.testing.assert_close(batch_loss(network, padded), batch_loss(network, whole))
 
 
-def test_orders(tmp_path: Path) -> None:
+def test_orders() -> None:
     seeded = Plan(FAST, 16)
     assert sorted(seeded.order_of(0)) == list(range(16))
     assert seeded.order_of(0).tolist() == seeded.order_of(0).tolist() != seeded.order_of(1).tolist()
@@ -215,12 +215,14 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("config", [dataclasses.replace(FAST, checkpoint_steps=3), TrainConfig.upstream(
-    epochs=2, accumulation=4, w=8, warmup_steps=2, validate_epochs=1, stride=16)], ids=["sound", "upstream"])  # fmt: skip
+    epochs=2, accumulation=4, warmup_steps=2, validate_epochs=1)], ids=["sound", "upstream"])  # fmt: skip
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, config: TrainConfig) -> None:
     def validate(network: PolicyNetwork) -> float:
         return float(network.action_head.weight.sum().detach())
 
     killings = [4, 11]  # once before there is a resume point in the first epoch of "upstream", once after
+
+    data = THEIRS if config.clip == "micro" else WINDOWS
 
     def die(done: int, total: int, info: dict[str, Any]) -> None:
         if killings and done == killings[0]:
@@ -228,13 +230,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, config: TrainConf
             raise Killed
 
     torch.manual_seed(0)
-    straight, expected = run(tmp_path / "straight", config, validate=validate)
+    straight, expected = run(tmp_path / "straight", config, data=data, validate=validate)
     torch.manual_seed(0)
     for _ in range(2):
         with pytest.raises(Killed):
-            run(tmp_path / "killed", config, validate=validate, progress=die)
+            run(tmp_path / "killed", config, data=data, validate=validate, progress=die)
         torch.manual_seed(99)
-    resumed, result = run(tmp_path / "killed", config, validate=validate, progress=die)
+    resumed, result = run(tmp_path / "killed", config, data=data, validate=validate, progress=die)
     for name, value in weights(straight).items():
         assert torch.equal(value, weights(resumed)[name]), name
     pd.testing.assert_frame_equal(result.history.drop(columns="seconds"), expected.history.drop(columns="seconds"))
@@ -286,8 +288,8 @@ def test_best_checkpoint_is_that_of_the_best_score(tmp_path: Path) -> None:
     network, result = run(tmp_path, dataclasses.replace(FAST, epochs=5, validate_epochs=2), validate=validate)
     assert result.evaluations["epoch"].tolist() == [2, 4, 5]
     assert (read_meta(result.best).step, read_meta(result.best).score) == (32, 3.0)
-    best, _ = load_checkpoint(result.best)
-    final, _ = load_checkpoint(result.final)
+    best, _ = load_policy(result.best)
+    final, _ = load_policy(result.final)
     assert all(torch.equal(value, weights(best)[name]) for name, value in kept[1].items())
     assert all(torch.equal(value, weights(final)[name]) for name, value in weights(network).items())
 
@@ -328,13 +330,13 @@ def test_validations_of_a_recorded_run(golden: Path, path: Path) -> None:
 def test_what_cannot_be_trained(tmp_path: Path) -> None:
     short = PolicyNetwork(load_plm(PLMConfig("tiny-llama", rank=0)), NetworkConfig(8, max_timestep=10))
     with pytest.raises(ValueError, match="max_timestep=46"):
-        train(short, POOL, FAST, folder=tmp_path)
+        train_on(short, WINDOWS, FAST, tmp_path)
     broken = tiny_network()
     with torch.no_grad():
         broken.action_head.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="loss is nan"):
-        train(broken, POOL, FAST, folder=tmp_path / "nan")
-    impossible: list[dict[str, Any]] = [{"epochs": 0}, {"batch": 0}, {"w": 0}]
+        train_on(broken, WINDOWS, FAST, tmp_path / "nan")
+    impossible: list[dict[str, Any]] = [{"epochs": 0}, {"batch": 0}]
     for change in impossible:
         with pytest.raises(ValueError, match="at least 1"):
             TrainConfig(**change)
@@ -342,10 +344,10 @@ def test_what_cannot_be_trained(tmp_path: Path) -> None:
 
 def test_half_precision_follows_float32(tmp_path: Path) -> None:
     network = tiny_network()
-    batch = FAST.cut(POOL).batch([0, 1, 2])
+    batch = WINDOWS.batch([0, 1, 2])
     with torch.no_grad():
-        exact = float(action_loss(network, batch, None))
-        half = float(action_loss(network, batch, torch.bfloat16))
+        exact = float(batch_loss(network, batch))
+        half = float(batch_loss(network, batch, torch.bfloat16))
     assert 0 < abs(exact - half) < 0.05
 
 
@@ -361,7 +363,7 @@ def test_steps_of_the_original(golden: Path, tmp_path: Path, path: Path) -> None
     recorded, folder = np.load(golden / path), (golden / path).parent
     meta, layer = read_json(folder / "meta.json"), int(path.stem.removeprefix("train_layer"))
     pool = read_pool(golden / "plm" / "mpc100_exp_pool.pkl")
-    _, scale = return_to_go(pool, scale=meta["scale"])
+    _, scale = pool_returns(pool, scale=meta["scale"])
     plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1, plm_dropout=0.0)
     network, _ = load_upstream_checkpoint(folder / "adapter", plm, scale, meta["w"])
     for module in network.modules():  # the recorded run had LoRA's dropout off, too
@@ -376,11 +378,11 @@ def test_steps_of_the_original(golden: Path, tmp_path: Path, path: Path) -> None
         warmup_steps=int(recorded["warmup"]),
         weight_decay=float(recorded["weight_decay"]),
         max_grad_norm=float(recorded["clip"]),
-        w=meta["w"],
-        scale=meta["scale"],
     )
-    np.testing.assert_array_equal(config.cut(pool).starts[recorded["order"]], recorded["window_start"])
-    history = train(network, pool, config, folder=tmp_path).history
+    windows = make_windows(pool, WindowConfig.upstream(w=meta["w"], scale=meta["scale"]))
+    np.testing.assert_array_equal(windows.starts[recorded["order"]], recorded["window_start"])
+    history = train_on(network, windows, config, tmp_path).history
+    assert history is not None
     np.testing.assert_allclose(history["loss"], recorded["loss"], atol=1e-5, rtol=0)
     np.testing.assert_allclose(history["grad_norm"], recorded["grad_norm_before_clip"], atol=1e-5, rtol=0)
     np.testing.assert_allclose(history["lr"][:: config.accumulation], recorded["lr"], rtol=1e-12)

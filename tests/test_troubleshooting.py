@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 import doc_sandbox
-from llm_fixtures import tiny_network, toy_pool, write_plm
+from llm_fixtures import tiny_network, toy_pool, train_on, write_plm
 from netllm_lib import notebooks, runs
+from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.synthetic import write_sample
 from netllm_lib.runs import PROJECT
-from netllm_lib.train import TrainConfig, train
+from netllm_lib.train import TrainConfig
 
 PAGE = PROJECT / "docs" / "troubleshooting.md"
 OTHERS = "Messages of other programs"
@@ -165,11 +166,12 @@ def test_pools(tmp_path: Path) -> None:
     same = toy_pool(1)
     flat = ExperiencePool(same.states, same.actions, np.zeros(len(same)), same.dones)
     message = "all rewards of the pool are …: there is no range to normalise them by"
-    checked(message, raised(lambda: TrainConfig().cut(flat)))
+    checked(message, raised(lambda: make_windows(flat)))
 
 
 def test_plms_and_checkpoints(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from netllm_lib.checkpoint import describe, load_checkpoint, save_checkpoint
+    from netllm_lib.abr.model import load_policy
+    from netllm_lib.checkpoint import describe, save_checkpoint
     from netllm_lib.plm import PLMConfig, load_plm
 
     monkeypatch.chdir(tmp_path)
@@ -186,19 +188,19 @@ def test_plms_and_checkpoints(data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     checked(message, raised(lambda: load_plm(PLMConfig(str(folder)))))
 
     network, pool = tiny_network(), toy_pool()
-    save_checkpoint(tmp_path / "policy", network, describe(network, TrainConfig().cut(pool).scale, 20))
+    save_checkpoint(tmp_path / "policy", network, describe(network, make_windows(pool).settings))
     other = write_plm(tmp_path / "other", "llama", hidden=192)
-    text = raised(lambda: load_checkpoint(tmp_path / "policy", plm_source=str(other)))
+    text = raised(lambda: load_policy(tmp_path / "policy", plm_source=str(other)))
     checked("… belongs to another PLM: it was trained on …", text)
     checked("…: missing; is … a checkpoint folder?", said("play", "--policy", str(data)))
 
 
 def test_training(tmp_path: Path) -> None:
-    network, pool, config = tiny_network(lora=False), toy_pool(), TrainConfig(w=5, epochs=1, batch=32)
-    train(network, pool, config, folder=tmp_path)
-    message = "… holds a run with another configuration, pool or PLM"
-    again = TrainConfig(w=5, epochs=2, batch=32)
-    checked(message, raised(lambda: train(network, pool, again, folder=tmp_path)))
+    network, windows = tiny_network(lora=False), make_windows(toy_pool(), WindowConfig(w=5))
+    train_on(network, windows, TrainConfig(epochs=1, batch=32), tmp_path)
+    message = "… holds a run with another configuration, data or PLM"
+    again = TrainConfig(epochs=2, batch=32)
+    checked(message, raised(lambda: train_on(network, windows, again, tmp_path)))
     message = "the loss is … at optimizer step …: lower the learning rate, or use float32"
-    wild = TrainConfig(w=5, epochs=9, batch=32, lr=1e30, lr_around=1e30, clip="none", warmup=0.0)
-    checked(message, raised(lambda: train(tiny_network(lora=False), pool, wild, folder=tmp_path / "wild")))
+    wild = TrainConfig(epochs=9, batch=32, lr=1e30, lr_around=1e30, clip="none", warmup=0.0)
+    checked(message, raised(lambda: train_on(tiny_network(lora=False), windows, wild, tmp_path / "wild")))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_fixtures import toy_pool
-from netllm_lib.abr.batches import WindowConfig, Windows, make_windows, return_to_go
+from netllm_lib.abr.batches import WindowConfig, Windows, make_windows, pool_returns
 from netllm_lib.abr.pool import ExperiencePool, load_pool
 from netllm_lib.abr.upstream.pickles import read_pool
 from netllm_lib.runs import read_json
@@ -32,10 +32,10 @@ def covered(windows: Windows) -> np.ndarray:
 
 
 def test_return_to_go_by_hand() -> None:
-    returns, scale = return_to_go(rewards_pool([-2.0, 2.0, 0.0], [2.0, -2.0]), scale=10)
+    returns, scale = pool_returns(rewards_pool([-2.0, 2.0, 0.0], [2.0, -2.0]), scale=10)
     np.testing.assert_allclose(returns, np.array([0 + 1 + 0.5, 1.5, 0.5, 1.0, 0.0]) / 10)
     assert (scale.min_reward, scale.max_reward, scale.target_return, scale.max_timestep) == (-2, 2, 0.15, 2)
-    discounted, _ = return_to_go(rewards_pool([-2.0, 2.0, 0.0]), gamma=0.5, scale=1)
+    discounted, _ = pool_returns(rewards_pool([-2.0, 2.0, 0.0]), gamma=0.5, scale=1)
     np.testing.assert_allclose(discounted, [0 + 0.5 * (1 + 0.5 * 0.5), 1.25, 0.5])
 
 
@@ -43,7 +43,7 @@ def test_return_to_go_by_hand() -> None:
 def test_return_to_go_equals_a_plain_loop_to_the_bit(gamma: float) -> None:
     rng = np.random.default_rng(3)
     pool = rewards_pool(*(rng.normal(size=length).tolist() for length in (47, 1, 30, 47, 300)))
-    returns, scale = return_to_go(pool, gamma, scale=100)
+    returns, scale = pool_returns(pool, gamma, scale=100)
     normalised = (pool.rewards - scale.min_reward) / (scale.max_reward - scale.min_reward)
     expected, running = np.empty(len(pool)), 0.0
     for step in reversed(range(len(pool))):
@@ -82,7 +82,7 @@ def test_a_mapped_pool_gives_the_same_windows_and_stays_on_disk(tmp_path: Path) 
 
 
 def test_reward_in_a_test_is_clipped_to_the_pool() -> None:
-    _, scale = return_to_go(rewards_pool([-2.0, 2.0]), scale=10)
+    _, scale = pool_returns(rewards_pool([-2.0, 2.0]), scale=10)
     np.testing.assert_allclose(scale.normalise(np.array([-9.0, 0.0, 9.0])), [0, 0.05, 0.1])
 
 
@@ -112,7 +112,7 @@ def test_default_windows_of_an_episode() -> None:
 def test_short_episodes_are_padded_and_masked() -> None:
     windows = make_windows(rewards_pool([0.0, 1.0, 2.0], [3.0, 1.0]), WindowConfig(w=3))
     assert windows.lengths.tolist() == [3, 2]
-    assert windows.labels == 5
+    assert windows.labels() == 5
     assert windows.batch([0]).mask is None
     batch = windows.batch([0, 1])
     assert batch.mask is not None
@@ -161,7 +161,7 @@ def test_windows_of_the_original(golden: Path) -> None:
     compared = 0
     for path in sorted(golden.glob("plm/*/forward_layer*.npz")):
         recorded, meta = np.load(path), read_json(path.parent / "meta.json")
-        windows = make_windows(pool, WindowConfig("upstream", w=meta["w"], stride=1), scale=meta["scale"])
+        windows = make_windows(pool, WindowConfig.upstream(w=meta["w"], stride=1, scale=meta["scale"]))
         scale = windows.scale
         assert (scale.min_reward, scale.max_reward) == (meta["min_reward"], meta["max_reward"])
         assert (scale.target_return, scale.max_timestep) == (meta["target_return"], meta["max_timestep"])

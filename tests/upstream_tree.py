@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 
 from llm_fixtures import stir, write_plm
-from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.episodes import upstream_episodes
-from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.qoe import summarise
@@ -122,7 +122,7 @@ def write_tree(root: Path, **changes: Any) -> Tree:
     checkpoint = save_upstream_checkpoint(run / f"{stop}_checkpoint" / str(settings["epochs"] - 1), network)
 
     traces, video = registry.trace_set(settings["test_traces"]), registry.video(settings["test_video"])
-    _, scale = return_to_go(pool, settings["gamma"])
+    _, scale = pool_returns(pool, settings["gamma"])
     tested = EvalConfig.upstream(w=settings["w"], target_return_scale=settings["target_return_scale"])
     episodes = upstream_episodes(
         traces,
@@ -131,7 +131,8 @@ def write_tree(root: Path, **changes: Any) -> Tree:
         seed=settings["test_seed"],
     )
     table = play(
-        LLMPolicy(network, describe(network, scale, settings["w"]), tested), Simulator(traces, video, episodes)
+        LLMPolicy(network, describe(network, PolicySettings(settings["w"], scale)), tested),
+        Simulator(traces, video, episodes),
     )
     results = write_results(base / "artifacts" / "results" / logs.results_path(settings), table, traces.name)
     mean = summarise(table).reward

@@ -41,9 +41,11 @@ def memory_check(plm: str, layers: int | None) -> Check:
     """Memory that training with the default settings takes, estimated without loading anything, against the device's."""
     import torch
 
-    from netllm_lib.memory import estimate_memory
-    from netllm_lib.plm import PLMConfig
-    from netllm_lib.train import TrainConfig
+    from netllm_lib.abr.batches import example_batch
+    from netllm_lib.abr.model import PolicyNetwork
+    from netllm_lib.plm import PLMConfig, sketch_plm
+    from netllm_lib.preflight import estimate_memory
+    from netllm_lib.schedule import TrainConfig
 
     config, batch = PLMConfig(plm, layers=layers), 8
     free, total, device = envcheck.available_memory_gb(), psutil.virtual_memory().total / GB, "memory"
@@ -52,7 +54,8 @@ def memory_check(plm: str, layers: int | None) -> Check:
         free, total = (size / GB for size in torch.cuda.mem_get_info())
         device = torch.cuda.get_device_name()
     try:
-        needed = estimate_memory(config, TrainConfig(batch=batch)).peak / GB
+        network = PolicyNetwork(sketch_plm(config))
+        needed = estimate_memory(network, example_batch(batch), TrainConfig()).peak / GB
     except (ValueError, OSError) as error:
         return Check("memory", "warn", f"not estimated: {error}", "name a PLM's folder")
     found = (

@@ -23,6 +23,7 @@ import pandas as pd
 
 from netllm_lib import checkpoint, runs
 from netllm_lib.abr import qoe
+from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.diagnosis.evidence import paired
 from netllm_lib.abr.episodes import Episodes, sound_episodes
 from netllm_lib.abr.hindsight import Grid, hindsight_values
@@ -43,7 +44,7 @@ DECISIONS = CHUNKS - 1
 
 
 def _training() -> TrainConfig:
-    return TrainConfig(w=DECISIONS, batch=64, lr=1e-3, lr_around=1e-3, weight_decay=0.01, max_grad_norm=1.0)
+    return TrainConfig(batch=64, lr=1e-3, lr_around=1e-3, weight_decay=0.01, max_grad_norm=1.0)
 
 
 @dataclass(frozen=True)
@@ -179,20 +180,22 @@ def improve(
         training = dataclasses.replace(
             config.train,
             epochs=epochs,
-            learn=config.learn,
             seed=config.seed + number,
             lr=config.train.lr * (config.later_rate if number else 1),
             lr_around=config.train.lr_around * (config.later_rate if number else 1),
         )
+        windows = make_windows(
+            concatenate(pools), WindowConfig(w=DECISIONS), values=np.concatenate(values), learn=config.learn
+        )
         done = train(
             network,
-            concatenate(pools),
+            windows,
             training,
             folder=place / "training",
-            values=np.concatenate(values),
+            settings=windows.settings,
             progress=report(f"{label}, train"),
         )
-        player = LLMPolicy(network, checkpoint.describe(network, training.cut(pool).scale, training.w))
+        player = LLMPolicy(network, checkpoint.describe(network, windows.settings))
         if held is not None:
             tables.append(play(player, held))
         played = np.take_along_axis(worth, pool.actions[:, None], axis=1)[:, 0]
@@ -202,12 +205,12 @@ def improve(
                 "episodes": len(pool.episode_starts),
                 "pool_reward": float(pool.rewards.mean()),
                 "regret": float((worth.max(axis=1) - played).mean()),
-                "loss": float(done.history["loss"].tail(20).mean()),
+                "loss": done.final_loss,
                 "score": qoe.summarise(tables[-1]).reward if tables else float("nan"),
                 "seconds": done.seconds,
             }
         )
-        policies.append(done.final)
+        policies.append(place / "training" / "final")
     best = chosen_round(tables) if tables else len(rows) - 1
     return Improved(pd.DataFrame(rows), policies[best], [folder / f"round-{n}" / "pool" for n in range(len(rows))])
 

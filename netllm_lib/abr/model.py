@@ -15,17 +15,18 @@ and action have no token then: the one is of no use to a policy that predicts va
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy
 
 from netllm_lib.abr.qoe import LEVELS
+from netllm_lib.checkpoint import CheckpointMeta, load_checkpoint
 from netllm_lib.plm import PLM, TokenCache
-
-if TYPE_CHECKING:
-    from netllm_lib.abr.batches import Batch
+from netllm_lib.returns import ReturnScale
+from netllm_lib.task import Network
 
 TOKENS_PER_STEP = 8
 FEATURES = HISTORY = 6  # rows and columns of the state
@@ -45,6 +46,45 @@ class NetworkConfig:
     seed: int = 1  # of the initial weights
     tokens: Literal["parts", "step"] = "parts"
     """"parts": eight tokens a step, as in the original. "step": one."""
+
+    def __post_init__(self) -> None:
+        if self.state_feature_dim < 1 or self.max_timestep < 0:
+            raise ValueError(f"state_feature_dim={self.state_feature_dim}, max_timestep={self.max_timestep}: too small")
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """What a test must know of the training beside the weights."""
+
+    w: int  # transitions in a training window
+    scale: ReturnScale  # reward range, target return, gamma, return scale, longest episode, pool hash
+
+    def __post_init__(self) -> None:
+        if self.w < 1:
+            raise ValueError(f"w={self.w}: must be at least 1")
+
+    @property
+    def pool_hash(self) -> str:
+        return self.scale.pool_hash
+
+
+class Batch(NamedTuple):
+    """Training windows as the network takes them."""
+
+    states: torch.Tensor  # float32 [batch, w, 6, 6]
+    actions: torch.Tensor  # int64 [batch, w] levels
+    returns: torch.Tensor  # float32 [batch, w] return-to-go, scaled
+    timesteps: torch.Tensor  # int64 [batch, w]
+    mask: (
+        torch.Tensor | None
+    )  # bool [batch, w], False for the padding that ends a short window; None when there is none
+    targets: torch.Tensor
+    """Int64 [batch, w]: the level to predict, by cross-entropy; or float32 [batch, w, 6]: a number for every level, by the
+    squared error."""
+    weights: torch.Tensor | None = None  # float32 [batch, w]: how much each step counts; None: all the same
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(None if t is None else t.to(device) for t in self))  # type: ignore[arg-type]
 
 
 class StateEncoder(nn.Module):
@@ -72,13 +112,14 @@ class StateEncoder(nn.Module):
         )
 
 
-class PolicyNetwork(nn.Module):
+class PolicyNetwork(Network):
     """Encoders, PLM and action head. `forward` is for training, `decide` for one decision after a context."""
+
+    task, Config, Settings = "abr", NetworkConfig, PolicySettings
 
     def __init__(self, plm: PLM, config: NetworkConfig | None = None):
         super().__init__()
-        config = config or NetworkConfig()
-        self.config = config
+        self.config = config = config or NetworkConfig()
         self.plm = plm
         hidden, dim = plm.hidden_size, config.state_feature_dim
         positions = HISTORY - TAPS + 1
@@ -116,10 +157,6 @@ class PolicyNetwork(nn.Module):
         names += [f"embed_state{i}" for i in range(1, 7)] + ["action_head"]
         return {name: getattr(self, name) for name in names}
 
-    @property
-    def device(self) -> torch.device:
-        return self.action_head.weight.device
-
     def embed(
         self,
         states: torch.Tensor,  # [batch, steps, 6, 6]
@@ -142,19 +179,25 @@ class PolicyNetwork(nn.Module):
             stacked = torch.stack(tokens, dim=2) + time.unsqueeze(2)  # [batch, steps, 8, hidden]
             return self.embed_ln(stacked.view(batch, steps * TOKENS_PER_STEP, -1))
 
-    def forward(
-        self,
-        states: torch.Tensor,  # [batch, steps, 6, 6]
-        actions: torch.Tensor,  # [batch, steps]
-        returns: torch.Tensor,  # [batch, steps]
-        timesteps: torch.Tensor,  # [batch, steps]
-        mask: torch.Tensor | None = None,  # [batch, steps] bool, False for the padding that ends a short window
-    ) -> torch.Tensor:  # [batch, steps, 6]
-        """Logits of the action of every step, given the steps up to it."""
-        tokens = self.embed(states, actions, returns, timesteps)
-        token_mask = None if mask is None else mask.repeat_interleave(self.tokens_per_step, dim=1)
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits [batch, steps, 6] of the action of every step, given the steps up to it."""
+        tokens = self.embed(batch.states, batch.actions, batch.returns, batch.timesteps)
+        mask = None if batch.mask is None else batch.mask.repeat_interleave(self.tokens_per_step, dim=1)
         read = slice(self.context_tokens(1) - 1, None, self.tokens_per_step)
-        return self._head(self.plm(tokens, token_mask=token_mask, read=read))
+        return self._head(self.plm(tokens, token_mask=mask, read=read))
+
+    def loss(self, batch: Batch, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, int]:
+        """Sum over the steps that count of their cross-entropy or squared error, each times its weight, and their number."""
+        with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            logits = self(batch)
+        predicted, targets = counting(logits, batch), counting(batch.targets, batch)
+        if targets.is_floating_point():
+            losses = (predicted - targets).square().mean(dim=-1)
+        else:
+            losses = cross_entropy(predicted, targets, reduction="none")
+        if batch.weights is not None:
+            losses = losses * counting(batch.weights, batch)
+        return losses.sum(), len(losses)
 
     def decide(self, tokens: torch.Tensor, cache: TokenCache | None = None) -> torch.Tensor:
         """Logits [batch, 6] of the decision after `tokens` [batch, n, hidden], which end with the last state token.
@@ -167,49 +210,53 @@ class PolicyNetwork(nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             return self.action_head(hidden.float())
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Everything that training changes, by name; the PLM's part under `plm.`."""
-        mine = {
-            f"{name}.{key}": p for name, module in self.around_plm().items() for key, p in module.named_parameters()
-        }
-        return mine | {f"plm.{name}": p for name, p in self.plm.trainable().items()}
+    def tokens(self, batch: Batch) -> int:
+        return batch.actions.numel() * self.tokens_per_step
+
+    def check(self, settings: PolicySettings) -> None:
+        """Raise ValueError if the pool's episodes are longer than the timestep table."""
+        longest = settings.scale.max_timestep
+        if longest > self.config.max_timestep:
+            raise ValueError(
+                f"the pool has episodes of {longest + 1} steps, the network was made for "
+                f"{self.config.max_timestep + 1}: set NetworkConfig(max_timestep={longest})"
+            )
+
+    @torch.no_grad()
+    def rehearse(self, batch: Batch, dtype: torch.dtype | None) -> Any:
+        """The last decision of 100 episodes in lock-step with a window as in `batch`; returns its cache."""
+        w, steps = batch.actions.shape[1], self.config.max_timestep + 1
+        merge = self.plm.has_lora and self.plm.config.dtype != "4bit"
+        weights = self.plm.inference_weights(dtype, merge)
+        cache, seen = None, w + 1
+        if self.plm.causal:
+            cache, seen = self.plm.new_cache((steps + 1) * self.tokens_per_step, self.context_tokens(w + 1)), 2
+            cache.skip(self.context_tokens(steps - 1))
+        levels = torch.zeros((100, seen), dtype=torch.long)
+        with self.plm.using(weights):
+            tokens = self.embed(torch.zeros(100, seen, FEATURES, HISTORY), levels, levels.float(), levels)
+            tokens = tokens[:, : self.context_tokens(seen)]
+            self.decide(tokens if cache is None else tokens[:, -self.tokens_per_step :], cache)
+        return cache
 
 
-VALUE_FLOOR = -8.0
-"""What is worse than the best level by more than this is all the same: no policy needs to know how bad it is."""
-
-
-def action_loss(
-    network: PolicyNetwork,
-    batch: Batch,
-    dtype: torch.dtype | None,
-    values: torch.Tensor | None = None,  # [batch, w, 6]
-    best: bool = False,
-    weights: torch.Tensor | None = None,  # [batch, w]
-) -> torch.Tensor:
-    """Mean cross-entropy over the labels of a micro-batch, each times its weight if there are weights.
-
-    With `values`, what each level was worth, the head learns these in place of the actions: by the squared error against the
-    distance to the best level, not below `VALUE_FLOOR`; or, with `best`, by cross-entropy with the best level.
-    """
-    with torch.autocast(network.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        logits = network(*batch)
-    predicted, actions = labelled(logits, batch)
-    if values is None:
-        if weights is None:
-            return cross_entropy(predicted, actions)
-        return (cross_entropy(predicted, actions, reduction="none") * _counting(weights, batch)).mean()
-    wanted = _counting(values, batch)
-    if best:
-        return cross_entropy(predicted, wanted.argmax(dim=-1))
-    return mse_loss(predicted, (wanted - wanted.amax(dim=-1, keepdim=True)).clamp(min=VALUE_FLOOR))
-
-
-def labelled(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [labels, 6] and actions [labels] of the steps that count."""
-    return _counting(logits, batch), _counting(batch.actions, batch)
-
-
-def _counting(steps: torch.Tensor, batch: Batch) -> torch.Tensor:
+def counting(steps: torch.Tensor, batch: Batch) -> torch.Tensor:
     """[labels, …] of [batch, w, …]: the steps that count, without the padding."""
     return steps.flatten(0, 1) if batch.mask is None else steps[batch.mask]
+
+
+def load_policy(
+    folder: Path,
+    plm_source: str | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    pool_hash: str | None = None,
+) -> tuple[PolicyNetwork, CheckpointMeta]:
+    """A fine-tuned network, in evaluation mode, and its meta data; `meta.settings` is a PolicySettings.
+
+    `pool_hash`, if given, must be that of the training pool; for the rest see `checkpoint.load_checkpoint`.
+    """
+    network, meta = load_checkpoint(folder, PolicyNetwork, plm_source, device, dtype)
+    if pool_hash not in (None, meta.settings.pool_hash):
+        raise ValueError(f"{folder} was trained on the pool {meta.settings.pool_hash}, not on {pool_hash}")
+    return network, meta

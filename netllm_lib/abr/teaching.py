@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from netllm_lib import checkpoint
+from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.improve import ImproveConfig, small_network
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import LLMPolicy
@@ -36,15 +37,15 @@ def cloning_estimate(
     """The table of chunks that `improve.small_network` plays in `held` after so many steps on the pool's actions.
 
     `held` holds validation episodes: no content of theirs may be in the pool. `advantage` weights the actions, see
-    `TrainConfig`. `progress` hears of every training step.
+    `make_windows`. `progress` hears of every training step.
     """
     rng, episodes = np.random.default_rng(seed), len(pool.episode_starts)
     longest = int(pool.episode_lengths.max())
     network = small_network(seed, max_timestep=longest - 1)
     passes = [rng.permutation(episodes) for _ in range(-(-steps * BATCH // episodes))]
     order = tuple(np.concatenate(passes)[: steps * BATCH].tolist())  # of a large pool a part, of a small one many times
-    shape = dataclasses.replace(ImproveConfig().train, w=longest, batch=BATCH, epochs=1, order=(order,))
-    config = dataclasses.replace(shape, advantage=advantage, seed=seed)
+    config = dataclasses.replace(ImproveConfig().train, batch=BATCH, epochs=1, order=(order,), seed=seed)
+    windows = make_windows(pool, WindowConfig(w=longest), advantage=advantage)
     with tempfile.TemporaryDirectory() as folder:
-        train(network, pool, config, folder=Path(folder), progress=progress)
-    return play(LLMPolicy(network, checkpoint.describe(network, config.cut(pool).scale, config.w)), held)
+        train(network, windows, config, folder=Path(folder), settings=windows.settings, progress=progress)
+    return play(LLMPolicy(network, checkpoint.describe(network, windows.settings)), held)

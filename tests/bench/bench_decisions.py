@@ -18,10 +18,9 @@ from typing import Literal
 import torch
 from measured import publish
 
-from netllm_lib.abr.batches import ReturnScale
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.improve import DECISIONS, small_network
-from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings
 from netllm_lib.abr.play import rollout
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
@@ -31,6 +30,7 @@ from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import Video, find_registry
 from netllm_lib.checkpoint import describe
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.returns import ReturnScale
 
 TOGETHER = 100
 SMALL = "small transformer, one token a step"
@@ -40,7 +40,7 @@ def policies(video: Video) -> dict[str, Policy]:
     scale = ReturnScale(-4.0, 4.3, 0.05, DECISIONS - 1)
 
     def played(network: PolicyNetwork) -> Policy:
-        return LLMPolicy(network, describe(network.eval(), scale, DECISIONS))
+        return LLMPolicy(network, describe(network.eval(), PolicySettings(DECISIONS, scale)))
 
     def smollm2(layers: int | None, tokens: Literal["parts", "step"]) -> Policy:
         return played(

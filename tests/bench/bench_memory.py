@@ -76,6 +76,7 @@ def measure(case: Case) -> float:
     import torch
 
     from llm_fixtures import stir, toy_pool
+    from netllm_lib.abr.batches import make_windows
     from netllm_lib.abr.episodes import sound_episodes
     from netllm_lib.abr.model import PolicyNetwork
     from netllm_lib.abr.play import play
@@ -89,7 +90,7 @@ def measure(case: Case) -> float:
     torch.set_num_threads(1)
     plm = PLMConfig(**case.plm, gradient_checkpointing=case.checkpointing)
     network = stir(PolicyNetwork(load_plm(plm)))
-    pool = toy_pool(max(2, case.batch))
+    windows = make_windows(toy_pool(max(2, case.batch)))
     steps = tuple(range(3 * case.batch))
     config = TrainConfig(epochs=1, batch=case.batch, precision=case.precision, order=(steps,))  # type: ignore[arg-type]
     traces = generate_traces("memory", case.episodes, seed=1)
@@ -99,9 +100,9 @@ def measure(case: Case) -> float:
     Path("/proc/self/clear_refs").write_text("5")
     if case.what == "train":
         with tempfile.TemporaryDirectory() as folder:
-            train(network, pool, config, folder=Path(folder))
+            train(network, windows, config, folder=Path(folder), settings=windows.settings)
     else:
-        play(LLMPolicy(network, describe(network, config.cut(pool).scale, config.w)), simulator)
+        play(LLMPolicy(network, describe(network, windows.settings)), simulator)
     return _peak()
 
 
@@ -111,8 +112,10 @@ def _peak() -> float:
 
 
 def main() -> None:
-    from netllm_lib.memory import estimate_memory
-    from netllm_lib.plm import PLMConfig
+    from netllm_lib.abr.batches import example_batch
+    from netllm_lib.abr.model import PolicyNetwork
+    from netllm_lib.plm import PLMConfig, sketch_plm
+    from netllm_lib.preflight import estimate_memory
     from netllm_lib.train import TrainConfig
 
     started = time.perf_counter()
@@ -123,7 +126,8 @@ def main() -> None:
             plm: dict[str, Any] = {k: str(Path(folder) / v) if v == "wide" else v for k, v in case.plm.items()}
             case = dataclasses.replace(case, plm=plm)
             train = TrainConfig(batch=case.batch, precision=case.precision)  # type: ignore[arg-type]
-            memory = estimate_memory(PLMConfig(**plm), train, episodes=case.episodes, checkpointing=case.checkpointing)
+            network = PolicyNetwork(sketch_plm(PLMConfig(**plm)))
+            memory = estimate_memory(network, example_batch(case.batch), train, case.checkpointing)
             predicted = memory.train_peak if case.what == "train" else memory.test_peak
             command = [sys.executable, __file__, json.dumps(dataclasses.asdict(case))]
             done = subprocess.run(

@@ -29,8 +29,9 @@ from measured import publish
 from original_loop import OriginalPolicy, train_windows
 
 from llm_fixtures import stir
+from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings
 from netllm_lib.abr.play import rollout
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
@@ -86,9 +87,9 @@ def measure(case: Case) -> list[str]:
         stir(PolicyNetwork(load_plm(make(case.source, **shape)), NetworkConfig()))
         for make in (PLMConfig, PLMConfig.upstream)
     )
-    config = TrainConfig(epochs=1, windows="upstream", precision="float32", order=(tuple(range(case.windows)),))
-    windows = config.cut(pool)
-    meta = describe(ours, windows.scale, config.w)
+    config = TrainConfig(epochs=1, precision="float32", order=(tuple(range(case.windows)),))
+    windows = make_windows(pool, WindowConfig.upstream())
+    meta = describe(ours, windows.settings)
 
     def play(policy: Policy, count: int) -> Callable[[], object]:
         return lambda: rollout(policy, Simulator(traces, video, episodes.rows(range(count))))
@@ -98,10 +99,11 @@ def measure(case: Case) -> list[str]:
         clock: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
             numbers = dataclasses.replace(config, precision=precision)
-            train(ours, pool, numbers, folder=Path(folder), progress=lambda *_: clock.append(time.process_time()))
+            tick = lambda *_: clock.append(time.process_time())  # noqa: E731
+            train(ours, windows, numbers, folder=Path(folder), settings=windows.settings, progress=tick)
         return (clock[-1] - clock[0]) / (len(clock) - 1) / config.batch
 
-    they = OriginalPolicy(theirs, windows.scale, config.w, clear=True)
+    they = OriginalPolicy(theirs, windows.scale, windows.config.w, clear=True)
     ratios: dict[str, list[float]] = {}
     times: dict[str, list[float]] = {}
 
@@ -143,12 +145,12 @@ def exactness(source: str, layers: int | None) -> float:
         stir(PolicyNetwork(load_plm(make(source, layers=layers)), NetworkConfig()))
         for make in (PLMConfig, PLMConfig.upstream)
     )
-    scale = TrainConfig().cut(generate_pool(BBA(), traces, video, simulator.episodes)).scale
+    scale = make_windows(generate_pool(BBA(), traces, video, simulator.episodes)).scale
     whole = 47
     config = EvalConfig(choose="sample", draws="stream", w=whole)
     seen: list[list[np.ndarray]] = []
     for policy in (
-        LLMPolicy(ours, describe(ours, scale, whole), config),
+        LLMPolicy(ours, describe(ours, PolicySettings(whole, scale)), config),
         OriginalPolicy(theirs, scale, whole, clear=True),
     ):
         logits: list[np.ndarray] = []

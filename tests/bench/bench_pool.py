@@ -20,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 from measured import MB, in_child, measured, publish
 
+from netllm_lib.abr.batches import make_windows
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Random
 from netllm_lib.abr.pool import ExperiencePool, generate_mix, load_pool
 from netllm_lib.abr.traces import CHUNKS, SAMPLE, Registry
-from netllm_lib.train import TrainConfig, train
+from netllm_lib.train import TrainConfig
 
 PHASES = {
     "generate": "generate and save",
@@ -61,16 +62,16 @@ def child(phase: str, folder: Path, mapped: bool, count: int) -> None:
             pool = load_pool(path, mmap=mapped)
             pool.save(folder / "copy.npz")
     else:
-        from llm_fixtures import tiny_network, toy_pool
+        from llm_fixtures import tiny_network, toy_pool, train_on
 
         network, draws = tiny_network(lora=False), np.random.default_rng(0)
-        train(network, toy_pool(4), TrainConfig(epochs=1, precision="float32"), folder=folder / f"warm-up-{mapped}")
+        train_on(network, toy_pool(4), TrainConfig(epochs=1, precision="float32"), folder / f"warm-up-{mapped}")
         with measured() as found:
             pool = load_pool(path, mmap=mapped)
-            config = TrainConfig(epochs=1, precision="float32")
-            order = tuple(draws.integers(0, len(config.cut(pool)), 160).tolist())
+            windows = make_windows(pool)
+            order = tuple(draws.integers(0, len(windows), 160).tolist())
             config = TrainConfig(epochs=1, precision="float32", order=(order,))
-            train(network, pool, config, folder=folder / f"training-{mapped}")
+            train_on(network, windows, config, folder / f"training-{mapped}")
     print(json.dumps(found | {"transitions": len(pool), "hash": pool.content_hash(), "bytes": path.stat().st_size}))
 
 

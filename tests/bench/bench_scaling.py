@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measured import in_child, measured, publish
 
 from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.model import PolicySettings
 from netllm_lib.abr.play import rollout
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
@@ -36,12 +37,12 @@ def policy_named(name: str, registry: Registry) -> Policy:
     if name == "mpc":
         return RobustMPC(registry.video(registry.default_video()))
     from llm_fixtures import tiny_network, toy_pool
-    from netllm_lib.abr.batches import return_to_go
+    from netllm_lib.abr.batches import pool_returns
     from netllm_lib.abr.policies.llm import LLMPolicy
     from netllm_lib.checkpoint import describe
 
     network = tiny_network(layers=1)
-    return LLMPolicy(network, describe(network, return_to_go(toy_pool())[1], w=20))
+    return LLMPolicy(network, describe(network, PolicySettings(20, pool_returns(toy_pool())[1])))
 
 
 def child(name: str, count: int) -> None:

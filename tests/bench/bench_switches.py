@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 
 from netllm_lib.abr import qoe
+from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.evaluate import play_test
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
@@ -81,14 +82,17 @@ class Bench:
         self, pool: ExperiencePool, seed: int, changes: dict[str, Any]
     ) -> tuple[PolicyNetwork, CheckpointMeta, float]:
         """Trained network, its meta data and the loss of the last epoch."""
-        config = TrainConfig(epochs=self.epochs, seed=seed, precision="float32", **changes)
+        cut = {key: changes[key] for key in ("windows", "w", "stride", "scale") if key in changes}
+        windows = make_windows(pool, WindowConfig(**cut))
+        rest = {key: value for key, value in changes.items() if key not in cut}
+        config = TrainConfig(epochs=self.epochs, seed=seed, precision="float32", **rest)
         plm = load_plm(PLMConfig("tiny-llama", rank=32, seed=seed))
         network = PolicyNetwork(plm, NetworkConfig(state_feature_dim=64, seed=seed))
         torch.manual_seed(seed)  # for shuffle="torch"
         with tempfile.TemporaryDirectory() as folder:
-            history = train(network, pool, config, folder=Path(folder) / "run").history
+            history = train(network, windows, config, folder=Path(folder) / "run", settings=windows.settings).history
         loss = float(history[history["epoch"] == history["epoch"].max()]["loss"].mean())
-        return network, describe(network, config.cut(pool).scale, config.w), loss
+        return network, describe(network, windows.settings), loss
 
 
 def difference(ours: pd.Series, other: pd.Series) -> Interval:

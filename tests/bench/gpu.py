@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from original_loop import OriginalPolicy, train_windows
 
 from llm_fixtures import stir
+from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import rollout
@@ -35,8 +36,8 @@ from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.checkpoint import describe
-from netllm_lib.memory import estimate_memory
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.preflight import estimate_memory
 from netllm_lib.train import TrainConfig, train
 
 GIB = 2**30
@@ -147,7 +148,7 @@ class Bench:
         self.traces, self.video = generate_traces("bench", size.traces, seed=1), generate_video("clip", seed=1)
         self.episodes = sound_episodes(self.traces, seed=1)
         self.pool = generate_pool(BBA(), self.traces, self.video, self.episodes.rows(range(min(20, size.traces))))
-        self.scale = TrainConfig().cut(self.pool).scale
+        self.windows = make_windows(self.pool)
 
     def say(self, what: str, value: str) -> None:
         self.rows.append(f"| {what} | {value} |")
@@ -158,13 +159,13 @@ class Bench:
 
     def test(self, network: PolicyNetwork) -> None:
         """100 traces in lock-step; the original's loop on one of them, times their number."""
-        policy = LLMPolicy(network, describe(network, self.scale, 20), EvalConfig())
+        policy = LLMPolicy(network, describe(network, self.windows.settings), EvalConfig())
         rollout(policy, self.simulator(2))
         self.clock.reset_peak()
         whole = self.simulator(self.size.traces)
         ours = statistics.median(self.clock(lambda: rollout(policy, whole)) for _ in range(3))
         self.say(f"test of {self.size.traces} traces", f"{ours:.2f} s" + _gib(self.clock.peak_gib()))
-        theirs = OriginalPolicy(network, self.scale, clear=True)
+        theirs = OriginalPolicy(network, self.windows.scale, clear=True)
         rollout(theirs, self.simulator(1))
         loop = self.clock(lambda: rollout(theirs, self.simulator(1))) * self.size.traces
         self.say("the original's loop, one trace scaled", f"{loop:.0f} s: {loop / ours:.1f} × as long")
@@ -174,8 +175,7 @@ class Bench:
         peak_tflops = next((value for part, value in PEAKS_TFLOPS.items() if part in self.name), None)
         rates = []
         for batch in self.size.batches:
-            windows = len(TrainConfig().cut(self.pool))
-            order = tuple(i % windows for i in range(batch * (self.size.steps + 2)))
+            order = tuple(i % len(self.windows) for i in range(batch * (self.size.steps + 2)))
             config = TrainConfig(epochs=1, batch=batch, precision="bfloat16", order=(order,))
             ticks: list[float] = []
 
@@ -184,22 +184,23 @@ class Bench:
                 ticks.append(time.perf_counter())
 
             self.clock.reset_peak()
-            train(network, self.pool, config, folder=self.folder / f"train{batch}", progress=tick)
+            folder, settings = self.folder / f"train{batch}", self.windows.settings
+            train(network, self.windows, config, folder=folder, settings=settings, progress=tick)
             peak = self.clock.peak_gib()
             rates.append((len(ticks) - 2) * batch / (ticks[-1] - ticks[1]))
-            tflops = training_flop(self.size, config.w) * rates[-1] / 1e12
+            tflops = training_flop(self.size, self.windows.config.w) * rates[-1] / 1e12
             share = "" if peak_tflops is None else f" = {tflops / peak_tflops:.0%} of {peak_tflops} TFLOP/s"
             fits = "" if peak is None else f", {'within' if peak <= LIMIT_GIB else 'ABOVE'} {LIMIT_GIB} GiB"
             speed = f"{rates[-1]:.1f} windows/s, {tflops:.2f} TFLOP/s"
             self.say(f"training, batch {batch}", speed + share + _gib(peak) + fits)
-            memory = estimate_memory(network.plm.config, config, network.config, episodes=self.size.traces)
+            memory = estimate_memory(network, self.windows.batch(order[:batch]), config)
             predicted = f"{memory.train_peak / GIB:.1f} GiB to train, {memory.test_peak / GIB:.1f} GiB to test"
             self.say(f"predicted peak, batch {batch}", predicted)
         return max(rates)
 
     def train_theirs(self, network: PolicyNetwork, fastest: float) -> None:
         """The original's loop, with its attention, on the same bfloat16 weights."""
-        windows = TrainConfig.upstream().cut(self.pool)
+        windows = make_windows(self.pool, WindowConfig.upstream())
         train_windows(network, windows, range(1))
         loop = self.clock(lambda: train_windows(network, windows, range(self.size.their_windows)))
         rate = self.size.their_windows / loop

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from netllm_lib.abr.batches import ReturnScale, Windows
+from netllm_lib.abr.batches import Windows
 from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.model import PolicyNetwork
 from netllm_lib.abr.policies.base import Policy
+from netllm_lib.returns import ReturnScale
 
 LEVELS = 6
 STATE_TOKENS = 6
@@ -144,7 +145,7 @@ def train_windows(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1))
     losses = []
     for done, number in enumerate(order, 1):
-        states, actions, returns, steps, _ = windows.batch([number]).to(network.device)
+        states, actions, returns, steps, *_ = windows.batch([number]).to(network.device)
         logits = window_logits(network, states, actions, returns, steps)
         loss = nn.functional.cross_entropy(logits.permute(0, 2, 1), actions)
         losses.append(loss.item())

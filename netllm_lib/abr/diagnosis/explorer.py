@@ -214,8 +214,13 @@ class Explorer:
         subject = self.evidence.subject
         assert subject is not None
         assert self.episodes is not None
-        scale = subject.test_scale or subject.meta.scale
-        policy = LLMPolicy(subject.network, replace(subject.meta, scale=scale), self.config, REPLAY)
+        scale = subject.test_scale or subject.meta.settings.scale
+        policy = LLMPolicy(
+            subject.network,
+            replace(subject.meta, settings=replace(subject.meta.settings, scale=scale)),
+            self.config,
+            REPLAY,
+        )
         before = -(-policy.w // (CHUNKS - 1)) if self.config.context == "leak" else 0
         rows = list(range(max(0, self._row - before), self._row + 1))
         levels = decisions.levels_of(self.table[self.table["trace"].isin([self.labels[row] for row in rows])])
@@ -444,7 +449,7 @@ def _switches(w: Any, explorer: Explorer) -> tuple[dict[str, Any], Any, Any]:
             config.target_return_scale, min=-10, max=10, step=0.1, description="target ×"
         ),
         "w": w.BoundedIntText(
-            config.w or explorer.evidence.subject.meta.w, min=1, max=CHUNKS - 1, description="window"
+            config.w or explorer.evidence.subject.meta.settings.w, min=1, max=CHUNKS - 1, description="window"
         ),
     }
     fields["target_return_scale"].tooltip = "factor on the training pool's largest return-to-go"

@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 from netllm_lib.abr import plots, qoe
-from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.diagnosis import decisions
 from netllm_lib.abr.diagnosis.evidence import CHANCE, Evidence, Training, behaviour_entropy, paired, previous_levels
 from netllm_lib.abr.diagnosis.inputs import pool_sizes_mb
@@ -304,7 +304,7 @@ def shift(pool: ExperiencePool, table: pd.DataFrame, axes: Axes | None = None) -
 def returns(pool: ExperiencePool, axes: Axes | None = None) -> Axes:
     """Return-to-go at the beginning of the pool's episodes; the largest one is what a test asks for."""
     ax = given_or_new(axes, (6, 3.2))
-    firsts = return_to_go(pool)[0][pool.episode_starts]
+    firsts = pool_returns(pool)[0][pool.episode_starts]
     ax.hist(firsts, bins=40, color=PALETTE[0])
     ax.axvline(firsts.mean(), color="k", linestyle="--", linewidth=1.2, label=f"mean {firsts.mean():.4f}")
     ax.axvline(firsts.max(), color=WORSE, linestyle="-.", linewidth=1.2, label=f"asked for at test {firsts.max():.4f}")

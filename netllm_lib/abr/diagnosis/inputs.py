@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.batches import return_to_go
+from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.diagnosis.evidence import Evidence, previous_levels
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.traces import Video
@@ -158,7 +158,7 @@ def _returns(evidence: Evidence) -> list[Finding]:
                 "nothing, while the target return is left alone; else clip the pool's rewards before they are normalised",
             )
         )
-    returns = return_to_go(pool)[0][pool.episode_starts]
+    returns = pool_returns(pool)[0][pool.episode_starts]
     ratio = float(returns.max() / returns.mean()) if returns.mean() > 0 else 1.0
     if ratio < 1.1:
         found.append(

@@ -18,7 +18,7 @@ import pandas as pd
 
 from netllm_lib import runs
 from netllm_lib.abr import qoe
-from netllm_lib.abr.batches import WindowConfig, make_windows, return_to_go
+from netllm_lib.abr.batches import WindowConfig, make_windows, pool_returns
 from netllm_lib.abr.diagnosis.evidence import Evidence, Subject, Training
 from netllm_lib.abr.pool import ExperiencePool, PoolError, load_pool
 from netllm_lib.abr.traces import Registry, TraceSet, find_registry, overlapping
@@ -199,11 +199,12 @@ def _training(evidence: Evidence, place: Path, plm: str | Path | None) -> Eviden
 
 
 def _checkpoint(evidence: Evidence, place: Path, plm: str | Path | None) -> Evidence:
+    from netllm_lib.abr.model import load_policy
     from netllm_lib.abr.policies.llm import EvalConfig
-    from netllm_lib.checkpoint import load_checkpoint, read_meta
+    from netllm_lib.checkpoint import read_meta
 
     try:
-        network, meta = load_checkpoint(place, None if plm is None else str(plm))
+        network, meta = load_policy(place, None if plm is None else str(plm))
     except (ValueError, OSError) as error:
         evidence = replace(evidence, problems=(*evidence.problems, _problem(error)))
         try:
@@ -215,7 +216,9 @@ def _checkpoint(evidence: Evidence, place: Path, plm: str | Path | None) -> Evid
     given = {key: value for key, value in setting.items() if key in names and value is not None}
     # how the original tested is told by `_tested_as_original`
     config = None if setting.get("original") else EvalConfig(**given)
-    evidence = replace(evidence, subject=Subject(network, meta, config), setting={**setting, "train_w": meta.w})
+    evidence = replace(
+        evidence, subject=Subject(network, meta, config), setting={**setting, "train_w": meta.settings.w}
+    )
     return _as_trained(evidence, meta.train)
 
 
@@ -253,7 +256,7 @@ def _with_pool(evidence: Evidence, pool: ExperiencePool) -> Evidence:
     """The pool as that of the training, or, where the training names another one, as the pool of the test."""
     trained = evidence.training.pool_hash if evidence.training else None
     if trained is None and evidence.subject is not None:
-        trained = evidence.subject.meta.pool_hash
+        trained = evidence.subject.meta.settings.pool_hash
     if trained and trained != pool.content_hash():
         return replace(evidence, test_pool=pool)
     return replace(evidence, pool=pool)
@@ -435,7 +438,7 @@ def _upstream_training(
     epochs = settings.get("epochs")
     windows = crossing = None
     if pool is not None:
-        cut = make_windows(pool, WindowConfig("upstream", w, stride), float(settings.get("gamma") or 1.0))
+        cut = make_windows(pool, WindowConfig("upstream", w, stride, float(settings.get("gamma") or 1.0)))
         windows, crossing = len(cut), int(cut.crossing.sum())
     done = len(epoch_losses) or None
     if losses is not None and done and len(losses) % done == 0:
@@ -493,19 +496,19 @@ def _upstream_weights(evidence: Evidence, found: Found, plm: Path | None) -> Evi
     gamma, scale = float(settings.get("gamma", 1.0)), float(settings.get("scale", 1000))
     config = PLMConfig.upstream(str(plm.resolve()), layers=None if layer < 0 else layer + 1)
     try:
-        network, meta = load_upstream_checkpoint(best.folder, config, return_to_go(evidence.pool, gamma, scale)[1], w)
+        network, meta = load_upstream_checkpoint(best.folder, config, pool_returns(evidence.pool, gamma, scale)[1], w)
     except (ValueError, OSError) as error:
         return replace(evidence, problems=(*evidence.problems, _problem(error)))
 
     def other(place: Path) -> Callable[[], PolicyNetwork]:
-        return lambda: load_upstream_checkpoint(place, config, meta.scale, w)[0]
+        return lambda: load_upstream_checkpoint(place, config, meta.settings.scale, w)[0]
 
     others = {
         saved.folder.name: other(saved.folder) for saved in found.weights if saved.problem is None and saved is not best
     }
     evidence = replace(evidence, other_weights=others)
     given = evidence.test_pool
-    test_scale = return_to_go(given, gamma, scale)[1] if given is not None else None
+    test_scale = pool_returns(given, gamma, scale)[1] if given is not None else None
     evidence = replace(evidence, subject=Subject(network, meta, None, test_scale))
     return _tested_as_original(evidence)
 
@@ -566,8 +569,10 @@ def _trained_as(evidence: Evidence) -> Evidence:
     subject, pool, training = evidence.subject, evidence.pool, evidence.training
     if pool is None or training is None or training.crossing is not None or subject is None or not subject.meta.train:
         return evidence
-    config = subject.meta.train
-    cut = make_windows(pool, WindowConfig(config.get("windows", "episode"), subject.meta.w, config.get("stride")))
+    made = subject.meta.train.get(
+        "data", subject.meta.train
+    )  # facts of the windows; older checkpoints have them in between
+    cut = make_windows(pool, WindowConfig(made.get("windows", "episode"), subject.meta.settings.w, made.get("stride")))
     return replace(evidence, training=replace(training, windows=len(cut), crossing=int(cut.crossing.sum())))
 
 

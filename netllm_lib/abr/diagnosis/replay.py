@@ -122,7 +122,7 @@ def switched(subject: Subject) -> list[str]:
         "sampling": config.choose == "sample",
         "dropout-on": config.dropout,
         "context-leak": config.context == "leak",
-        "window-mismatch": config.w not in (None, subject.meta.w),
+        "window-mismatch": config.w not in (None, subject.meta.settings.w),
         "target-return": config.target_return_scale != 1,
         "wrong-pool": subject.test_scale is not None,
     }
@@ -154,8 +154,13 @@ def variant(subject: Subject, sound: Sequence[str], *, cached: bool = False) -> 
         config = replace(config, **SWITCHES[name][1])
     if cached and subject.network.plm.causal and config.context == "clear" and not config.dropout:
         config = replace(config, context_window="cached", merge_lora=True)
-    scale = subject.meta.scale if subject.test_scale is None or "wrong-pool" in sound else subject.test_scale
-    return LLMPolicy(_network(subject, sound), replace(subject.meta, scale=scale), config, name="run")
+    scale = subject.meta.settings.scale if subject.test_scale is None or "wrong-pool" in sound else subject.test_scale
+    return LLMPolicy(
+        _network(subject, sound),
+        replace(subject.meta, settings=replace(subject.meta.settings, scale=scale)),
+        config,
+        name="run",
+    )
 
 
 def episodes_of(evidence: Evidence) -> Episodes:
@@ -273,7 +278,7 @@ def identify(evidence: Evidence, subject: Subject, simulator: Simulator, same: f
     tries += [
         lambda w=w: replace(subject, config=replace(config, w=w))  # type: ignore[misc]
         for w in WINDOWS
-        if w != (config.w or subject.meta.w)
+        if w != (config.w or subject.meta.settings.w)
     ]
     tries += [
         lambda scale=scale: replace(subject, config=replace(config, target_return_scale=scale))  # type: ignore[misc]
@@ -310,6 +315,7 @@ def retrain(subject: Subject, pool: ExperiencePool, budget_s: float) -> tuple[Su
 
     Returns what to play and how it was trained (epochs, steps, final loss).
     """
+    from netllm_lib.abr.batches import WindowConfig, make_windows
     from netllm_lib.abr.model import PolicyNetwork
     from netllm_lib.abr.policies.llm import EvalConfig
     from netllm_lib.checkpoint import describe
@@ -317,18 +323,18 @@ def retrain(subject: Subject, pool: ExperiencePool, budget_s: float) -> tuple[Su
     from netllm_lib.train import TrainConfig, preflight, train
 
     network = PolicyNetwork(load_plm(subject.network.plm.config), subject.network.config)
-    config = TrainConfig(w=subject.meta.w, epochs=1)
-    flight = preflight(config, pool, network)
+    windows = make_windows(pool, WindowConfig(w=subject.meta.settings.w))
+    config = TrainConfig(epochs=1)
+    flight = preflight(network, windows, config)
     one_epoch_s = flight.seconds or budget_s
     config = replace(config, epochs=max(1, int(budget_s / max(one_epoch_s, 1e-3))))
     with tempfile.TemporaryDirectory() as folder:
-        result = train(network, pool, config, folder=Path(folder) / "retrained")
-    meta = describe(network, config.cut(pool).scale, config.w)
-    loss = float(result.history.tail(20)["loss"].mean())
+        result = train(network, windows, config, folder=Path(folder) / "retrained", settings=windows.settings)
+    meta = describe(network, windows.settings)
     with_ = {
         "epochs": config.epochs,
-        "steps": int(result.history["step"].max()) + 1,
-        "final_loss": loss,
+        "steps": result.steps,
+        "final_loss": result.final_loss,
         "seconds": result.seconds,
     }
     sound = EvalConfig() if network.plm.causal else EvalConfig(context_window="rolling")
@@ -348,16 +354,16 @@ def checkpoint_losses(
     """
     from netllm_lib.abr.batches import WindowConfig, make_windows
 
-    scale = subject.meta.scale
-    cut = make_windows(pool, WindowConfig("stride", subject.meta.w), scale.gamma, scale.scale, like=scale)
-    whole = np.flatnonzero(cut.lengths == cut.w)
+    w, scale = subject.meta.settings.w, subject.meta.settings.scale
+    cut = make_windows(pool, WindowConfig("stride", w), like=scale)
+    whole = np.flatnonzero(cut.lengths == w)
     numbers = (
         whole[np.unique(np.linspace(0, len(whole) - 1, windows).astype(int))] if len(whole) else np.arange(len(cut))
     )
     network, losses = subject.network.eval(), []
     for part in np.array_split(numbers, -(-len(numbers) // 8)):
         batch = cut.batch(part).to(network.device)
-        logits = network(batch.states, batch.actions, batch.returns, batch.timesteps, batch.mask).float()
+        logits = network(batch).float()
         a = batch.actions
         pairs = ((logits, a), (logits[:, 1:], a[:, :-1]), (logits[:, :-1], a[:, 1:]))
         losses.append([float(cross_entropy(x.flatten(0, 1), y.flatten())) for x, y in pairs])

@@ -61,11 +61,11 @@ def load_llm_policy(folder: Path, preset: Preset = "sound", **changes: Any) -> P
 
     `changes` are fields of `EvalConfig`.
     """
+    from netllm_lib.abr.model import load_policy
     from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
-    from netllm_lib.checkpoint import load_checkpoint
 
     inner = folder / "policy"
-    network, meta = load_checkpoint(inner if inner.is_dir() else folder)
+    network, meta = load_policy(inner if inner.is_dir() else folder)
     config = EvalConfig.upstream(**changes) if preset == "upstream" else EvalConfig(**changes)
     return LLMPolicy(network, meta, config, folder=folder)
 

@@ -20,6 +20,7 @@ from netllm_lib.abr.model import PolicyNetwork
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.traces import CHUNKS
 from netllm_lib.plm import InferenceWeights, TokenCache, arithmetic_dtype
+from netllm_lib.returns import ReturnScale
 from netllm_lib.runs import plain, tree_hash
 
 if TYPE_CHECKING:
@@ -95,9 +96,9 @@ class LLMPolicy(Policy):
             raise ValueError(f'{network.plm.family} is not causal and cannot be cached: use context_window="rolling"')
         self.name, self.folder = name, folder
         self.network = network
-        self.scale = meta.scale
+        self.scale: ReturnScale = meta.settings.scale
         self.config = config
-        self.w = config.w or meta.w
+        self.w = config.w or meta.settings.w
         self.carries_state = config.context == "leak"
         self._check_length()
         self.acts_after_last = config.extra_step

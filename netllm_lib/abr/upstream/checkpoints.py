@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from netllm_lib import runs, safe_pickle
-from netllm_lib.abr.batches import ReturnScale
-from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
+from netllm_lib import config, runs, safe_pickle
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings
 from netllm_lib.checkpoint import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -25,7 +24,6 @@ from netllm_lib.checkpoint import (
     check_rank,
     describe,
     first_line,
-    from_json,
     load_adapter,
     load_strictly,
     module_weights,
@@ -33,6 +31,7 @@ from netllm_lib.checkpoint import (
     read_safetensors,
 )
 from netllm_lib.plm import PLMConfig
+from netllm_lib.returns import ReturnScale
 from netllm_lib.safe_pickle import Part
 
 MODULES = "modules_except_plm.bin"
@@ -80,7 +79,8 @@ def load_upstream_checkpoint(
         else:
             raise FileNotFoundError(f"{adapter_path}: missing, and no {ADAPTER} either")
         check_rank({key: value.shape for key, value in adapter.items()}, lora["rank"], adapter_path)
-    loaded, network = build(dataclasses.replace(plm, **lora), sizes, folder)
+    network = build(PolicyNetwork, dataclasses.replace(plm, **lora), sizes, folder)
+    loaded = network.plm
     load_strictly(nn.ModuleList(network.around_plm().values()), modules, modules_path)
     if loaded.config.rank > 0:
         load_adapter(network, _without_skipped_layers(adapter, loaded.layers), adapter_path)
@@ -91,7 +91,7 @@ def load_upstream_checkpoint(
         load_strictly(loaded.model, _without_skipped_layers(inner, loaded.layers), modules_path)
         named = {key: v for key, v in whole.items() if not key.startswith(("plm.", "modules_except_plm."))}
         load_strictly(nn.ModuleDict(network.around_plm()), named, modules_path)
-    return network.eval(), describe(network, scale, w)
+    return network.eval(), describe(network, PolicySettings(w, scale))
 
 
 def save_upstream_checkpoint(folder: Path, network: PolicyNetwork) -> Path:
@@ -133,9 +133,10 @@ def _read_upstream_lora(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a LoRA adapter config")
     if values.get("peft_type") != "LORA":
         raise ValueError(f"{path}: a {values.get('peft_type')!r:.40} adapter; the original uses LORA")
-    kinds = {"r": int, "lora_alpha": int, "lora_dropout": float, "target_modules": tuple[str, ...]}
+    kinds: dict[str, Any] = {"r": int, "lora_alpha": int, "lora_dropout": float, "target_modules": tuple[str, ...]}
     try:
-        rank, alpha, dropout, targets = (from_json(kind, values.get(name), name) for name, kind in kinds.items())
+        found: dict[str, Any] = {name: config.parse(kind, values.get(name), name) for name, kind in kinds.items()}
+        rank, alpha, dropout, targets = found.values()
         if rank < 1:
             raise ValueError(f"r is {rank}")
     except ValueError as error:

@@ -400,7 +400,7 @@ def _write_policy(
     folder: Path, best: SavedWeights, settings: Mapping[str, Any], pool: ExperiencePool, plm: Path
 ) -> list[str]:
     """Convert the weights; returns remarks on what had to be assumed."""
-    from netllm_lib.abr.batches import return_to_go
+    from netllm_lib.abr.batches import pool_returns
     from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
     from netllm_lib.checkpoint import save_checkpoint
     from netllm_lib.plm import PLMConfig
@@ -413,7 +413,7 @@ def _write_policy(
         notes.append(f"policy/: {' and '.join(assumed)}, the original's default, because nothing tells it")
     if best.kind == "checkpoint":
         notes.append(f"policy/: the checkpoint of epoch {best.epoch}, because the best model is not there")
-    _, returns = return_to_go(pool, gamma, float(scale))
+    _, returns = pool_returns(pool, gamma, float(scale))
     config = PLMConfig.upstream(str(plm.resolve()), layers=None if layer < 0 else layer + 1)
     network, meta = load_upstream_checkpoint(best.folder, config, returns, w)
     save_checkpoint(folder, network, meta)
