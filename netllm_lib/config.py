@@ -23,6 +23,7 @@ import pydantic
 
 T = TypeVar("T")
 UNIONS = (types.UnionType, typing.Union)
+UNKNOWN = "unexpected_keyword_argument"  # as pydantic calls it
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -98,9 +99,12 @@ def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
 def _problem(kind: Any, value: Any, error: pydantic.ValidationError) -> str:
     """The first thing that is wrong, with its place in `value`."""
     problems = [(_place(value, problem["loc"][1:]), problem) for problem in error.errors()]
+    problems.sort(
+        key=lambda problem: problem[1]["type"] != UNKNOWN
+    )  # a misspelt name is missing under its right one too
     place, first = problems[0]
     field = ".".join(map(str, place))
-    if first["type"] == "unexpected_keyword_argument":
+    if first["type"] == UNKNOWN:
         known = _fields(kind, place[:-1])
         inside = f" in {'.'.join(map(str, place[:-1]))}" if place[1:] else ""
         return f"unknown key '{place[-1]}'{inside}{did_you_mean(place[-1], known)}; known: {', '.join(known)}"

@@ -6,6 +6,7 @@ is better when it is higher, as for an error.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,7 +72,7 @@ class Scores:
 
     @property
     def parts(self) -> list[str]:
-        """Columns with further numbers."""
+        """Columns of further numbers."""
         return [str(name) for name in self.table if name not in ("policy", self.measure.sample, self.measure.name)]
 
     def of(self, policy: str) -> pd.Series:
@@ -96,16 +97,17 @@ class Scores:
 
     def league(self) -> pd.DataFrame:
         """A row per policy, the best first: the mean (named as the measure) with its interval (low, high), the means of the middle
-        half of the samples (iqm) and of the worst 5 %, and the means of the parts over the samples that they apply to."""
-        rows = {}
-        for policy, part in self.table.groupby("policy", sort=False):
-            values = part[self.measure.name].to_numpy(dtype=float)
-            row = dict(zip((self.measure.name, "low", "high"), stats.bootstrap(values), strict=True))
+        half of the samples (iqm) and of the worst 5 %, and the means of the parts."""
+        name, rows = self.measure.name, {}
+        for policy in self.policies:
+            part = self.table[self.table["policy"] == policy]
+            values = part[name].to_numpy(dtype=float)
+            row = dict(zip((name, "low", "high"), stats.bootstrap(values), strict=True))
             row["iqm"] = float(stats.interquartile_mean(values))
             row["worst_5%"] = self.measure.sign * float(stats.worst_mean(0.05)(self.measure.sign * values))
-            rows[policy] = row | part[self.parts].mean().to_dict()
+            rows[policy] = row | {column: float(part[column].mean()) for column in self.parts}
         table = pd.DataFrame.from_dict(rows, orient="index")
-        return table.sort_values(self.measure.name, ascending=self.measure.sign < 0, kind="stable")
+        return table.sort_values(name, ascending=self.measure.sign < 0, kind="stable")
 
     def save(self, folder: Path) -> None:
         """Write `scores.json` and `scores.parquet`."""
@@ -125,6 +127,13 @@ class Scores:
             raise
         except Exception as error:  # pyarrow has its own errors for each way of being broken
             raise ValueError(f"{path}: it cannot be read as a table of scores ({error})") from None
+
+
+def tests(folders: Mapping[str, Path]) -> dict[str, Path]:
+    """Of some run folders, by name, those that hold a test of their own: not those that report on another one's (its parent)."""
+    found = {name: folder for name, folder in folders.items() if (folder / FILE).is_file()}
+    places = [folder.resolve() for folder in found.values()]
+    return {name: folder for name, folder in found.items() if runs.Run(folder).parents.get("test") not in places}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Gates on tests: verdicts on tables made by hand, requests that are refused, exit codes of the command line."""
+"""Gates on tests: verdicts on scores made by hand, requests that are refused, exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -11,59 +11,61 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from netllm_lib import gate, stats
-from netllm_lib.abr.evaluate import Test
+from netllm_lib import gate, runs, stats
 from netllm_lib.gate import Gate
-from netllm_lib.pipelines import read_pipeline
+from netllm_lib.measure import TABLE, Measure, Scores
 from test_cli import run
 from test_junit import check_document
 from test_notebooks import write_notebook
 
 DIFFERENCES = [0.1, -0.1, 0.2, 0.0, -0.05, 0.05, 0.15, -0.15]
+REWARD, ERROR = Measure("reward"), Measure("error", "degrees", "lower", "user")
 
 
-def table(rewards: list[float], first: int = 0) -> pd.DataFrame:
-    """A table of chunks in which each trace gets one reward on every chunk but the first, which does not count."""
-    rows = [
-        {"trace": f"trace{number}", "chunk": chunk, "reward": reward if chunk else 99.0}
-        for number, reward in enumerate(rewards, first)
-        for chunk in range(4)
+def save(folder: Path, measure: Measure = REWARD, first: int = 0, /, **policies: list[float]) -> Path:
+    """A test of policies with these scores by sample; of those after the first one, samples are counted from `first`."""
+    parts = [
+        pd.DataFrame(
+            {
+                "policy": name,
+                measure.sample: [f"s{i + first * (n > 0)}" for i in range(len(values))],
+                measure.name: values,
+            }
+        )
+        for n, (name, values) in enumerate(policies.items())
     ]
-    return pd.DataFrame(rows).assign(bitrate_kbps=750, rebuffer_s=0.0, smoothness_mbps=0.0)
-
-
-def save(folder: Path, **rewards: list[float]) -> Path:
-    """A test of policies with these rewards by trace."""
-    Test({name: table(values) for name, values in rewards.items()}, "", {"traces": "t", "video": "v"}).save(folder)
+    Scores(measure, next(iter(policies)), pd.concat(parts)).save(folder)
     return folder
 
 
-def judge(folder: Path, baseline: str = "mpc", margin: float = 0.0, policy: str = "llm") -> gate.Verdict:
+def judge(folder: Path, baseline: str = "mpc", margin: float = 0.0, policy: str = "") -> gate.Verdict:
     (verdict,) = gate.judge([Gate(baseline, margin, policy=policy)], {"test": folder})
     return verdict
 
 
-def test_the_lower_end_decides_and_not_the_mean(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("measure", "sign"), [(REWARD, 1), (ERROR, -1)], ids=["higher", "lower"])
+def test_the_worse_end_decides_and_not_the_mean(tmp_path: Path, measure: Measure, sign: int) -> None:
     theirs = np.linspace(
         -3, 3, len(DIFFERENCES)
-    )  # traces differ far more than policies: only pairing sees the difference
-    save(tmp_path, llm=list(theirs + DIFFERENCES), mpc=list(theirs), bba=list(theirs - 1))
-    interval = stats.bootstrap(np.array(DIFFERENCES))
-    assert interval.low < 0 < interval.mean
+    )  # samples differ far more than policies: only pairing sees the difference
+    ours = theirs + sign * np.array(DIFFERENCES)
+    save(tmp_path, measure, llm=list(ours), mpc=list(theirs), bba=list(theirs - sign))
+    difference = stats.bootstrap(ours - theirs)
+    worst = measure.gain(difference).low
+    assert worst < 0 < measure.gain(difference).mean
     verdict = judge(tmp_path)
     assert verdict.state == "failed"
-    assert verdict.interval == pytest.approx(interval, abs=1e-6)
-    assert verdict.traces == 8
-    assert verdict.reason == (
-        f"llm - mpc = {interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}] per chunk over 8 traces (test): "
-        "its lower end is under -0, the margin"
+    assert verdict.difference == pytest.approx(difference)
+    assert verdict.samples == 8
+    end = "lower end is under -0" if sign > 0 else "upper end is over 0"
+    numbers = f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    assert (
+        verdict.reason == f"llm - mpc = {numbers} {measure.name} over 8 {measure.sample}s (test): its {end}, the margin"
     )
-    assert judge(tmp_path, margin=-interval.low + 1e-3).state == "passed"
-    assert judge(tmp_path, margin=-interval.low - 1e-3).state == "failed"
+    assert judge(tmp_path, margin=-worst + 1e-3).state == "passed"
+    assert judge(tmp_path, margin=-worst - 1e-3).state == "failed"
     assert judge(tmp_path, "bba").state == "passed"
-    assert judge(tmp_path, "llm", policy="mpc").interval == pytest.approx(
-        (-interval.mean, -interval.high, -interval.low), abs=0.01
-    )
+    assert judge(tmp_path, "llm", policy="bba").state == "failed"
 
 
 def test_a_loss_of_exactly_the_margin_passes(tmp_path: Path) -> None:
@@ -75,51 +77,32 @@ def test_a_loss_of_exactly_the_margin_passes(tmp_path: Path) -> None:
     assert judge(tmp_path, margin=0.0499999).state == "failed"
 
 
-def test_order_of_traces_does_not_matter(tmp_path: Path) -> None:
-    backwards = table([3.0, 2.0, 1.0]).assign(trace=np.repeat(["trace2", "trace1", "trace0"], 4))
-    Test({"llm": table([1.0, 2.0, 3.0]), "mpc": backwards}).save(tmp_path)
-    assert judge(tmp_path).interval == stats.Interval(0.0, 0.0, 0.0)
-
-
 def test_what_cannot_be_judged_is_an_error_and_not_a_pass(tmp_path: Path) -> None:
-    save(tmp_path / "a", llm=[1.0, 2.0], mpc=[0.0, 0.0], **{"mpc (original)": [0.0, 0.0]})
-    wrong = judge(tmp_path / "a", "mpc (orignal)")
-    assert (wrong.state, wrong.interval) == ("error", None)
+    folder = save(tmp_path / "a", llm=[1.0, 2.0], mpc=[0.0, 0.0], **{"mpc (original)": [0.0, 0.0]})
+    wrong = judge(folder, "mpc (orignal)")
+    assert (wrong.state, wrong.difference) == ("error", None)
     assert wrong.reason.endswith(
-        "no policy 'mpc (orignal)', did you mean 'mpc (original)'?; it has: llm, mpc, mpc (original)"
+        "no scores of 'mpc (orignal)', did you mean 'mpc (original)'?; tested: llm, mpc, mpc (original)"
     )
-    assert "no policy 'ppo'" in judge(tmp_path / "a", policy="ppo").reason
-
-    tables = {"llm": table([1.0, 2.0]), "mpc": table([0.0, 0.0], first=1), "bba": table([0.0, 0.0, 0.0])}
-    Test(tables).save(tmp_path / "b")
-    for name, which in (("mpc", "2 and 2, trace0"), ("bba", "2 and 3, trace2")):
-        verdict = judge(tmp_path / "b", name)
-        assert verdict.state == "error"
-        assert f"llm and {name} were not played on the same traces: {which} by one only" in verdict.reason
-
+    assert "no scores of 'ppo'" in judge(folder, policy="ppo").reason
+    assert "the test is about llm; name the gate's policy" in judge(folder, "llm").reason
+    save(tmp_path / "b", REWARD, 1, llm=[1.0, 2.0], mpc=[0.0, 0.0])
+    assert "llm and mpc were not tested on the same traces: 2 and 2, s0 by one only" in judge(tmp_path / "b").reason
     save(tmp_path / "c", llm=[1.0], mpc=[0.0])
-    assert "1 traces give no interval" in judge(tmp_path / "c").reason
-    save(tmp_path / "d", llm=[1.0, float("inf")], mpc=[0.0, 0.0])
-    assert "rewards of llm or mpc are not finite" in judge(tmp_path / "d").reason
-    (tmp_path / "a" / "tables" / "mpc.parquet").write_bytes(b"PAR1")
-    assert "mpc.parquet: it cannot be read as a table" in judge(tmp_path / "a").reason
-    (tmp_path / "a" / "tables" / "mpc.parquet").unlink()
-    assert "mpc.parquet: missing" in judge(tmp_path / "a").reason
-    table([0.0, 0.0]).drop(columns="reward").to_parquet(tmp_path / "a" / "tables" / "mpc.parquet")
-    assert "not a table of chunks, it has no column reward" in judge(tmp_path / "a").reason
-    (tmp_path / "a" / "setting.json").write_text("{}")
-    assert "does not list the policies" in judge(tmp_path / "a").reason
-    (tmp_path / "a" / "setting.json").write_text("{")
-    assert "not valid JSON" in judge(tmp_path / "a").reason
-    for folder in "abcd":
-        assert judge(tmp_path / folder).state == "error" or folder == "b"
+    assert "1 trace gives no interval" in judge(tmp_path / "c").reason
+    save(tmp_path / "d", llm=[1.0, 2.0], mpc=[0.0, 0.0])
+    (tmp_path / "d" / TABLE).write_bytes(b"PAR1")
+    assert f"{TABLE}: it cannot be read as a table" in judge(tmp_path / "d").reason
+    assert all(judge(tmp_path / name).state == "error" for name in "bcd")
 
 
 def test_every_test_of_a_pipeline_is_judged_unless_a_step_is_named(tmp_path: Path) -> None:
     good = save(tmp_path / "good", llm=[1.0, 2.0], mpc=[0.0, 0.0])
     bad = save(tmp_path / "bad", llm=[-1.0, -2.0], mpc=[0.0, 0.0])
+    about_good = save(tmp_path / "diagnosis", llm=[1.0, 2.0], mpc=[0.0, 0.0])
+    runs.notebook_run(str(about_good), "06_diagnostics", test=good)  # has the scores of another step's test
     (tmp_path / "pool").mkdir()
-    folders = {"pool": tmp_path / "pool", "one": good, "two": bad, "broken": None}
+    folders = {"pool": tmp_path / "pool", "one": good, "two": bad, "three": about_good, "broken": None}
     verdicts = gate.judge([Gate("mpc"), Gate("mpc", step="one"), Gate("mpc", step="broken")], folders)
     assert [(verdict.step, verdict.state) for verdict in verdicts] == [
         ("one", "passed"), ("two", "failed"), ("one", "passed"), ("", "skipped"),
@@ -141,6 +124,8 @@ def test_gates_of_a_file_and_of_the_command_line() -> None:
     assert gate.override([read], ["bba", "genet"], 0.2) == (Gate("bba", 0.2), Gate("genet", 0.2))
     with pytest.raises(ValueError, match="--margin needs a baseline"):
         gate.override([], [], 0.2)
+    with pytest.raises(ValueError, match="gate: no step 'exams', did you mean 'exam'"):
+        gate.check([Gate("mpc", step="exams")], ["exam"])
 
 
 @pytest.mark.parametrize(
@@ -148,13 +133,12 @@ def test_gates_of_a_file_and_of_the_command_line() -> None:
     [
         ({"fail_bellow": "mpc"}, "p.toml, .gate.: unknown key 'fail_bellow', did you mean 'fail_below'"),
         ({"margin": 0.1}, "it needs fail_below"),
-        ({"fail_below": 3}, "fail_below is a name, got 3"),
-        ({"fail_below": "mpc", "margin": "wide"}, "margin is a number, got 'wide'"),
-        ({"fail_below": "mpc", "margin": True}, "margin is a number, got True"),
-        ({"fail_below": "mpc", "margin": -0.05}, "margin -0.05: give the reward per chunk that may be lost"),
-        ({"fail_below": "mpc", "margin": float("nan")}, "margin nan"),
-        ({"fail_below": "llm"}, "a gate compares two policies, got 'llm' twice"),
-        ("mpc", "a table is expected"),
+        ({"fail_below": 3}, "fail_below: it should be a valid string, got 3"),
+        ({"fail_below": "mpc", "margin": True}, "margin: it should be a valid number, got True"),
+        ({"fail_below": "mpc", "margin": -0.05}, "margin -0.05: give what may be lost to the baseline"),
+        ({"fail_below": "mpc", "margin": float("nan")}, "margin: it should be a finite number"),
+        ({"fail_below": "llm", "policy": "llm"}, "a gate compares two policies, got 'llm' twice"),
+        ("mpc", "it should be an object"),
     ],
 )
 def test_gates_that_make_no_sense_are_refused(row: object, message: str) -> None:
@@ -201,15 +185,10 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     ("words", "code", "verdicts", "message"),
     [
         ([], 0, ["passed"], ""),
-        (
-            ["--fail-below", "bba"],
-            3,
-            ["failed"],
-            "netllm: gate failed: llm - bba = -1.0000 [-1.0000, -1.0000] per chunk",
-        ),
+        (["--fail-below", "bba"], 3, ["failed"], "netllm: gate failed: llm - bba = -1.0000 [-1.0000, -1.0000] reward"),
         (["--fail-below", "mpc", "--fail-below", "bba", "--margin", "0.5"], 3, ["passed", "failed"], "under -0.5"),
         (["--fail-below", "bba", "--margin", "1"], 0, ["passed"], ""),
-        (["--fail-below", "mcp"], 2, ["error"], "has no policy 'mcp', did you mean 'mpc'?; it has: llm, mpc, bba"),
+        (["--fail-below", "mcp"], 2, ["error"], "no scores of 'mcp', did you mean 'mpc'?; tested: llm, mpc, bba"),
         (["-p", "test", ""], 2, ["error"], "netllm: error: gate on mpc: there is no test in exam, after"),
         (["-p", "good", "false", "--fail-below", "bba"], 1, ["failed"], "1 of 2 steps failed; after failed"),
         (["-p", "test", "/nowhere"], 1, ["skipped"], "1 of 2 steps failed; exam failed"),
@@ -234,7 +213,7 @@ def test_exit_codes(
     told = json.loads(shown.out.splitlines()[-1])
     assert [gate["verdict"] for gate in told["gates"]] == verdicts
     if code == 0:
-        assert (told["gates"][0]["traces"], told["gates"][0]["step"]) == (3, "exam")
+        assert (told["gates"][0]["samples"], told["gates"][0]["step"]) == (3, "exam")
         assert told["gates"][0]["low"] == told["gates"][0]["difference"]
     root = ET.parse(junit).getroot()
     check_document(root)
@@ -246,29 +225,16 @@ def test_exit_codes(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["05_test", "-p", "policy", "x", "--fail-below", "mcp"],
-            "has no policy 'mcp', did you mean 'mpc'?; it has: llm, mpc,",
-        ),
-        (["05_test", "--fail-below", "mpc"], "step 05_test: its test has no policy 'llm'"),
-        (["03_experience_pool", "--fail-below", "mpc"], "gate on mpc: there is no test in 03_experience_pool"),
-        (["05_test", "--margin", "0.1"], "--margin needs a baseline"),
-        (["05_test", "--fail-below", "mpc", "--margin", "-1"], "margin -1: give the reward per chunk that may be lost"),
+        (["--margin", "0.1"], "--margin needs a baseline"),
+        (["--fail-below", "mpc", "--margin", "-1"], "margin -1: give what may be lost to the baseline"),
     ],
 )
 def test_wrong_gates_are_refused_before_anything_runs(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path / "reports"))
-    assert run("run", *words, "--junit", str(tmp_path / "junit.xml")) == 2
+    assert run("run", "05_test", *words, "--junit", str(tmp_path / "junit.xml")) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_gate_on_a_step_that_is_not_there_is_refused(pipeline: Path) -> None:
-    steps = read_pipeline(pipeline).steps
-    with pytest.raises(ValueError, match="gate: no step 'exams', did you mean 'exam'"):
-        gate.check([Gate("mpc", step="exams")], steps)
-    gate.check([Gate("whatever", step="exam")], steps)  # what another's notebook plays is not known before

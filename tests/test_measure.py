@@ -53,7 +53,7 @@ def test_league_has_the_best_first() -> None:
     assert list(high.index) == ["c", "b", "a"]
     assert list(high.columns) == ["reward", "low", "high", "iqm", "worst_5%", "part", "clean"]
     assert list(high.loc["a", ["reward", "iqm", "worst_5%", "part"]]) == [0.0, 1.0, -19.0, 9.5]
-    assert high["clean"]["a"] == pytest.approx((18 - 19) / 19)  # the first sample has no such part
+    assert high["clean"]["a"] == pytest.approx((18 - 19) / 19)  # it does not apply to the first sample
     low = scores(ERROR, **policies).league()
     assert list(low.index) == ["a", "b", "c"]
     assert low["worst_5%"]["a"] == 1.0

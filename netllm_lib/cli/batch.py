@@ -42,12 +42,13 @@ def run(
     fail_below: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="BASELINE", help="Exit with 3 if the test shows the LLM below mpc, bba, … [the file's gate]."
+            metavar="BASELINE",
+            help="Exit with 3 unless the test shows the policy as good as mpc, bba, … [the file's gate].",
         ),
     ] = None,
     margin: Annotated[
         float | None,
-        typer.Option(metavar="REWARD", help="By which the interval's lower end may be below the baseline [0]."),
+        typer.Option(metavar="REWARD", help="What may be lost to the baseline, by the worse end of the interval [0]."),
     ] = None,
     junit: Annotated[
         Path | None, typer.Option(metavar="FILE.xml", help="Write steps and gates as JUnit XML, for CI.")
@@ -77,7 +78,7 @@ def run(
         from netllm_lib import gate
 
         gates = [*gate.override(gate.read_gates(pipeline.gate, target), fail_below or [], margin)]
-        gate.check(gates, pipeline.steps)
+        gate.check(gates, [step.name for step in pipeline.steps])
 
     started = time.time()
     outcomes: Sequence[Outcome]
@@ -138,9 +139,9 @@ def cases(name: str, outcomes: Sequence[Outcome], verdicts: Sequence[Verdict]) -
             )
         )
     for verdict in verdicts:
-        where = f" ({verdict.step})" if verdict.step else ""
-        title = f"{verdict.gate.policy} within {verdict.gate.margin:g} of {verdict.gate.baseline}{where}"
-        found.append(Case(title, f"{name}.gates", verdict.state, 0.0, verdict.reason, "gate", "", verdict.reason))
+        found.append(
+            Case(verdict.title, f"{name}.gates", verdict.state, 0.0, verdict.reason, "gate", "", verdict.reason)
+        )
     return found
 
 

@@ -243,7 +243,7 @@ def convert(
     losses = None if found.losses is None else logs.train_losses(found.losses)
     config = {"format": FORMAT, "settings": _finite(runs.plain(found.settings))}
     inputs = _inputs(found, training_pool, plm_folder, trace_sets)
-    run = runs.open_run(KIND, found.name, config, inputs, root)
+    run = runs.open_run(KIND, found.name, config, inputs, root=root)
     if not run.done:
         with runs.lock(run.folder):
             if not run.done:  # another process may have finished it before the lock was ours
