@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,27 +16,25 @@ PoolArgument = Annotated[
     Path, typer.Argument(metavar="POOL", help="Folder of a pool or a run, or the original's exp_pool.pkl.")
 ]
 IdArgument = Annotated[str, typer.Argument(metavar="DATASET_ID", help="name-v0 or namespace/name-v0.")]
+AuthorOption = Annotated[str | None, typer.Option(metavar="NAME", help="Recorded in the dataset.")]
+OutArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")]
 
 
 @app.command("show")
 def pool_show(pool: PoolArgument, as_json: JsonOption = False) -> None:
     """Show what is in a pool."""
-    from netllm_lib import runs
     from netllm_lib.abr.pool import load_pool
 
     found = load_pool(pool)
     print(f"{found.describe()}\nhash                {found.content_hash()}")
-    if as_json:
-        about = {"transitions": len(found), "episodes": len(found.episode_starts), "hash": found.content_hash()}
-        about |= {"mean_reward": float(found.rewards.mean()), "source": runs.plain(found.source)}
-        print(json.dumps(about))
+    _end(found, as_json, mean_reward=float(found.rewards.mean()), source=found.source)
 
 
 @app.command("export")
 def pool_export(
     pool: PoolArgument,
     dataset_id: IdArgument,
-    author: Annotated[str | None, typer.Option(metavar="NAME", help="Recorded in the dataset.")] = None,
+    author: AuthorOption = None,
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -50,21 +48,21 @@ def pool_export(
     found = load_pool(pool)
     folder = export_minari(found, dataset_id, data=data, author=author)
     print(f"wrote {len(found.episode_starts)} episodes to {folder}")
-    if as_json:
-        print(json.dumps({"folder": str(folder), "episodes": len(found.episode_starts), "hash": found.content_hash()}))
+    _end(found, as_json, folder=folder)
 
 
 @app.command("import")
-def pool_import(
-    dataset_id: IdArgument,
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")],
-    as_json: JsonOption = False,
-) -> None:
+def pool_import(dataset_id: IdArgument, out: OutArgument, as_json: JsonOption = False) -> None:
     """Read a Minari dataset of bitrate episodes into a pool."""
     from netllm_lib.abr.minari import import_minari
 
     found = import_minari(dataset_id)
-    path = found.save(out)
-    print(f"{found!r}\nsaved to {path}")
+    folder = found.save(out)
+    print(f"{found!r}\nsaved to {folder}")
+    _end(found, as_json, pool=folder)
+
+
+def _end(pool: Any, as_json: bool, **more: Any) -> None:
     if as_json:
-        print(json.dumps({"pool": str(path), "transitions": len(found), "hash": found.content_hash()}))
+        about = {"transitions": len(pool), "episodes": len(pool.episode_starts), "hash": pool.content_hash()}
+        print(json.dumps(about | more, default=str))

@@ -1,4 +1,4 @@
-"""A pool of a million transitions: generated, saved, loaded and trained on, from disk and in memory.
+"""A pool of a million transitions: generated, loaded, saved again and trained on, within little memory.
 
 MPC, BBA and random levels in equal parts, on the bundled training traces from other starting points. Each figure is from a
 process of its own on one thread; memory is what the work adds to what the process held after its imports and a small warm-up.
@@ -31,9 +31,10 @@ from netllm_lib.train import TrainConfig
 
 PHASES = {
     "generate": "generate and save",
+    "again": "find it made already",
     "load": "load and check",
-    "copy": "save again",
-    "train": "cut windows, 20 training steps of 8 windows",
+    "copy": "load and save again",
+    "train": "load, cut windows, 20 training steps of 8 windows",
 }
 
 
@@ -46,70 +47,58 @@ def generate(count: int, path: Path | None) -> ExperiencePool:
     return generate_mix([(policy, episodes) for policy in policies], traces, video, path=path)
 
 
-def child(phase: str, folder: Path, mapped: bool, count: int) -> None:
-    path = folder / f"{'mapped' if mapped else 'memory'}.npz"
-    if phase == "generate":
+def child(phase: str, folder: Path, count: int) -> None:
+    path = folder / "pool"
+    if phase in ("generate", "again"):
         generate(47, None)  # compiles
         with measured() as found:
-            pool = generate(count, path if mapped else None)
-            if not mapped:
-                pool.save(path)
-    elif phase == "load":
-        with measured() as found:
-            pool = load_pool(path, mmap=mapped)
-    elif phase == "copy":
-        with measured() as found:
-            pool = load_pool(path, mmap=mapped)
-            pool.save(folder / "copy.npz")
-    else:
+            pool = generate(count, path)
+    elif phase == "train":
         from llm_fixtures import tiny_network, toy_pool, train_on
 
         network, draws = tiny_network(lora=False), np.random.default_rng(0)
-        train_on(network, toy_pool(4), TrainConfig(epochs=1, precision="float32"), folder / f"warm-up-{mapped}")
+        train_on(network, toy_pool(4), TrainConfig(epochs=1, precision="float32"), folder / "warm-up")
         with measured() as found:
-            pool = load_pool(path, mmap=mapped)
-            windows = make_windows(pool)
+            windows = make_windows(pool := load_pool(path))
             order = tuple(draws.integers(0, len(windows), 160).tolist())
-            config = TrainConfig(epochs=1, precision="float32", order=(order,))
-            train_on(network, windows, config, folder / f"training-{mapped}")
-    print(json.dumps(found | {"transitions": len(pool), "hash": pool.content_hash(), "bytes": path.stat().st_size}))
+            train_on(network, windows, TrainConfig(epochs=1, precision="float32", order=(order,)), folder / "training")
+    else:
+        with measured() as found:
+            pool = load_pool(path)
+            if phase == "copy":
+                pool.save(folder / "copy")
+    print(json.dumps(found | {"transitions": len(pool), "hash": pool.content_hash()}))
 
 
 def main(count: int = 1_000_000) -> None:
-    rows, hashes = [], set()
     with tempfile.TemporaryDirectory() as scratch:
-        for phase, title in PHASES.items():
-            found = {mapped: in_child(__file__, phase, scratch, int(mapped), count) for mapped in (True, False)}
-            hashes |= {row["hash"] for row in found.values()}
-            cells = [
-                f"{found[mapped][key]:.{digits}f}"
-                for mapped in (True, False)
-                for key, digits in (("seconds", 1), ("anonymous_mb", 0), ("peak_mb", 0))
-            ]
-            rows.append(f"| {title} | {' | '.join(cells)} |")
-            transitions, size = found[True]["transitions"], found[True]["bytes"] / MB
-    if len(hashes) != 1:
-        raise SystemExit(f"the pools differ: {hashes}")
+        found = {phase: in_child(__file__, phase, scratch, count) for phase in PHASES}
+        size_mb = sum(path.stat().st_size for path in Path(scratch, "pool").iterdir()) / MB
+    if len({row["hash"] for row in found.values()}) != 1:
+        raise SystemExit(f"the pools differ: {found}")
     lines = [
-        f"# A pool of {transitions:,} transitions",
+        f"# A pool of {found['load']['transitions']:,} transitions",
         "",
-        f"MPC, BBA and random levels in equal parts on the bundled training traces; the file has {size:.0f} MB. Each figure from a",
+        f"MPC, BBA and random levels in equal parts on the bundled training traces; the folder has {size_mb:.0f} MB. Each figure "
+        "from a",
         f"process of its own, one thread, {platform.machine()}, Python {platform.python_version()}. "
         "Command: `python tests/bench/bench_pool.py`.",
         "",
         "Memory is the peak above what the process held after imports and a small warm-up, in MB: first its own (anonymous)",
-        "memory, then with pages of mapped files, which the system takes back when there is no room. Both ways make the same",
-        "pool, to the bit.",
+        "memory, then with pages of mapped files, which the system takes back when there is no room.",
         "",
-        "| | on disk: s | own | with pages | in memory: s | own | with pages |",
-        "|---|---|---|---|---|---|---|",
-        *rows,
+        "| | seconds | own memory | with pages |",
+        "|---|---|---|---|",
+        *(
+            f"| {PHASES[phase]} | {row['seconds']:.1f} | {row['anonymous_mb']:.0f} | {row['peak_mb']:.0f} |"
+            for phase, row in found.items()
+        ),
     ]
     publish("pool", "\n".join(lines))
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 2:
-        child(sys.argv[1], Path(sys.argv[2]), bool(int(sys.argv[3])), int(sys.argv[4]))
+        child(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
     else:
         main(*map(int, sys.argv[1:]))
