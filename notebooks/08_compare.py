@@ -18,7 +18,9 @@
 # Without tests, a metric of the runs is compared, with Student's interval over the seeds.
 
 # %% tags=["parameters"]
-sweep_dir: str = ""  # folder of a sweep; empty: the last one that was completed
+from pathlib import Path
+
+sweep_dir: Path = ""  # folder of a sweep; empty: the last one that was completed
 policy: str = ""  # the one compared between settings; empty: the one that the tests are about
 baseline: str = ""  # the policy to compare with; empty: the best of the others
 metric: str = (
