@@ -18,9 +18,7 @@
 # companion runs without TensorFlow.
 
 # %% tags=["parameters"]
-from pathlib import Path
-
-data: Path = ""  # folder with traces/, videos/ and all_models/
+data: str = ""  # folder with traces/, videos/ and all_models/
 episodes: int = 20  # traces played to collect states
 run_dir: str = ""  # where results go; filled in by `netllm run`
 

@@ -53,7 +53,7 @@ from planted_runs import (
     write_test_run,
     write_tree,
 )
-from upstream_tree import write_results
+from upstream_tree import results_path, write_results
 
 # --- faults -------------------------------------------------------------------------------------------------------------
 
@@ -462,7 +462,7 @@ def tree_tested_with(w: int) -> Callable[[Bench, Path], Planted]:
         write_tree(root, bench, "original", None)
         settings = upstream_settings(bench.trained("original"), w=w)
         write_results(
-            root / "adaptive_bitrate_streaming" / "artifacts" / "results" / logs.results_path(settings), table, TRACES
+            root / "adaptive_bitrate_streaming" / "artifacts" / "results" / results_path(settings), table, TRACES
         )
         return Planted((root,), table, as_original(bench, "original"))
 

@@ -39,15 +39,23 @@ from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import BandwidthModel, generate_traces, generate_video, write_traces, write_video
 from netllm_lib.abr.traces import CHUNKS, POINTER_FILE, Registry, TraceSet, Video, overlapping
-from netllm_lib.abr.upstream import logs
 from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
-from netllm_lib.abr.upstream.imports import remake_pool
 from netllm_lib.abr.upstream.pickles import write_pool
+from netllm_lib.abr.upstream.remake import remake_pool
 from netllm_lib.checkpoint import CheckpointMeta, describe, save_checkpoint
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.train import TrainConfig, preflight, train
 from netllm_lib.training_run import RESULT
-from upstream_tree import arguments_line, console_text, write_results
+from upstream_tree import (
+    arguments_line,
+    console_text,
+    model_path,
+    pool_name,
+    pool_path,
+    results_path,
+    write_results,
+    write_train_losses,
+)
 
 W, HIDDEN, RANK, FEATURE_DIM = 10, 96, 16, 64
 TRACES, VIDEO = "bench-test", "bench"
@@ -436,7 +444,7 @@ def upstream_settings(trained: Trained, **changes: Any) -> dict[str, Any]:
         "target_return_scale": 1.0,
     }  # fmt: skip
     settings |= changes
-    return settings | {"pool": logs.pool_name(settings)}
+    return settings | {"pool": pool_name(settings)}
 
 
 def write_tree(
@@ -455,7 +463,7 @@ def write_tree(
     trained = bench.trained(training)
     settings = upstream_settings(trained, **changes)
     base = root / "adaptive_bitrate_streaming"
-    run = base / "data" / "ft_plms" / logs.model_path(settings)
+    run = base / "data" / "ft_plms" / model_path(settings)
     values = trained.history["loss"].to_numpy() if losses is None else losses
     by_epoch = values.reshape(settings["epochs"], -1)
     if "console" in parts:
@@ -467,13 +475,13 @@ def write_tree(
         text = console_text(settings, by_epoch, mean)
         (run / "early_stop_-1_console.log").write_text(arguments + text if terminal else text)
     if "losses" in parts:
-        logs.write_train_losses(run / "early_stop_-1_checkpoint" / "train_losses.txt", values)
+        write_train_losses(run / "early_stop_-1_checkpoint" / "train_losses.txt", values)
     if "weights" in parts:
         save_upstream_checkpoint(run / "early_stop_-1_best_model", network or trained.network)
     if "results" in parts and table is not None:
-        write_results(base / "artifacts" / "results" / logs.results_path(settings), table, settings["test_traces"])
+        write_results(base / "artifacts" / "results" / results_path(settings), table, settings["test_traces"])
     if "pool" in parts:
-        write_pool(pool or bench.pool(trained.pool), base / "artifacts" / "exp_pools" / logs.pool_path(settings))
+        write_pool(pool or bench.pool(trained.pool), base / "artifacts" / "exp_pools" / pool_path(settings))
     if "plm" in parts:
         shutil.copytree(bench.plm, root / "downloaded_plms" / "llama" / "tiny")
     return root

@@ -18,21 +18,39 @@ from conftest import GOLDEN
 from llm_fixtures import toy_pool
 from netllm_lib import runs
 from netllm_lib.abr import qoe
+from netllm_lib.abr.episodes import upstream_episodes
+from netllm_lib.abr.evaluate import Test
 from netllm_lib.abr.model import PolicyNetwork
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.catalogue import load_llm_policy
 from netllm_lib.abr.pool import ExperiencePool, concatenate, load_pool
+from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import SAMPLE, Registry
-from netllm_lib.abr.upstream import logs
+from netllm_lib.abr.upstream import logs, names
 from netllm_lib.abr.upstream.discover import discover
-from netllm_lib.abr.upstream.imports import as_tested, import_run, remake_pool, replay
+from netllm_lib.abr.upstream.imports import import_run
 from netllm_lib.abr.upstream.pickles import read_pool, write_pool
+from netllm_lib.abr.upstream.remake import remake_pool
 from netllm_lib.checkpoint import read_meta
 from netllm_lib.cli import main
 from netllm_lib.runs import read_json
-from upstream_tree import PARTS, SETTINGS, Tree, arguments_line, console_text, remove, write_results, write_tree
+from netllm_lib.training_run import TrainingRun
+from upstream_tree import (
+    PARTS,
+    SETTINGS,
+    Tree,
+    arguments_line,
+    console_text,
+    model_path,
+    remove,
+    write_results,
+    write_train_losses,
+    write_tree,
+)
 
 RUNS = sorted(path.parent.name for path in GOLDEN.glob("upstream_run/*/run.json")) or ["absent"]
 TERMINAL = "the terminal's first lines"
-WRITES = {"console": "console.json", "losses": "history.parquet", "results": "tables/results.parquet"}
+WRITES = {"losses": "history.parquet", "results": "tables/llm.parquet", "pool": "pool/states.npy"}
 """What an import writes for a part of the run."""
 SAYS = {
     "console": "console log", "losses": "train_losses.txt", "results": "result files", "pool": "training pool", "plm": "PLM",
@@ -60,8 +78,25 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def told(run: runs.Run, name: str = "settings.json") -> Any:
-    return read_json(run.folder / name)
+def about(run: runs.Run) -> Any:
+    return read_json(run.folder / "import.json")
+
+
+def problems(run: runs.Run) -> list[str]:
+    return [problem["text"] for problem in about(run)["problems"]]
+
+
+def replayed(run: runs.Run, results: str, registry: Registry) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(the imported policy, played as the result set says that the original tested, what the original recorded)."""
+    test = Test.read(run.folder / "results" / results)
+    setting = test.setting
+    traces, video = registry.trace_set(setting["traces"]), registry.video(setting["video"])
+    episodes = upstream_episodes(
+        traces, trace_num=setting["trace_num"], fixed_order=setting["fixed"], seed=setting["seed"]
+    )
+    policy = load_llm_policy(run.folder, "upstream", w=setting["w"], target_return_scale=setting["target_return_scale"])
+    played, recorded = play(policy, Simulator(traces, video, episodes)), test.tables["llm"]
+    return played[recorded.columns.tolist()], recorded
 
 
 # --- a whole run ----------------------------------------------------------------------------------------------------
@@ -72,47 +107,52 @@ def test_a_whole_tree(tree: Tree, reports: Path) -> None:
     assert run.folder.parent == reports / "runs" / "import"
     assert run.folder.name.startswith("llama_tiny-bba-rank_4-")
     assert run.done
-    policy = {f"policy/{name}" for name in ("config.json", "modules.safetensors", "adapter_config.json")}
+    tests = {"setting.json", "scores.json", "scores.parquet", "tables/llm.parquet"}
     assert files(run.folder) == {
-        *("config.json", "manifest.json", "metrics.json", "settings.json", "missing.json", "console.json"),
-        *("history.parquet", "tables/results.parquet", "policy/adapter_model.safetensors"),
-        *policy,
+        *("config.json", "manifest.json", "import.json", "training.json", "history.parquet"),
+        *tests,
+        *(f"results/results/{name}" for name in tests),
+        *(f"pool/{name}" for name in ("config.json", "states.npy", "actions.npy", "rewards.npy", "dones.npy")),
+        *("policy/config.json", "policy/modules.safetensors", "policy/adapter_config.json"),
+        "policy/adapter_model.safetensors",
     }
-    table = pd.read_parquet(run.folder / "tables" / "results.parquet")
-    assert qoe.summarise(table).reward == pytest.approx(tree.mean_reward, abs=1e-12)
-    assert set(table["trace"]) <= set(Registry(SAMPLE).trace_set("sample-test").names)
-    history = pd.read_parquet(run.folder / "history.parquet")
-    assert history.columns.tolist() == ["micro_step", "loss"]
-    np.testing.assert_array_equal(history["loss"], logs.train_losses(tree.losses).values)
-    console = told(run, "console.json")
-    assert [epoch["epoch"] for epoch in console["epochs"]] == [0, 1, 2]
-    settings = told(run)
+    test = Test.read(run.folder)
+    assert qoe.summarise(test.tables["llm"]).reward == pytest.approx(tree.mean_reward, abs=1e-12)
+    assert set(test.tables["llm"]["trace"]) <= set(Registry(SAMPLE).trace_set("sample-test").names)
+    assert (test.subject, test.setting["original"], test.setting["context"]) == ("llm", True, "leak")
+    assert test.scores().mean("llm").mean == pytest.approx(tree.mean_reward, abs=1e-12)
+    training = TrainingRun.read(run.folder)
+    assert training.history is not None
+    np.testing.assert_array_equal(training.history["loss"], logs.train_losses(tree.losses).values)
+    assert (training.epochs, training.samples, training.steps, training.clip) == (3, 56, 6, "micro")
+    assert training.selected_on_test
+    told = about(run)
     known = {key: value for key, value in SETTINGS.items() if not key.startswith(("test_", "target_"))}
-    assert runs.plain(known).items() <= settings["settings"].items()
-    assert (settings["settings"]["eval_per_epoch"], settings["settings"]["lora_alpha"]) == (2, 32)
-    assert settings["contradictions"] == []
-    assert settings["pool"]["pool_differs"] is False
-    assert settings["pool"]["origin"] == "found"
-    assert settings["weights"] == {"folder": str(tree.best_model), "kind": "best_model", "epoch": 2}
-    assert [line.split(" (")[0] for line in told(run, "missing.json")] == [TERMINAL]
-    assert told(run, "metrics.json")["mean_reward"] == {"results": pytest.approx(tree.mean_reward)}
-    inputs = told(run, "manifest.json")["inputs"]
-    assert inputs["pool"] == inputs["pool that the folder names"] == load_pool(tree.pool).content_hash()
-    assert {"results results", "console log", "training losses", "weights", "plm"} < inputs.keys()
+    assert runs.plain(known).items() <= told["settings"].items()
+    assert (told["settings"]["eval_per_epoch"], told["settings"]["lora_alpha"]) == (2, 32)
+    assert told["contradictions"] == told["problems"] == []
+    assert (told["pool"]["origin"], told["pool"]["test_hash"]) == ("found", None)
+    assert told["pool"]["hash"] == told["pool"]["named_hash"] == load_pool(run.folder).content_hash()
+    best = {"folder": str(tree.best_model), "kind": "best_model", "epoch": 2, "problem": None}
+    assert told["weights"][0] == best
+    assert [line.split(" (")[0] for line in told["missing"]] == [TERMINAL]
+    assert told["console"]["epochs"] == 3
+    assert told["results"]["results"]["mean_reward"] == pytest.approx(tree.mean_reward)
+    inputs = run.manifest["inputs"]
+    assert {"results results", "console log", "training losses", "weights", "plm", "pool"} < inputs.keys()
 
 
 def test_the_test_is_reproduced_from_the_import(tree: Tree, reports: Path) -> None:
     """From the run folder alone, the pool and the original's files being gone."""
     run = import_run(tree.root, data=SAMPLE)
-    table = replay(run, "results", Registry(SAMPLE))
-    imported = pd.read_parquet(run.folder / "tables" / "results.parquet")
-    np.testing.assert_array_equal(table["level"], imported["level"])
-    pd.testing.assert_frame_equal(table[imported.columns.tolist()], imported, rtol=1e-9)
-    meta = read_meta(run.folder / "policy")
+    played, recorded = replayed(run, "results", Registry(SAMPLE))
+    np.testing.assert_array_equal(played["level"], recorded["level"])
+    pd.testing.assert_frame_equal(played, recorded, rtol=1e-9)
+    meta = read_meta(run.folder / "policy", PolicyNetwork)
     assert meta.settings.w == 5
     assert meta.settings.pool_hash == load_pool(tree.pool).content_hash()
-    with pytest.raises(FileNotFoundError, match=r"no result set 'other' \(there: results\)"):
-        replay(run, "other", Registry(SAMPLE))
+    with pytest.raises(ValueError, match=r"no result set 'other' in it; there are results"):
+        import_run(tree.root, data=SAMPLE, results="other")
 
 
 def test_importing_again_changes_nothing(tree: Tree, reports: Path, tmp_path: Path) -> None:
@@ -122,9 +162,8 @@ def test_importing_again_changes_nothing(tree: Tree, reports: Path, tmp_path: Pa
     moved = tree.copy(tmp_path / "elsewhere")
     assert import_run(moved.root, data=SAMPLE).folder == run.folder  # the same content
     assert {name: (run.folder / name).stat().st_mtime_ns for name in files(run.folder)} == before
-    logs.write_train_losses(moved.losses, [1.0, 2.0])
-    other = import_run(moved.root, data=SAMPLE)
-    assert other.folder != run.folder
+    write_train_losses(moved.losses, [1.0, 2.0])
+    assert import_run(moved.root, data=SAMPLE).folder != run.folder
     assert {name: (run.folder / name).stat().st_mtime_ns for name in files(run.folder)} == before
     assert len(list((reports / "runs" / "import").iterdir())) == 2
 
@@ -160,12 +199,9 @@ def test_an_import_that_was_interrupted_is_done_again(
 def test_other_kinds_of_runs(tmp_path: Path, reports: Path, changes: dict[str, Any]) -> None:
     tree = write_tree(tmp_path / "NetLLM", **changes)
     run = import_run(tree.root, data=SAMPLE)
-    assert (
-        told(run)["contradictions"] == told(run)["notes"][:-1] == []
-    )  # the last note says which test the log ends with
-    table = replay(run, "results", Registry(SAMPLE))
-    imported = pd.read_parquet(run.folder / "tables" / "results.parquet")
-    np.testing.assert_array_equal(table["level"], imported["level"])
+    assert about(run)["contradictions"] == about(run)["problems"] == []
+    played, recorded = replayed(run, "results", Registry(SAMPLE))
+    np.testing.assert_array_equal(played["level"], recorded["level"])
     assert read_meta(run.folder / "policy").layers == (1 if "early_stop" in changes else 2)
 
 
@@ -189,20 +225,22 @@ def test_any_part_of_a_tree(tree: Tree, reports: Path, tmp_path: Path, parts: li
     (nowhere / "traces").mkdir(parents=True)
     run = import_run(some.root, data=nowhere)
     assert run.done
-    present = files(run.folder)
+    present, told = files(run.folder), about(run)
     for part, written in WRITES.items():
-        assert (written in present) == (part in parts), part
+        expected = part in parts or (written == "history.parquet" and "console" in parts)  # the losses by epoch
+        assert (written in present) == expected, part
+    assert (told["console"] is not None) == ("console" in parts)
     weights = "best_model" in parts or "checkpoint" in parts
     assert ("policy/config.json" in present) == (weights and {"pool", "plm"} <= set(parts))
-    missing = told(run, "missing.json")
     for part, name in SAYS.items():
         there = weights if part == "best_model" else part in parts
-        assert any(line.startswith(name) for line in missing) == (not there), (part, missing)
-    assert told(run)["contradictions"] == []
+        assert any(line.startswith(name) for line in told["missing"]) == (not there), (part, told["missing"])
+    assert told["contradictions"] == told["problems"] == []
     if set(parts) & {"console", "losses", "best_model", "checkpoint"}:
-        assert told(run)["settings"]["lr"] == 0.0001
+        assert told["settings"]["lr"] == 0.0001
+        assert TrainingRun.read(run.folder).warmup_steps == 2000
     if parts == ["checkpoint", "pool", "plm"]:
-        assert any("checkpoint of epoch 2" in note for note in told(run)["notes"])
+        assert any("checkpoint of epoch 2" in note for note in told["notes"])
 
 
 def test_a_part_given_by_its_own_place(tree: Tree, reports: Path) -> None:
@@ -216,7 +254,7 @@ def test_a_part_given_by_its_own_place(tree: Tree, reports: Path) -> None:
     assert found.results[0].settings["test_trace_num"] == 3
     found = discover(tree.console)
     assert found.console is not None
-    assert (found.losses, found.weights, found.results) == (None, (), ())
+    assert (found.losses, found.weights, found.results) == (None, [], [])
 
 
 def test_files_without_any_telling_name(tree: Tree, reports: Path, tmp_path: Path) -> None:
@@ -225,27 +263,29 @@ def test_files_without_any_telling_name(tree: Tree, reports: Path, tmp_path: Pat
     shutil.copytree(tree.best_model, mail / "weights")
     (mail / "what it printed.txt").write_text("They wrote:\n" + tree.console.read_text()[200:])
     shutil.copy(tree.losses, mail)
+    os.mkfifo(mail / "pipe.log")  # never opened
     found = discover(mail)
     assert (found.console_file, found.losses) == (mail / "what it printed.txt", mail / "train_losses.txt")
     assert [result.name for result in found.results] == ["my_results"]
     assert found.settings["lr"] == 0.0001  # from the paths that the log prints
     run = import_run(mail, data=SAMPLE, pool=tree.pool, plm=tree.plm)
-    assert told(run)["pool"]["pool_differs"] is False
+    assert about(run)["pool"]["test_hash"] is None
     assert (run.folder / "policy" / "config.json").is_file()
-    table = pd.read_parquet(run.folder / "tables" / "my_results.parquet")
-    assert set(table["trace"]) <= set(Registry(SAMPLE).trace_set("sample-test").names)  # told by the files' names
-    with pytest.raises(ValueError, match="do not tell test_traces"):
-        as_tested(told(run)["results"]["my_results"]["settings"])
+    test = Test.read(run.folder)
+    assert set(test.tables["llm"]["trace"]) <= set(Registry(SAMPLE).trace_set("sample-test").names)
+    assert test.setting["traces"] == "sample-test"  # told by the files' names
+    assert "seed" not in test.setting
 
 
-def test_a_bare_console_log(tree: Tree, reports: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_bare_console_log(tree: Tree, reports: Path, tmp_path: Path, encoding: str) -> None:
     log = tmp_path / "nohup.out"
-    log.write_text("\n".join(tree.console.read_text().splitlines()[5:30]) + "\n")
+    text = "\r\n".join(tree.console.read_text().splitlines()[5:30]) + "\r\n"
+    log.write_bytes(text.encode(encoding))  # PowerShell writes UTF-16
     run = import_run(log, data=SAMPLE)
-    assert files(run.folder) == {
-        *("config.json", "manifest.json", "metrics.json", "settings.json", "missing.json", "console.json"),
-    }
-    assert any("only a part" in note or "ends after" in note for note in told(run)["notes"])
+    assert {"import.json", "training.json"} <= files(run.folder)
+    assert about(run)["settings"]["warmup_steps"] == TrainingRun.read(run.folder).warmup_steps == 2000
+    assert any("only a part" in note or "ends after" in note for note in about(run)["notes"])
 
 
 def test_baselines_come_along(tree: Tree, reports: Path, tmp_path: Path) -> None:
@@ -261,10 +301,11 @@ def test_baselines_come_along(tree: Tree, reports: Path, tmp_path: Path) -> None
         *(("results-udr_1-test_seed_1", "udr_1"), ("results-udr_1-test_seed_2", "udr_1")),
     }
     run = import_run(some.root, data=SAMPLE)
-    assert len(list((run.folder / "tables").iterdir())) == 4
-    only = discover(test / "mpc")
-    assert [r.baseline for r in only.results] == ["mpc"]
-    assert any(line.startswith("result files") for line in only.missing)
+    tables = Test.read(run.folder).tables
+    assert set(tables) == {"llm", "mpc (original)", "udr_1 (original)", "udr_1 (original) results-udr_1-test_seed_2"}
+    only = import_run(test / "mpc", data=SAMPLE)
+    assert Test.read(only.folder).subject == ""
+    assert any(line.startswith("result files") for line in about(only)["missing"])
 
 
 # --- several runs ---------------------------------------------------------------------------------------------------
@@ -274,7 +315,7 @@ def second_run(tree: Tree, root: Path, **changes: Any) -> Tree:
     """A copy of the tree with a second training run in it."""
     both = tree.copy(root)
     settings = {**tree.settings, **changes}
-    other = both.run.parents[2] / logs.model_path(settings)
+    other = both.run.parents[2] / model_path(settings)
     shutil.copytree(both.run, other)
     console = next(other.glob("*console.log"))
     console.write_text(console_text(settings, np.full((3, 10), 1.5)))
@@ -291,7 +332,7 @@ def test_several_runs_are_listed_and_chosen_from(tree: Tree, reports: Path, tmp_
         discover(both.root, "rank_4")
     found = discover(both.root, "_lr_0.001_")
     assert found.settings["lr"] == 0.001
-    assert discover(both.root, found.run) == found
+    assert discover(both.root, found.run).run == found.run
     assert any("may belong to another run" in note for note in found.notes)  # of the same name
     assert discover(both.run).settings["lr"] == 0.0001
 
@@ -299,14 +340,13 @@ def test_several_runs_are_listed_and_chosen_from(tree: Tree, reports: Path, tmp_
 def test_results_of_another_run_are_left_out(tree: Tree, reports: Path, tmp_path: Path) -> None:
     both = second_run(tree, tmp_path / "both", rank=16)
     other = discover(both.root, "rank_16")
-    assert other.results == ()
-    assert any(line.startswith("result files") for line in other.missing)
+    assert other.results == []
     assert [r.name for r in discover(both.root, "rank_4").results] == ["results"]
     alone = tree.copy(tmp_path / "alone")
     moved = alone.results.with_name(alone.results.name.replace("rank_4", "rank_64"))
     alone.results.rename(moved)
     found = discover(alone.root)
-    assert found.results == ()
+    assert found.results == []
     assert any("belongs to another run (rank 64 instead of 4)" in note for note in found.notes)
 
 
@@ -355,28 +395,28 @@ def test_arguments_of_the_terminal(tree: Tree, reports: Path, tmp_path: Path) ->
         line.startswith("pool: sample-train_sample") and "artifacts_exp_pools" in line for line in found.contradictions
     )
     assert found.settings["test_pool"] == tree.settings["pool"]
-    assert not any(line.startswith(TERMINAL) for line in found.missing)
+    assert not any(line.startswith(TERMINAL) for line in about(import_run(some.root, data=SAMPLE))["missing"])
 
 
 def test_notes_on_what_does_not_fit_together(tree: Tree, reports: Path, tmp_path: Path) -> None:
     odd = tree.copy(tmp_path / "odd")
     remove(logs.result_files(odd.results)[0])
     values = logs.train_losses(odd.losses).values
-    logs.write_train_losses(odd.losses, [*values[:-1], values[-1] + 50])
+    write_train_losses(odd.losses, [*values[:-1], values[-1] + 50])
     odd.console.write_text(odd.console.read_text().replace(str(tree.mean_reward), "0.5"))
-    notes = "\n".join(told(import_run(odd.root, data=SAMPLE))["notes"])
+    notes = "\n".join(about(import_run(odd.root, data=SAMPLE))["notes"])
     assert "2 result files, the name says 3" in notes
     assert "they are of two runs" in notes
     assert "not the 0.500000 of the console log, so another test" in notes
-    logs.write_train_losses(odd.losses, values[:-3])
+    write_train_losses(odd.losses, values[:-3])
     odd.losses.write_text(odd.losses.read_text() + "1.2")
     text = odd.console.read_text()
     odd.console.write_text(text[: text.index("Training Iteration #2")])
-    notes = "\n".join(told(import_run(odd.root, data=SAMPLE))["notes"])
+    notes = "\n".join(about(import_run(odd.root, data=SAMPLE))["notes"])
     assert "the last line is cut and left out" in notes
     assert "ends after epoch 2 of 3" in notes
-    logs.write_train_losses(odd.losses, [*values[:-3], float("nan")])
-    notes = "\n".join(told(import_run(odd.root, data=SAMPLE))["notes"])
+    write_train_losses(odd.losses, [*values[:-3], float("nan")])
+    notes = "\n".join(about(import_run(odd.root, data=SAMPLE))["notes"])
     assert f"not finite from micro-step {len(values) - 3} on" in notes
     assert "it is not the training pool, or training was not finished" in notes
 
@@ -387,37 +427,48 @@ def test_notes_on_what_does_not_fit_together(tree: Tree, reports: Path, tmp_path
 def test_a_pool_is_made_anew_where_the_data_are(tree: Tree, reports: Path, tmp_path: Path) -> None:
     some = tree.copy(tmp_path / "some", [part for part in PARTS if part != "pool"])
     run = import_run(some.root, data=SAMPLE)
-    assert told(run)["pool"] == {
+    digest = load_pool(tree.pool).content_hash()
+    assert about(run)["pool"] == {
         "origin": "made anew",
         "path": None,
-        "hash": load_pool(tree.pool).content_hash(),
         "named": tree.settings["pool"],
-        "named_hash": load_pool(tree.pool).content_hash(),
-        "pool_differs": False,
+        "test_hash": None,
+        "hash": digest,
+        "named_hash": digest,
     }
+    assert load_pool(run.folder).content_hash() == digest
     assert (run.folder / "policy" / "config.json").is_file()
-    assert not any(line.startswith("training pool") for line in told(run, "missing.json"))
+    assert not any(line.startswith("training pool") for line in about(run)["missing"])
 
 
-def test_another_pool_than_the_one_named(tree: Tree, reports: Path) -> None:
+def test_another_pool_than_the_one_named(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    """The training's is the one that the run's folder names; the test was given the other one."""
     pool = toy_pool()
     run = import_run(tree.root, data=SAMPLE, pool=pool)
-    assert told(run)["pool"]["pool_differs"] is True
-    assert told(run)["pool"]["hash"] == pool.content_hash() != told(run)["pool"]["named_hash"]
-    assert read_meta(run.folder / "policy", PolicyNetwork).settings.pool_hash == pool.content_hash()
-    assert any("it is not the training pool" in note for note in told(run)["notes"])
-    with pytest.raises(ValueError, match="not the training pool"):
-        import_run(tree.root, data=SAMPLE, pool=toy_pool(length=30))
+    told = about(run)["pool"]
+    assert (told["origin"], told["test_hash"]) == ("made anew", pool.content_hash())
+    assert told["hash"] == told["named_hash"] == load_pool(tree.pool).content_hash()
+    assert load_pool(run.folder / "test_pool").content_hash() == pool.content_hash()
+    assert read_meta(run.folder / "policy", PolicyNetwork).settings.pool_hash == told["hash"]
+    nowhere = tmp_path / "data"
+    (nowhere / "traces").mkdir(parents=True)
+    run = import_run(tree.root, data=nowhere, pool=pool)  # it cannot be made anew, but lies in the tree
+    assert (about(run)["pool"]["origin"], about(run)["pool"]["test_hash"]) == ("found", pool.content_hash())
+    some = tree.copy(tmp_path / "some", [part for part in PARTS if part != "pool"])
+    run = import_run(some.root, data=nowhere, pool=pool)
+    assert any("it is not the training pool" in note for note in about(run)["notes"])
+    run = import_run(some.root, data=nowhere, pool=toy_pool(length=30))
+    assert ["not the training pool" in text for text in problems(run)] == [True]
 
 
 def test_pools_in_the_tree(tree: Tree, reports: Path, tmp_path: Path) -> None:
     some = tree.copy(tmp_path / "some")
     other = some.pool.parents[2] / "sample-train_sample" / "mpc" / some.pool.parent.name / "exp_pool.pkl"
     write_pool(toy_pool(), other)
-    assert discover(some.root).pools == (some.pool,)  # the one of the run's name
+    assert discover(some.root).pools == [some.pool]  # the one of the run's name
     remove(some.pool)
     found = discover(some.root)
-    assert found.pools == ()
+    assert found.pools == []
     assert any("none of the 1 pools here is sample-train_sample_bba" in note for note in found.notes)
     for name in ("a.pkl", "b.pkl"):
         write_pool(toy_pool(), some.root / name)
@@ -427,7 +478,7 @@ def test_pools_in_the_tree(tree: Tree, reports: Path, tmp_path: Path) -> None:
     nowhere = tmp_path / "data"
     (nowhere / "traces").mkdir(parents=True)
     run = import_run(some.root, data=nowhere)
-    assert any("2 pools here, name one with --pool" in line for line in told(run, "missing.json"))
+    assert any("2 pools here, name one with --pool" in line for line in about(run)["missing"])
 
 
 def test_remaking_pools_of_several_policies() -> None:
@@ -454,7 +505,7 @@ def test_remaking_pools_of_several_policies() -> None:
 @pytest.mark.golden
 def test_pools_of_the_original_are_made_anew(golden: Path, real_data: Path) -> None:
     registry = Registry(real_data)
-    made = remake_pool(logs.settings_of("fcc-train_video1_mpc_seed_1_trace_num_100_fixed_False_ss_5"), registry)
+    made = remake_pool(names.settings_of("fcc-train_video1_mpc_seed_1_trace_num_100_fixed_False_ss_5"), registry)
     assert made.content_hash() == read_pool(golden / "plm" / "mpc100_exp_pool.pkl").content_hash()
     for name, how in read_json(golden / "abr" / "pools" / "summary.json").items():
         settings = {
@@ -488,22 +539,22 @@ def hostile(path: Path) -> None:
     torch.save({"weight": Evil()}, path)
 
 
-BROKEN: list[tuple[str, str, Callable[[Path], None]]] = [
-    ("results", "result_sim_abr_sample-test_*", cut),
-    ("results", "result_sim_abr_sample-test_*", garbage),
-    ("losses", "", garbage),
-    ("console", "", garbage),
-    ("best_model", "adapter_model.bin", cut),
-    ("best_model", "adapter_model.bin", hostile),
-    ("best_model", "modules_except_plm.bin", cut),
-    ("best_model", "modules_except_plm.bin", hostile),
-    ("best_model", "adapter_config.json", cut),
-    ("pool", "", cut),
+BROKEN: list[tuple[str, str, Callable[[Path], None], str | None]] = [
+    ("results", "result_sim_abr_sample-test_*", cut, "protocol-mismatch"),
+    ("results", "result_sim_abr_sample-test_*", garbage, "protocol-mismatch"),
+    ("losses", "", garbage, None),
+    ("console", "", garbage, None),
+    ("best_model", "adapter_model.bin", cut, "wrong-checkpoint"),
+    ("best_model", "adapter_model.bin", hostile, "wrong-checkpoint"),
+    ("best_model", "modules_except_plm.bin", cut, "wrong-checkpoint"),
+    ("best_model", "modules_except_plm.bin", hostile, "wrong-checkpoint"),
+    ("best_model", "adapter_config.json", cut, "wrong-checkpoint"),
+    ("pool", "", cut, None),
 ]
 
 
-@pytest.mark.parametrize(("part", "pattern", "how"), BROKEN)
-def test_a_broken_file_is_refused_by_name(
+@pytest.mark.parametrize(("part", "pattern", "how", "finding"), BROKEN)
+def test_a_broken_file_is_left_out_and_named(
     tree: Tree,
     reports: Path,
     tmp_path: Path,
@@ -511,24 +562,28 @@ def test_a_broken_file_is_refused_by_name(
     part: str,
     pattern: str,
     how: Callable[[Path], None],
+    finding: str | None,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     some = tree.copy(tmp_path / "some")
     path = Path(getattr(some, part))
     path = next(path.glob(pattern)) if pattern else path
     how(path)
-    with pytest.raises(ValueError, match=path.name) as refused:
-        import_run(some.root, data=SAMPLE)
-    assert "\n" not in str(refused.value)
+    run = import_run(some.root, data=SAMPLE)
+    (problem,) = about(run)["problems"]
+    assert path.name in problem["text"]
+    assert "\n" not in problem["text"]
+    assert problem["finding"] == finding
+    assert (run.folder / "policy").is_dir() == (part != "best_model")  # the pool is made anew
     assert not (tmp_path / "ran").exists()
 
 
-def test_broken_things_that_were_given_or_only_found(tree: Tree, reports: Path, tmp_path: Path) -> None:
+def test_what_is_asked_for_must_be_there_and_sound(tree: Tree, reports: Path, tmp_path: Path) -> None:
     some = tree.copy(tmp_path / "some")
     (weights,) = some.plm.glob("*.safetensors")
     cut(weights)
     run = import_run(some.root, data=SAMPLE)
-    assert any(line.startswith("PLM") and "model.safetensors" in line for line in told(run, "missing.json"))
+    assert any(line.startswith("PLM") and "model.safetensors" in line for line in about(run)["missing"])
     assert not (run.folder / "policy").exists()
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         import_run(some.root, data=SAMPLE, plm=some.plm)
@@ -541,35 +596,39 @@ def test_broken_things_that_were_given_or_only_found(tree: Tree, reports: Path, 
     assert found.best is not None
     assert found.best.kind == "checkpoint"
     shutil.rmtree(some.checkpoint)
-    assert any(
-        "in early_stop_-1_best_model modules_except_plm.bin is missing" in line for line in discover(some.root).missing
-    )
+    assert ["modules_except_plm.bin is missing" in text for text in problems(import_run(some.root))] == [True]
 
 
 def test_a_plm_that_the_weights_do_not_fit(tree: Tree, reports: Path, tmp_path: Path) -> None:
     other = write_tree(tmp_path / "other", plm_type="gpt2")
-    with pytest.raises(ValueError, match="LoRA targets"):
-        import_run(tree.root, data=SAMPLE, plm=other.plm)
     some = tree.copy(tmp_path / "some")  # where the original would load the adapter without a word
     for name in ("adapter_config.json", "adapter_model.bin"):
         shutil.copy(other.best_model / name, some.best_model)
-    run = import_run(some.root, data=SAMPLE)
-    assert "LoRA targets" in told(run)["policy_problem"]
-    assert not (run.folder / "policy").exists()
-    assert any("the weights cannot be used" in line for line in told(run, "missing.json"))
-    assert (run.folder / "tables" / "results.parquet").is_file()
+    for run in (import_run(tree.root, data=SAMPLE, plm=other.plm), import_run(some.root, data=SAMPLE)):
+        (problem,) = about(run)["problems"]
+        assert problem["finding"] == "adapter-not-applied"
+        assert "LoRA targets" in problem["text"]
+        assert not (run.folder / "policy").exists()
+        assert (run.folder / "tables" / "llm.parquet").is_file()
 
 
 def test_a_run_that_diverged(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    """Which an adapter shows also where pool and PLM are not at hand."""
     some = tree.copy(tmp_path / "some")
-    path = some.best_model / "modules_except_plm.bin"
+    path = some.best_model / "adapter_model.bin"
     weights = torch.load(path, weights_only=True)
-    weights["1.weight"][0, 0] = float("nan")
-    torch.save(weights, path)
-    for given in ({}, {"pool": tree.pool, "plm": tree.plm}):
-        run = import_run(some.root, data=SAMPLE, **given)  # type: ignore[arg-type]
-        assert "1.weight holds NaN" in told(run)["policy_problem"]
+    torch.save({key: torch.full_like(value, float("nan")) for key, value in weights.items()}, path)
+    alone = tree.copy(tmp_path / "alone", ["console", "losses", "results"])
+    shutil.copytree(some.best_model, alone.best_model)
+    for root in (some.root, alone.root):
+        run = import_run(root, data=SAMPLE)
+        (problem,) = about(run)["problems"]
+        assert problem["finding"] == "non-finite"
+        assert "adapter_model.bin" in problem["text"]
         assert not (run.folder / "policy").exists()
+    torch.save({key: torch.zeros_like(value) for key, value in weights.items()}, path)
+    shutil.copy(path, alone.best_model)
+    assert about(import_run(alone.root))["problems"][0]["finding"] == "adapter-not-applied"
 
 
 def test_folders_without_anything(tmp_path: Path, tree: Tree, reports: Path) -> None:
@@ -614,7 +673,7 @@ def test_command_line(tree: Tree, reports: Path, tmp_path: Path, capsys: pytest.
     assert "2 runs in it, choose one with --run" in capsys.readouterr().err
     words = ["--run", "lr_0.001", "--pool", str(tree.pool), "--plm", str(tree.plm), "--data", str(SAMPLE), "--json"]
     assert netllm("import", str(both.root), *words) == 0
-    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["pool_differs"] is False
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["problems"] == []
     assert netllm("import", str(tmp_path / "nothing")) == 2
 
 
@@ -637,28 +696,28 @@ def test_complete_runs_of_the_original(golden: Path, reports: Path, tmp_path: Pa
     nowhere = tmp_path / "data"
     (nowhere / "traces").mkdir(parents=True)
     run = import_run(folder, pool=folder / described["pool"], data=nowhere)
-    means = told(run, "metrics.json")["mean_reward"]
-    assert means == {
+    told = about(run)
+    assert {name: result["mean_reward"] for name, result in told["results"].items()} == {
         "results": pytest.approx(described["mean"], abs=1e-12),
         "results_test_alone": pytest.approx(described["mean_alone"], abs=1e-12),
     }
-    settings = told(run)["settings"]
-    assert (settings["plm_type"], settings["seed"]) == (described["plm_type"], described["seed"])
-    assert told(run)["contradictions"] == []
-    assert any(note.startswith("results: the test in the console log") for note in told(run)["notes"])
-    assert any(note.startswith("results_test_alone: mean") for note in told(run)["notes"])
-    assert not any("not the training pool" in note or "two runs" in note for note in told(run)["notes"])
+    assert told["console"]["mean_reward"] == pytest.approx(described["mean"], abs=1e-12)
+    assert (told["settings"]["plm_type"], told["settings"]["seed"]) == (described["plm_type"], described["seed"])
+    assert told["contradictions"] == told["problems"] == []
+    assert any(note.startswith("results: the test in the console log") for note in told["notes"])
+    assert any(note.startswith("results_test_alone: mean") for note in told["notes"])
+    assert not any("not the training pool" in note or "two runs" in note for note in told["notes"])
     assert (
         read_meta(run.folder / "policy", PolicyNetwork).settings.pool_hash
         == read_pool(folder / described["pool"]).content_hash()
     )
-    test = as_tested(told(run)["results"]["results_test_alone"]["settings"])
-    assert (test.traces, test.video, test.trace_num) == (
-        described["traces"],
-        described["video"],
-        described["trace_num"],
-    )
-    assert [line.split(" (")[0] for line in told(run, "missing.json")] == [TERMINAL]
+    test = Test.read(run.folder)
+    assert told["chosen"] == "results_test_alone"  # which can be reproduced
+    assert test.scores().mean("llm").mean == pytest.approx(described["mean_alone"], abs=1e-12)
+    assert {key: test.setting[key] for key in ("traces", "video", "trace_num", "seed")} == {
+        key: described[key] for key in ("traces", "video", "trace_num", "seed")
+    }
+    assert [line.split(" (")[0] for line in told["missing"]] == [TERMINAL]
 
 
 @pytest.mark.golden
@@ -671,9 +730,8 @@ def test_the_originals_test_is_reproduced_through_the_import(
     folder = golden / "upstream_run" / name
     described = read_json(folder / "run.json")
     run = import_run(folder, pool=folder / described["pool"], data=real_data)
-    assert told(run)["pool"]["pool_differs"] in (False, None)  # None where an actor cannot be read
-    table = replay(run, "results_test_alone", Registry(real_data))
-    imported = pd.read_parquet(run.folder / "tables" / "results_test_alone.parquet")
-    np.testing.assert_array_equal(table["level"], imported["level"])
-    pd.testing.assert_frame_equal(table[imported.columns.tolist()], imported, rtol=1e-9)
-    assert qoe.summarise(table).reward == pytest.approx(described["mean_alone"], abs=1e-12)
+    assert about(run)["pool"]["test_hash"] is None
+    played, recorded = replayed(run, "results_test_alone", Registry(real_data))
+    np.testing.assert_array_equal(played["level"], recorded["level"])
+    pd.testing.assert_frame_equal(played, recorded, rtol=1e-9)
+    assert qoe.summarise(played).reward == pytest.approx(described["mean_alone"], abs=1e-12)

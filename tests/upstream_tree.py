@@ -10,7 +10,7 @@ Pool, weights and results belong together: the results are those of the weights,
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.qoe import summarise
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import SAMPLE, Registry
-from netllm_lib.abr.upstream import logs
+from netllm_lib.abr.traces import CHUNKS, SAMPLE, Registry
+from netllm_lib.abr.upstream import logs, names
 from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
-from netllm_lib.abr.upstream.imports import remake_pool
 from netllm_lib.abr.upstream.pickles import write_pool
+from netllm_lib.abr.upstream.remake import remake_pool
 from netllm_lib.checkpoint import describe
 from netllm_lib.plm import PLMConfig, load_plm
 
@@ -64,7 +64,7 @@ SETTINGS: dict[str, Any] = {
     "test_seed": 1,
     "target_return_scale": 1.0,
 }
-"""Of the tree, in the keys of `upstream_logs.settings_of`."""
+"""Of the tree, in the keys of `names.settings_of`."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,15 @@ def remove(path: Path) -> None:
 def write_tree(root: Path, **changes: Any) -> Tree:
     """A whole tree below `root`; `changes` are settings. It takes about two seconds."""
     settings = {**SETTINGS, **changes}
-    settings["pool"] = logs.pool_name(settings)
+    settings["pool"] = pool_name(settings)
     base = root / "adaptive_bitrate_streaming"
-    run = base / "data" / "ft_plms" / logs.model_path(settings)
+    run = base / "data" / "ft_plms" / model_path(settings)
     stop = f"early_stop_{settings['early_stop']}"
     registry = Registry(SAMPLE)
 
     plm = write_plm(root / "downloaded_plms" / settings["plm_type"] / settings["plm_size"], settings["plm_type"])
     pool = remake_pool(settings, registry)
-    pool_file = write_pool(pool, base / "artifacts" / "exp_pools" / logs.pool_path(settings))
+    pool_file = write_pool(pool, base / "artifacts" / "exp_pools" / pool_path(settings))
 
     layers = None if settings["early_stop"] < 0 else settings["early_stop"] + 1
     config = PLMConfig.upstream(str(plm), layers=layers, rank=settings["rank"])
@@ -134,30 +134,77 @@ def write_tree(root: Path, **changes: Any) -> Tree:
         LLMPolicy(network, describe(network, PolicySettings(settings["w"], scale)), tested),
         Simulator(traces, video, episodes),
     )
-    results = write_results(base / "artifacts" / "results" / logs.results_path(settings), table, traces.name)
+    results = write_results(base / "artifacts" / "results" / results_path(settings), table, traces.name)
     mean = summarise(table).reward
 
     step = min(settings["sample_step"] or settings["w"], settings["w"])
     windows = len(range(0, len(pool) - settings["w"] + 1, step))
     rng = np.random.default_rng(settings["seed"])
     losses = rng.normal(1.5, 0.3, (settings["epochs"], windows)).clip(0.01)
-    losses_file = logs.write_train_losses(run / f"{stop}_checkpoint" / "train_losses.txt", losses.ravel())
+    losses_file = write_train_losses(run / f"{stop}_checkpoint" / "train_losses.txt", losses.ravel())
     console = run / f"{stop}_console.log"
     console.write_text(console_text(settings, losses, mean))
     return Tree(root, settings, run, console, losses_file, best, checkpoint, results, pool_file, plm, mean)
 
 
+# --- the original's names and text files ---------------------------------------------------------------------------------
+
+
+def pool_path(settings: dict[str, Any]) -> Path:
+    """Where the original's pool generation writes, below `artifacts/exp_pools`."""
+    s = settings
+    folder = Path(f"{s['train_traces']}_{s['train_video']}", "_".join(s["pool_models"]), names.POOL.format(**s))
+    return folder / "exp_pool.pkl"
+
+
+def pool_name(settings: dict[str, Any]) -> str:
+    """How the folders of a training run call the pool: the last three folders of its path, joined."""
+    return "_".join(pool_path(settings).parent.parts)
+
+
+def model_path(settings: dict[str, Any]) -> Path:
+    """Where a training run goes, below `data/ft_plms`."""
+    s = settings
+    return Path(f"{s['plm_type']}_{s['plm_size']}", f"{s['pool']}_ss_{s['sample_step']}", names.TRAINING.format(**s))
+
+
+def results_path(settings: dict[str, Any]) -> Path:
+    """Where a test's result files go, below `artifacts/results`; a baseline's if the settings name a `policy`."""
+    s = settings
+    test = Path(f"{s['test_traces']}_{s['test_video']}", names.TEST_SET.format(**s))
+    if "policy" in s:
+        return test / s["policy"] / names.BASELINE.format(**s)
+    return test / f"{s['plm_type']}_{s['plm_size']}" / f"early_stop_{s['early_stop']}_{names.TEST.format(**s)}"
+
+
+def write_result_file(path: Path, chunks: pd.DataFrame, *, blank_line: bool = False) -> Path:
+    """A trace's 48 chunks byte for byte as the original writes them; its baselines add a blank line, its LLM test does not."""
+    kinds = {"bitrate_kbps": int, "size_bytes": int}
+    columns = [[str(kinds.get(name, float)(value)) for value in chunks[name].tolist()] for name in logs.RESULT_COLUMNS]
+    lines = ["\t".join(fields) for fields in zip(*columns, strict=True)]
+    assert len(lines) == CHUNKS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + ("\n\n" if blank_line else "\n"))
+    return path
+
+
+def write_train_losses(path: Path, values: Iterable[float]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{value:.6f}\n" for value in values))
+    return path
+
+
 def write_results(folder: Path, table: pd.DataFrame, traces: str, *, blank_line: bool = False) -> Path:
     """A table of chunks as the original's result files. Returns `folder`."""
     for trace, chunks in table.groupby("trace", sort=False):
-        logs.write_result_file(folder / f"{logs.RESULT_PREFIX}{traces}_{trace}", chunks, blank_line=blank_line)
+        write_result_file(folder / f"{logs.RESULT_PREFIX}{traces}_{trace}", chunks, blank_line=blank_line)
     return folder
 
 
 def console_text(settings: dict[str, Any], losses: np.ndarray, mean_reward: float | None = None) -> str:
     """The console log of a run with these losses [epochs, windows]: an evaluation after the first and the last epoch, both the
     best so far, and a test unless `mean_reward` is None."""
-    run = f"data/ft_plms/{logs.model_path(settings)}"
+    run = f"data/ft_plms/{model_path(settings)}"
     stop, last = f"early_stop_{settings['early_stop']}", len(losses) - 1
     lines: list[str] = []
     for epoch, values in enumerate(losses):
@@ -182,7 +229,7 @@ def console_text(settings: dict[str, Any], losses: np.ndarray, mean_reward: floa
     if mean_reward is not None:
         lines += [f"Load model from: {run}/{stop}_best_model", str(settings["test_trace_num"])]
         lines += [f"{{'time': 63.5, 'mean_reward': {mean_reward}}}", f"Test time: 63.5 \nMean reward: {mean_reward}"]
-        lines += [f"Results saved at: artifacts/results/{logs.results_path(settings)}"]
+        lines += [f"Results saved at: artifacts/results/{results_path(settings)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,6 @@ and the others add what they have.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +16,15 @@ import numpy as np
 import pandas as pd
 
 from netllm_lib import runs
-from netllm_lib.abr import qoe
 from netllm_lib.abr.batches import WindowConfig, make_windows, pool_returns
 from netllm_lib.abr.diagnosis.evidence import Evidence, Subject, Training
-from netllm_lib.abr.pool import ExperiencePool, PoolError, load_pool
+from netllm_lib.abr.pool import ExperiencePool, load_pool
 from netllm_lib.abr.traces import Registry, TraceSet, find_registry, overlapping
-from netllm_lib.abr.upstream import logs
+from netllm_lib.abr.upstream.imports import IMPORT, import_run
+from netllm_lib.training_run import RESULT, TrainingRun
 
 if TYPE_CHECKING:
     from netllm_lib.abr.model import PolicyNetwork
-    from netllm_lib.abr.upstream.imports import Found
 
 SETTING, METRICS, CHECKPOINT, MODULES, POOL = (
     "setting.json",
@@ -35,8 +33,6 @@ SETTING, METRICS, CHECKPOINT, MODULES, POOL = (
     "modules.safetensors",
     "pool",
 )
-DOCUMENTED_ACCUMULATION = 32
-UPSTREAM_WARMUP = 2000
 
 
 def load(
@@ -63,10 +59,12 @@ def load(
     if len(foreign) > 1:
         raise ValueError(f"{foreign[1]}: one run of the original at a time, {foreign[0]} is one too")
     if foreign:
-        evidence = _original(foreign[0], registry, pool, plm, results, run)
-    else:
-        evidence = Evidence(registry=registry)
-    ours = [place for place, kind in kinds.items() if kind != "original"]
+        imported = import_run(foreign[0], pool=pool, plm=plm, data=data, results=results, run=run).folder
+        kinds = {imported if place == foreign[0] else place: kind for place, kind in kinds.items()} | {
+            imported: "import"
+        }
+    evidence = Evidence(registry=registry)
+    ours = list(kinds)
     tests = [place for place in ours if kinds[place] == "test"]
     for place in _beside([place for place in ours if place not in tests[1:]]):
         evidence = _LOADERS[_kind(place)](evidence, place, plm)
@@ -87,20 +85,18 @@ def _existing(folder: str | Path) -> Path:
 
 
 def _kind(place: Path) -> str:
-    """test, training, pool or checkpoint: of the companion; original: anything else."""
+    """import, test, training, pool or checkpoint: of the companion; original: anything else."""
+    if (place / IMPORT).is_file():
+        return "import"
     if (place / SETTING).is_file():
         return "test"
     if (place / MODULES).is_file() and (place / CHECKPOINT).is_file():
         return "checkpoint"
-    if (
-        (place / "policy" / CHECKPOINT).is_file()
-        and (place / METRICS).is_file()
-        and not (place / "settings.json").is_file()
-    ):
+    if (place / "policy" / CHECKPOINT).is_file() and (place / METRICS).is_file():
         return "training"
     if any((place / name).exists() for name in (POOL, "pool.npz", "states.npy")):
         return "pool"
-    return "import" if (place / "settings.json").is_file() and (place / "missing.json").is_file() else "original"
+    return "original"
 
 
 def _beside(places: Sequence[Path]) -> list[Path]:
@@ -266,251 +262,51 @@ def _with_pool(evidence: Evidence, pool: ExperiencePool) -> Evidence:
 
 
 def _import(evidence: Evidence, place: Path, plm: str | Path | None) -> Evidence:
-    """An import says where it came from: those files are looked at again, or its own where they are gone."""
-    described = runs.read_json(place / "settings.json")
-    settings = described["settings"]
-    tables = {name: pd.read_parquet(place / "tables" / f"{name}.parquet") for name in described["results"]}
-    losses = (
-        pd.read_parquet(place / "history.parquet")["loss"].to_numpy() if (place / "history.parquet").is_file() else None
-    )
-    evidence = _upstream_tables(evidence, tables, {n: r["settings"] for n, r in described["results"].items()}, None)
-    console = runs.read_json(place / "console.json") if (place / "console.json").is_file() else None
-    epochs = [epoch["loss_mean"] for epoch in console["epochs"]] if console else []
+    about = runs.read_json(place / IMPORT)
+    if (place / SETTING).is_file():
+        evidence = _test(evidence, place, plm)
+    mean = about["console"] and about["console"]["mean_reward"]
+    problems = tuple((problem["finding"], problem["text"]) for problem in about["problems"] if problem["finding"])
     evidence = replace(
-        evidence, training=_upstream_training(settings, losses, bool(described.get("losses_truncated")), epochs)
+        evidence,
+        setting={**evidence.setting, "original": True, "mean_reward": mean},
+        problems=(*evidence.problems, *problems),
+        missing=(*evidence.missing, *about["missing"]),
     )
+    if (place / RESULT).is_file():
+        run = TrainingRun.read(place)
+        windows = run.facts["rows"] == "windows" and run.history is not None
+        names = {field.name for field in dataclasses.fields(Training)} & {
+            field.name for field in dataclasses.fields(run)
+        }
+        training = Training(
+            **{name: getattr(run, name) for name in names},
+            losses=run.history["loss"].to_numpy() if windows and run.history is not None else None,
+            windows=run.samples,
+            crossing=run.facts["crossing"],
+        )
+        evidence = replace(evidence, training=training)
+    pool, test_pool = (load_pool(place / name) if (place / name).is_dir() else None for name in ("pool", "test_pool"))
+    evidence = replace(evidence, pool=pool, test_pool=test_pool)
     if (place / "policy").is_dir():
-        evidence = _checkpoint(evidence, place / "policy", plm)
-        evidence = _tested_as_original(evidence)
-    named = described["pool"].get("path")
-    if named and Path(named).exists():
-        evidence = replace(evidence, pool=load_pool(Path(named)))
-    elif evidence.registry is not None:
-        evidence = replace(evidence, pool=_remade(settings, evidence.registry))
-    return replace(evidence, missing=(*evidence.missing, *runs.read_json(place / "missing.json")))
-
-
-def _original(
-    place: Path,
-    registry: Registry,
-    pool: str | Path | None,
-    plm: str | Path | None,
-    results: str | None,
-    run: str | None,
-) -> Evidence:
-    from netllm_lib.abr.upstream import imports as importing
-
-    found = importing.discover(place, run)
-    evidence = Evidence(registry=registry)
-    sets = {result.name: result for result in found.results}
-    tables, problems = {}, []
-    for name, result in sets.items():
-        known = result.settings.get("test_traces")
-        traces: TraceSet | str | None = registry.trace_set(known) if known in registry.trace_folders() else known
-        try:
-            tables[name if result.baseline is None else f"{result.baseline} (original)"] = logs.read_results(
-                result.folder, traces
-            )
-        except ValueError as error:
-            problems.append(("protocol-mismatch", str(error)))
-    evidence = _upstream_tables(
-        evidence, tables, {name: r.settings for name, r in sets.items()}, results or _separate_test(found, tables)
-    )
-    losses = logs.train_losses(found.losses) if found.losses is not None else None
-    epochs = [e.loss_mean for e in found.console.epochs if e.loss_mean is not None] if found.console else []
-    mean = found.console.mean_reward if found.console else None
-    settings = {**evidence.setting, "mean_reward": mean, **_pool_setting(found.settings)}
-    evidence = replace(evidence, setting=settings, problems=tuple(problems))
-
-    training_pool, given = _pools(found, registry, pool)
-    training = _upstream_training(
-        found.settings, losses.values if losses else None, bool(losses and losses.truncated), epochs, training_pool
-    )
-    if found.console is not None and found.console.evaluations and training is not None:
-        training = replace(training, selected_on_test=True)
-    evidence = replace(evidence, pool=training_pool, test_pool=given, training=training)
-    plm_folder, why = importing._find_plm(found, plm)
-    evidence = _upstream_weights(evidence, found, plm_folder)
-    missing = importing._still_missing(found, importing._Pool(training_pool, None, None, None, None), plm_folder, why)
-    return replace(evidence, missing=tuple(missing))
-
-
-def _upstream_tables(
-    evidence: Evidence,
-    tables: Mapping[str, pd.DataFrame],
-    settings: Mapping[str, Mapping[str, Any]],
-    chosen: str | None,
-) -> Evidence:
-    """The result sets of a run of the original; of several the chosen one is the run."""
-    ours = {name: table for name, table in tables.items() if not name.endswith("(original)")}
-    if chosen is not None and chosen not in ours:
-        raise ValueError(f"no result set {chosen!r}; there are {', '.join(ours) or 'none'}")
-    if not ours:
-        return replace(evidence, setting=_tested({}))
-    run = chosen or next(iter(ours))
-    setting = _tested(settings.get(run, {}))
-    kept = {run: ours[run]} | {name: t for name, t in tables.items() if name.endswith("(original)")}
-    registry = evidence.registry
-    assert registry is not None
-    traces = registry.trace_set(setting["traces"]) if setting.get("traces") in registry.trace_folders() else None
-    video = registry.video(setting["video"]) if setting.get("video") in registry.video_folders() else None
-    clean = _clean(setting, registry, traces, kept[run])
-    return replace(evidence, tables=kept, run=run, setting=setting, traces=traces, video=video, clean=clean)
-
-
-def _tested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A result folder's settings in the words of a test; the original always samples, and never clears its context."""
-    names = {
-        "test_traces": "traces",
-        "test_video": "video",
-        "test_trace_num": "trace_num",
-        "test_fixed": "fixed",
-        "test_seed": "seed",
-        "w": "w",
-        "target_return_scale": "target_return_scale",
-    }
-    found = {ours: settings[theirs] for theirs, ours in names.items() if settings.get(theirs) is not None}
-    return {**found, "choose": "sample", "context": "leak", "original": True}
-
-
-def _separate_test(found: Found, tables: Mapping[str, pd.DataFrame]) -> str | None:
-    """The result set of a test in a process of its own, which can be replayed, where there are several."""
-    names = [result.name for result in found.results if result.baseline is None and result.name in tables]
-    if len(names) < 2 or found.console is None or found.console.mean_reward is None:
-        return names[0] if names else None
-    printed = found.console.mean_reward
-    alone = [n for n in names if not math.isclose(qoe.summarise(tables[n]).reward, printed, rel_tol=0, abs_tol=1e-9)]
-    return (alone or names)[0]
-
-
-def _pool_setting(settings: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"train_traces": "train_traces", "train_video": "train_video", "pool_models": "pool_models", "train_w": "w"}
-    return {ours: settings[theirs] for ours, theirs in names.items() if settings.get(theirs) is not None}
-
-
-def _pools(
-    found: Found, registry: Registry, pool: str | Path | None
-) -> tuple[ExperiencePool | None, ExperiencePool | None]:
-    """(the training pool, the pool that the test was given if it is another one).
-
-    A pool that is given or lies in the folder is the training's, unless the folder's name describes another that can be made
-    anew: then that one is the training's.
-    """
-    from netllm_lib.abr.upstream import imports as importing
-
-    given = load_pool(Path(pool)) if pool is not None else None
-    if given is None and found.pools:
-        try:
-            given = load_pool(found.pools[0])
-        except PoolError as error:
-            raise ValueError(str(error)) from None
-    named = _remade(found.settings, registry)
-    if pool is not None and named is None:  # it cannot be made anew, but may lie where the run's folder says
-        here = [path for path in found.pools if logs.settings_of(path).get("pool") == found.settings.get("pool", "")]
-        named = load_pool(here[0]) if here else None
-    if given is None or named is None or given.content_hash() == named.content_hash():
-        return given if given is not None else named, None
-    if pool is not None or len(importing.logs.settings_of(found.pools[0])) > 0:
-        return named, given
-    return given, None
-
-
-def _remade(settings: Mapping[str, Any], registry: Registry) -> ExperiencePool | None:
-    from netllm_lib.abr.upstream.imports import remake_pool
-
-    try:
-        return remake_pool(settings, registry)
-    except (ValueError, OSError, RuntimeError):
-        return None
-
-
-def _upstream_training(
-    settings: Mapping[str, Any],
-    losses: np.ndarray | None,
-    truncated: bool,
-    epoch_losses: Sequence[float],
-    pool: ExperiencePool | None = None,
-) -> Training | None:
-    """What names, losses and console tell of a training of the original; None where they tell nothing."""
-    if losses is None and not epoch_losses and "lr" not in settings:
-        return None
-    w, stride = int(settings.get("w") or 20), settings.get("sample_step")
-    epochs = settings.get("epochs")
-    windows = crossing = None
-    if pool is not None:
-        cut = make_windows(pool, WindowConfig("upstream", w, stride, float(settings.get("gamma") or 1.0)))
-        windows, crossing = len(cut), int(cut.crossing.sum())
-    done = len(epoch_losses) or None
-    if losses is not None and done and len(losses) % done == 0:
-        windows = len(losses) // done  # what was really trained on
-    elif losses is not None and windows is None and epochs and len(losses) % epochs == 0:
-        windows = len(losses) // epochs
-    accumulation = int(settings.get("grad_accum_steps") or DOCUMENTED_ACCUMULATION)
-    micro_steps = steps = None
-    if losses is not None:
-        micro_steps = len(losses)
-    elif windows and (done or epochs):
-        micro_steps = windows * int(done or epochs or 0)
-    if micro_steps is not None:
-        whole, rest = divmod(micro_steps, windows) if windows else (0, micro_steps)
-        steps = whole * -(-(windows or 0) // accumulation) + -(
-            -rest // accumulation
-        )  # an epoch's last step may be short
-    lr, warmup = settings.get("lr"), settings.get("warmup_steps", UPSTREAM_WARMUP)
-    peak = None if lr is None or steps is None else lr * min(1.0, steps / max(1, warmup))
-    final = None
-    if losses is None and epoch_losses:
-        final = float(epoch_losses[-1])
-    return Training(
-        losses=losses,
-        truncated=truncated,
-        micro_steps=micro_steps,
-        steps=steps,
-        accumulation=accumulation,
-        accumulation_assumed="grad_accum_steps" not in settings,
-        windows=windows,
-        crossing=crossing,
-        epochs=done or epochs,
-        lr=lr,
-        lr_peak=peak,
-        warmup_steps=warmup,
-        final_loss=final,
-        clip="micro",
-    )
-
-
-def _upstream_weights(evidence: Evidence, found: Found, plm: Path | None) -> Evidence:
-    """The weights that the test used, if PLM and pool are there; else what the adapter file alone shows."""
+        evidence = _tested_as_original(_checkpoint(evidence, place / "policy", plm))
+    if evidence.subject is None:
+        return evidence
     from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
-    from netllm_lib.plm import PLMConfig
 
-    best = found.best
-    if best is None:
-        broken = [w.problem for w in found.weights if w.problem]
-        problems = tuple(("wrong-checkpoint", text) for text in broken[:1])
-        return replace(evidence, problems=(*evidence.problems, *problems))
-    if plm is None or evidence.pool is None:
-        return replace(evidence, problems=(*evidence.problems, *_adapter_alone(best.folder)))
-    settings = found.settings
-    layer, w = settings.get("early_stop", -1), int(settings.get("w", 20))
-    gamma, scale = float(settings.get("gamma", 1.0)), float(settings.get("scale", 1000))
-    config = PLMConfig.upstream(str(plm.resolve()), layers=None if layer < 0 else layer + 1)
-    try:
-        network, meta = load_upstream_checkpoint(best.folder, config, pool_returns(evidence.pool, gamma, scale)[1], w)
-    except (ValueError, OSError) as error:
-        return replace(evidence, problems=(*evidence.problems, _problem(error)))
+    meta = evidence.subject.meta
 
-    def other(place: Path) -> Callable[[], PolicyNetwork]:
-        return lambda: load_upstream_checkpoint(place, config, meta.settings.scale, w)[0]
+    def other(folder: Path) -> Callable[[], PolicyNetwork]:
+        return lambda: load_upstream_checkpoint(folder, meta.plm, meta.settings.scale, meta.settings.w)[0]
 
-    others = {
-        saved.folder.name: other(saved.folder) for saved in found.weights if saved.problem is None and saved is not best
-    }
-    evidence = replace(evidence, other_weights=others)
-    given = evidence.test_pool
-    test_scale = pool_returns(given, gamma, scale)[1] if given is not None else None
-    evidence = replace(evidence, subject=Subject(network, meta, None, test_scale))
-    return _tested_as_original(evidence)
+    others = [Path(saved["folder"]) for saved in about["weights"][1:] if saved["problem"] is None]
+    evidence = replace(evidence, other_weights={folder.name: other(folder) for folder in others})
+    if evidence.test_pool is None:
+        return evidence
+    trained = meta.settings.scale
+    test_scale = pool_returns(evidence.test_pool, trained.gamma, trained.scale)[1]
+    assert evidence.subject is not None
+    return replace(evidence, subject=replace(evidence.subject, test_scale=test_scale))
 
 
 def _tested_as_original(evidence: Evidence) -> Evidence:
@@ -521,30 +317,6 @@ def _tested_as_original(evidence: Evidence) -> Evidence:
     changes = {key: evidence.setting[key] for key in ("w", "target_return_scale") if key in evidence.setting}
     config = EvalConfig.upstream(**changes) if evidence.table is not None else None
     return replace(evidence, subject=replace(evidence.subject, config=config))
-
-
-def _adapter_alone(folder: Path) -> list[tuple[str, str]]:
-    """What an adapter shows without its PLM: values that are not finite, matrices that are all zero."""
-    import torch
-
-    from netllm_lib.abr.upstream.checkpoints import BIN_ADAPTER, read_bin
-    from netllm_lib.checkpoint import ADAPTER, read_safetensors
-
-    try:
-        files = [folder / name for name in (ADAPTER, BIN_ADAPTER) if (folder / name).is_file()]
-        tensors: dict[str, torch.Tensor] = {}
-        for path in files[:1]:
-            tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
-    except (ValueError, OSError) as error:
-        return [_problem(error)]
-    if bad := [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
-        return [("non-finite", f"{folder}: {len(bad)} tensors of the adapter hold NaN or infinity, {bad[0]} first")]
-    b = [t for name, t in tensors.items() if "lora_B" in name]
-    if b and not any(bool(t.any()) for t in b):
-        return [
-            ("adapter-not-applied", f"{folder}: LoRA's B matrices are all zero: the adapter adds nothing to the PLM")
-        ]
-    return []
 
 
 def _problem(error: Exception) -> tuple[str, str]:

@@ -39,6 +39,32 @@ BIN_ADAPTER = "adapter_model.bin"
 WHOLE = "model.bin"
 
 
+class NotFinite(ValueError):
+    """Weights that hold NaN or infinity: the training diverged."""
+
+
+class ForeignAdapter(ValueError):
+    """An adapter of another PLM: the original loads it without a word, and it changes nothing."""
+
+
+def problem_of(error: Exception) -> str:
+    """The id of the finding that an error of `load_upstream_checkpoint` amounts to."""
+    kinds: dict[type, str] = {NotFinite: "non-finite", ForeignAdapter: "adapter-not-applied"}
+    return kinds.get(type(error), "wrong-checkpoint")
+
+
+def adapter_problem(folder: Path) -> tuple[str, str] | None:
+    """(what an adapter shows without its PLM, the id of the finding that it amounts to); None where it shows nothing."""
+    try:
+        tensors = _read_adapter(folder)[1] if (folder / ADAPTER_CONFIG).is_file() else {}
+    except (ValueError, OSError) as error:
+        return str(error), problem_of(error)
+    b = [tensor for name, tensor in tensors.items() if "lora_B" in name]
+    if b and not any(bool(tensor.any()) for tensor in b):
+        return f"{folder}: LoRA's B matrices are all zero: the adapter adds nothing to the PLM", "adapter-not-applied"
+    return None
+
+
 def load_upstream_checkpoint(
     folder: Path, plm: PLMConfig, scale: ReturnScale, w: int = 20
 ) -> tuple[PolicyNetwork, CheckpointMeta]:
@@ -49,48 +75,46 @@ def load_upstream_checkpoint(
     weights of layers that an early stop never reaches are left out. Nothing in the files is executed.
     """
     folder = Path(folder)
+    whole: Weights = {}
     if (folder / ADAPTER_CONFIG).is_file():
-        lora = _read_upstream_lora(folder / ADAPTER_CONFIG)
-        modules_path = folder / MODULES
-        modules = read_bin(modules_path)
+        lora, modules_path = _read_lora(folder / ADAPTER_CONFIG), folder / MODULES
+        modules = _read(modules_path)
+        adapter_path, adapter = _read_adapter(folder)
+        check_rank({key: value.shape for key, value in adapter.items()}, lora["rank"], adapter_path)
     elif (folder / WHOLE).is_file():
         lora, modules_path = {"rank": -1}, folder / WHOLE
-        whole = read_bin(modules_path)
-        prefix = "modules_except_plm."
-        modules = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
+        whole = _read(modules_path)
+        modules = _below(whole, "modules_except_plm.")
     else:
-        raise FileNotFoundError(
-            f"{folder}: neither {ADAPTER_CONFIG} (LoRA) nor {WHOLE} (rank -1); not a model the original saved"
-        )
-    sizes = _upstream_sizes(modules, modules_path)
+        said = f"neither {ADAPTER_CONFIG} (LoRA) nor {WHOLE} (rank -1); not a model the original saved"
+        raise FileNotFoundError(f"{folder}: {said}")
+    sizes = _sizes(modules, modules_path)
     if sizes.max_timestep != scale.max_timestep:
-        raise ValueError(
-            f"{modules_path}: made for episodes of {sizes.max_timestep + 1} decisions, the pool given has "
-            f"{scale.max_timestep + 1}: it is not the training pool"
-        )
-    adapter: Weights = {}
-    adapter_path = folder / BIN_ADAPTER
-    if lora["rank"] > 0:
-        if (folder / ADAPTER).is_file():
-            adapter_path = folder / ADAPTER
-            adapter = read_safetensors(adapter_path)
-        elif adapter_path.is_file():
-            adapter = read_bin(adapter_path)
-        else:
-            raise FileNotFoundError(f"{adapter_path}: missing, and no {ADAPTER} either")
-        check_rank({key: value.shape for key, value in adapter.items()}, lora["rank"], adapter_path)
-    network = build(PolicyNetwork, dataclasses.replace(plm, **lora), sizes, folder)
+        said = f"made for episodes of {sizes.max_timestep + 1} decisions, the pool given has {scale.max_timestep + 1}"
+        raise ValueError(f"{modules_path}: {said}: it is not the training pool")
+    try:
+        network = build(PolicyNetwork, dataclasses.replace(plm, **lora), sizes, folder)
+    except ValueError as error:
+        if whole:
+            raise
+        build(
+            PolicyNetwork, dataclasses.replace(plm, rank=0), sizes, folder
+        )  # else it is the PLM that cannot be loaded
+        raise ForeignAdapter(str(error)) from None
     loaded = network.plm
     load_strictly(nn.ModuleList(network.around_plm().values()), modules, modules_path)
-    if loaded.config.rank > 0:
-        load_adapter(network, _without_skipped_layers(adapter, loaded.layers), adapter_path)
-    else:
-        inner = {key.removeprefix("plm."): value for key, value in whole.items() if key.startswith("plm.")}
+    if whole:
+        inner = _with_own_tokens(_below(whole, "plm."), loaded.model)
         inner = {key: value for key, value in inner.items() if not key.endswith(DERIVED_BUFFERS)}
-        inner = _with_own_tokens(inner, loaded.model)
         load_strictly(loaded.model, _without_skipped_layers(inner, loaded.layers), modules_path)
         named = {key: v for key, v in whole.items() if not key.startswith(("plm.", "modules_except_plm."))}
         load_strictly(nn.ModuleDict(network.around_plm()), named, modules_path)
+    else:
+        adapter = _without_skipped_layers(adapter, loaded.layers)
+        try:
+            load_adapter(network, adapter, adapter_path)
+        except ValueError as error:
+            raise ForeignAdapter(str(error)) if adapter.keys() != adapter_weights(network).keys() else error from None
     return network.eval(), describe(network, PolicySettings(w, scale))
 
 
@@ -114,11 +138,33 @@ def save_upstream_checkpoint(folder: Path, network: PolicyNetwork) -> Path:
     return Path(folder)
 
 
+def _below(weights: Weights, prefix: str) -> Weights:
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def _read(path: Path) -> Weights:
+    """A file of weights, all of them finite."""
+    weights = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
+    bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise NotFinite(
+            f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} of {len(weights)} tensors): the training diverged"
+        )
+    return weights
+
+
+def _read_adapter(folder: Path) -> tuple[Path, Weights]:
+    paths = [folder / name for name in (ADAPTER, BIN_ADAPTER) if (folder / name).is_file()]
+    if not paths:
+        raise FileNotFoundError(f"{folder / BIN_ADAPTER}: missing, and no {ADAPTER} either")
+    return paths[0], _read(paths[0])
+
+
 DERIVED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias")
 """Saved by older libraries among the weights, computed from the config by newer ones."""
 
 
-def _upstream_sizes(modules: Weights, path: Path) -> NetworkConfig:
+def _sizes(modules: Weights, path: Path) -> NetworkConfig:
     try:
         return NetworkConfig(
             state_feature_dim=modules["0.fc1.0.weight"].shape[0], max_timestep=modules["1.weight"].shape[0] - 2
@@ -127,7 +173,7 @@ def _upstream_sizes(modules: Weights, path: Path) -> NetworkConfig:
         raise ValueError(f"{path}: no state encoder or timestep table; not saved by the original") from None
 
 
-def _read_upstream_lora(path: Path) -> dict[str, Any]:
+def _read_lora(path: Path) -> dict[str, Any]:
     values = runs.read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a LoRA adapter config")

@@ -1,0 +1,143 @@
+"""The names that the original gives its folders, which hold the settings of a run.
+
+data/ft_plms/<type>_<size>/<pool>_ss_<step>/rank_…_seed_…/early_stop_<k>_{console.log, best_model/, checkpoint/<epoch>/}
+artifacts/results/<traces>_<video>/trace_num_<n>_fixed_<bool>/<type>_<size>/early_stop_<k>_rank_…_seed_…/result_sim_abr_…
+artifacts/exp_pools/<traces>_<video>/<policies>/seed_<s>_trace_num_<n>_fixed_<bool>/exp_pool.pkl
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from netllm_lib.plm_files import ALIASES, FAMILIES
+
+POLICIES = ("genet", "udr_1", "udr_2", "udr_3", "udr_real", "mpc", "bba")
+"""The original's baselines, which are also its behaviour policies."""
+PLM_TYPES = (*dict.fromkeys([*FAMILIES.values(), *ALIASES, "llava"]),)
+
+TRAINING = (
+    "rank_{rank}_w_{w}_gamma_{gamma}_sfd_{state_feature_dim}_lr_{lr}_wd_{weight_decay}_warm_{warmup_steps}"
+    "_epochs_{epochs}_seed_{seed}"
+)
+TEST = (
+    "rank_{rank}_w_{w}_gamma_{gamma}_tgt_scale_{target_return_scale}_seed_{test_seed}"  # after early_stop_{early_stop}_
+)
+TEST_SET = "trace_num_{test_trace_num}_fixed_{test_fixed}"
+BASELINE = "seed_{test_seed}"
+POOL = "seed_{pool_seed}_trace_num_{pool_trace_num}_fixed_{pool_fixed}"
+
+_REALS = frozenset({"gamma", "lr", "weight_decay", "target_return_scale"})
+_INTEGER = r"-?\d{1,15}"
+_REAL = r"-?(?:\d{1,15}(?:\.\d{0,20})?(?:e[-+]?\d{1,3})?|inf|nan)"
+
+
+def _pattern(template: str) -> str:
+    """A regular expression with a group for each setting of a name."""
+
+    def group(setting: re.Match[str]) -> str:
+        key = setting[1]
+        value = _REAL if key in _REALS else "True|False" if key.endswith("fixed") else _INTEGER
+        return f"(?P<{key}>{value})"
+
+    return re.sub(r"\{(\w+)\}", group, template)
+
+
+_MODEL = "|".join(POLICIES)
+_TRAINING = re.compile(_pattern(TRAINING))
+_TEST = re.compile(f"(?:{_pattern('early_stop_{early_stop}_')})?{_pattern(TEST)}")
+_SAVED = re.compile(_pattern("early_stop_{early_stop}_") + r"(?:best_model|checkpoint|console\.log)")
+_TEST_SET = re.compile(_pattern(TEST_SET))
+_BASELINE = re.compile(_pattern(BASELINE))
+_POOL_LEAF = re.compile(_pattern(POOL))
+_POOL = re.compile(
+    rf"(?:(?P<set>.+?_[^_]+)_(?P<models>(?:{_MODEL})(?:_(?:{_MODEL}))*)|(?P<other_set>[^_]+_[^_]+)_(?P<other>.+))_{_pattern(POOL)}"
+)
+_POOL_AND_STEP = re.compile(rf"(?P<pool>.+)_ss_(?P<sample_step>None|{_INTEGER})")
+_PLM = re.compile(rf"(?P<plm_type>{'|'.join(map(re.escape, PLM_TYPES))})_(?P<plm_size>.+)")
+
+
+def settings_of(path: Path | str) -> dict[str, Any]:
+    """The settings that the folder names of a path tell, at whatever level; empty if none of them is one of the original's.
+
+    - pool: `pool` (its name), `train_traces`, `train_video`, `pool_models`, `pool_seed`, `pool_trace_num`, `pool_fixed`
+    - training: `plm_type`, `plm_size`, `sample_step`, `rank`, `w`, `gamma`, `state_feature_dim`, `lr`, `weight_decay`,
+      `warmup_steps`, `epochs`, `seed`, `early_stop` (the original's `--which-layer`)
+    - test: `test_traces`, `test_video`, `test_trace_num`, `test_fixed`, `plm_type`, `plm_size`, `early_stop`, `rank`, `w`, `gamma`,
+      `target_return_scale`, `test_seed`; a baseline's: `policy` in place of what belongs to the PLM
+
+    Names of trace sets may hold underscores, names of videos may not.
+    """
+    parts = ["", *str(path).replace("\\", "/").split("/")]
+    found: dict[str, Any] = {}
+    for index, part in enumerate(parts[1:], start=1):
+        before, grandparent = parts[index - 1], parts[index - 2] if index > 1 else ""
+        if match := _TRAINING.fullmatch(part):
+            found |= _values(match)
+        elif match := _TEST.fullmatch(part):
+            found |= _values(match) | _plm_of(before, certain=bool(_TEST_SET.fullmatch(grandparent)))
+        elif match := _SAVED.fullmatch(part):
+            found |= _values(match)
+        elif match := _POOL_AND_STEP.fullmatch(part):
+            step = None if match["sample_step"] == "None" else int(match["sample_step"])
+            found |= _pool_of(match["pool"]) | {"sample_step": step} | _plm_of(before, certain=grandparent == "ft_plms")
+        elif _POOL_LEAF.fullmatch(part) and index > 2:
+            found |= _pool_of(f"{grandparent}_{before}_{part}")
+        elif match := _TEST_SET.fullmatch(part):
+            found |= _values(match) | _pair(before, "test_traces", "test_video")
+            policy, leaf = (*parts[index + 1 : index + 3], "", "")[:2]
+            if seed := _BASELINE.fullmatch(leaf):
+                found |= {"policy": policy} | _values(seed)
+    return found
+
+
+def run_of(path: Path) -> tuple[Path, int] | None:
+    """The training run that a file or folder belongs to: its folder `rank_…_seed_…` and the early stop; None if there is none.
+
+    Several early stops share a folder, so both are needed to tell runs apart.
+    """
+    for place in (path, *path.parents):
+        if match := _SAVED.fullmatch(place.name):
+            return place.parent, int(match["early_stop"])
+    return None
+
+
+def results_label(folder: Path) -> str:
+    """A name for a folder of result files: that of the folder in which its test's settings begin, as a rule `results`."""
+    for index, part in enumerate(folder.parts):
+        if _TEST_SET.fullmatch(part) and index > 1:
+            return folder.parts[index - 2]
+    return "results" if _TEST.fullmatch(folder.name) else folder.name
+
+
+def _values(match: re.Match[str]) -> dict[str, Any]:
+    found = {key: value for key, value in match.groupdict().items() if value is not None}
+    return {
+        key: float(value) if key in _REALS else value == "True" if value in ("True", "False") else int(value)
+        for key, value in found.items()
+    }
+
+
+def _pair(name: str, first: str, second: str) -> dict[str, str]:
+    """`<traces>_<video>`, split at the last underscore."""
+    one, _, other = name.rpartition("_")
+    return {first: one, second: other} if one and other else {}
+
+
+def _plm_of(name: str, certain: bool) -> dict[str, str]:
+    """`<type>_<size>`; of an unknown type only where the place in the path leaves no doubt."""
+    if match := _PLM.fullmatch(name):
+        return match.groupdict()
+    return _pair(name, "plm_type", "plm_size") if certain else {}
+
+
+def _pool_of(name: str) -> dict[str, Any]:
+    match = _POOL.fullmatch(name)
+    if match is None:
+        return {"pool": name}
+    models = tuple(re.findall(_MODEL, match["models"])) if match["models"] else (match["other"],)
+    traces = _pair(match["set"] or match["other_set"], "train_traces", "train_video")
+    numbers = _POOL_LEAF.fullmatch(name[match.start("pool_seed") - len("seed_") :])
+    assert numbers is not None
+    return {"pool": name, **traces, "pool_models": models, **_values(numbers)}

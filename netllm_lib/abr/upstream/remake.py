@@ -1,0 +1,59 @@
+"""An experience pool of the original made anew from what its folder's name tells."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from netllm_lib.abr.episodes import UPSTREAM_ENVIRONMENT_SEED, upstream_episodes
+from netllm_lib.abr.policies.base import Policy
+from netllm_lib.abr.policies.catalogue import make_policy
+from netllm_lib.abr.policies.pensieve import Pensieve
+from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
+from netllm_lib.abr.traces import CHUNKS, Registry
+from netllm_lib.abr.upstream.names import POLICIES
+
+POOL_SETTINGS = ("train_traces", "train_video", "pool_models", "pool_trace_num", "pool_fixed")
+
+
+def remake_pool(settings: Mapping[str, Any], registry: Registry) -> ExperiencePool:
+    """The pool that the original's generation makes for these settings (see `names.settings_of`), bit for bit.
+
+    Raises ValueError if the settings do not tell how it was made or the original cannot have made it, FileNotFoundError if traces,
+    video or actor are not in the registry, and OSError if an actor would have to be read without TensorFlow.
+    """
+    if lacking := [key for key in POOL_SETTINGS if key not in settings]:
+        raise ValueError(f"the pool cannot be made anew: nothing tells {', '.join(lacking)}")
+    models = settings["pool_models"]
+    if unknown := [model for model in models if model not in POLICIES]:
+        raise ValueError(f"the pool cannot be made anew: {', '.join(unknown)} is not a policy of the original")
+    traces, video = registry.trace_set(settings["train_traces"]), registry.video(settings["train_video"])
+    asked = settings["pool_trace_num"]
+    fixed = bool(settings["pool_fixed"]) or asked == -1
+    if len(models) > 1 and not fixed:
+        said = "with several policies and a random order the original gives traces the start points of others, or fails"
+        raise ValueError(f"the pool cannot be made anew: {said}")
+    parts: list[ExperiencePool] = []
+    first_actor: Policy | None = None
+    for model in models:
+        player = make_policy(model, video, registry, "upstream", pool=True)
+        if isinstance(player, Pensieve):
+            first_actor = player = first_actor or player  # the original goes on with the first actor's weights
+        episodes = upstream_episodes(
+            traces,
+            trace_num=asked if asked == -1 else min(asked, len(traces)),
+            fixed_order=fixed,
+            seed=settings.get("pool_seed", 0),  # of no effect in pool generation
+            draws_actions=player.draws_actions,
+            pool=True,
+        )
+        if parts and player.draws_actions and traces.start_ptrs is None:
+            # a second environment finds the start pointers drawn already, so its stream begins with the actions
+            stream = np.random.RandomState(UPSTREAM_ENVIRONMENT_SEED)
+            draws = [[stream.randint(1, 1000) for _ in range(CHUNKS)] for _ in range(len(episodes))]
+            episodes = dataclasses.replace(episodes, action_draws=np.array(draws))
+        parts.append(generate_pool(player, traces, video, episodes))
+    return concatenate(parts)

@@ -1,0 +1,110 @@
+"""The training of a run of the original, from the names, losses and console log that it left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from netllm_lib.abr.pool import ExperiencePool
+from netllm_lib.abr.upstream.discover import LOSSES, Found
+from netllm_lib.abr.upstream.logs import Losses
+from netllm_lib.training_run import TrainingRun
+
+DOCUMENTED_ACCUMULATION = 32
+WARMUP = 2000  # the original's default
+W = 20  # likewise
+
+
+def training_run(
+    found: Found, losses: Losses | None, pool: ExperiencePool | None
+) -> tuple[TrainingRun | None, list[str]]:
+    """What is known of the training, and remarks; None where nothing is.
+
+    Its history has the loss of every window, or else of every epoch, and `facts` say which ("rows": "windows" or "epochs"), how
+    many epochs were planned, and how many windows span two episodes ("crossing").
+    """
+    settings = found.settings
+    printed = [] if found.console is None else [line for line in found.console.epochs if line.loss_mean is not None]
+    if losses is None and not printed and "lr" not in settings:
+        return None, []
+    planned, done = settings.get("epochs"), len(printed) or None
+    windows, crossing = (None, None) if pool is None else _windows(pool, settings)
+    expected = windows
+    if losses is not None:
+        for epochs in (done, None if windows else planned):
+            if epochs and len(losses.values) % epochs == 0:
+                windows = len(losses.values) // epochs  # what was really trained on
+                break
+    accumulation = settings.get("grad_accum_steps", DOCUMENTED_ACCUMULATION)
+    micro_steps = len(losses.values) if losses is not None else (windows or 0) * (done or planned or 0) or None
+    steps = None
+    if micro_steps is not None:
+        whole, rest = divmod(micro_steps, windows) if windows else (0, micro_steps)
+        steps = whole * -(-(windows or 0) // accumulation) + -(
+            -rest // accumulation
+        )  # an epoch's last step may be short
+    lr, warmup = settings.get("lr"), settings.get("warmup_steps", WARMUP)
+    scores = (
+        [] if found.console is None else [line for line in found.console.epochs if line.episodes_return is not None]
+    )
+    history: dict[str, Any] = {"epoch": [line.epoch for line in printed], "loss": [line.loss_mean for line in printed]}
+    if losses is not None:
+        micro_step = np.arange(len(losses.values))
+        history = {"epoch": micro_step // windows if windows else 0, "loss": losses.values}
+    run = TrainingRun(
+        history=pd.DataFrame(history) if len(history["loss"]) else None,
+        evaluations=pd.DataFrame({"epoch": [s.epoch for s in scores], "score": [s.episodes_return for s in scores]})
+        if scores
+        else None,
+        steps=steps,
+        micro_steps=micro_steps,
+        accumulation=accumulation,
+        accumulation_assumed="grad_accum_steps" not in settings,
+        samples=windows,
+        epochs=done or planned,
+        lr=lr,
+        lr_peak=None if lr is None or steps is None else lr * min(1.0, steps / max(1, warmup)),
+        warmup_steps=warmup,
+        clip="micro",
+        final_loss=printed[-1].loss_mean if losses is None and printed else None,
+        best_score=max((s.episodes_return or 0 for s in scores), default=None),
+        selected_on_test=bool(scores),
+        truncated=losses is not None and losses.truncated,
+        facts={"crossing": crossing, "rows": "epochs" if losses is None else "windows", "epochs_planned": planned},
+        seconds=sum(line.seconds or 0 for line in printed) or None,
+    )
+    return run, [] if losses is None else _remarks(losses, found, expected)
+
+
+def _windows(pool: ExperiencePool, settings: dict[str, Any]) -> tuple[int, int]:
+    """(windows that the original cuts the pool into, those of them that span two episodes)."""
+    w, step = settings.get("w", W), settings.get("sample_step")
+    begins = np.arange(0, len(pool) - w + 1, min(step or w, w))
+    ended = np.concatenate([[0], np.cumsum(pool.dones)])  # episodes, before each transition
+    return len(begins), int((ended[begins + w - 1] > ended[begins]).sum())
+
+
+def _remarks(losses: Losses, found: Found, windows: int | None) -> list[str]:
+    """Whether the losses are those of this log and this pool."""
+    values, epochs, notes = losses.values, found.settings.get("epochs"), []
+    if losses.truncated:
+        notes.append(f"{LOSSES}: the last line is cut and left out")
+    if len(bad := np.flatnonzero(~np.isfinite(values))):
+        notes.append(f"{LOSSES}: not finite from micro-step {bad[0]} on")
+    if losses.truncated or not epochs:
+        return notes
+    if found.console is not None and len(values) % epochs == 0:
+        means = values.reshape(epochs, -1).mean(axis=1)
+        for line in found.console.epochs:
+            if line.loss_mean is not None and line.epoch < epochs and abs(means[line.epoch] - line.loss_mean) > 1e-5:
+                said = f"mean {means[line.epoch]:.6f} in epoch {line.epoch}, the console log says {line.loss_mean:.6f}"
+                notes.append(f"{LOSSES}: {said}: they are of two runs")
+                break
+    if windows is not None and len(values) != windows * epochs:
+        said = (
+            f"{len(values)} losses; the pool has {windows} windows, which makes {windows * epochs} in {epochs} epochs"
+        )
+        notes.append(f"{LOSSES}: {said}: it is not the training pool, or training was not finished")
+    return notes
