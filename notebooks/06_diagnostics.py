@@ -140,7 +140,6 @@ if gaps is not None:
 # %% [markdown]
 # ## Regret to the optimum
 # The best plan for each trace when its whole future is known: nobody can play it, but it says how much reward a trace holds.
-# Plans are kept in the cache folder.
 
 # %%
 episodes = explorer.recorded_episodes(loaded)  # None: traces or video are not at hand, or not those of the test

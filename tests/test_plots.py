@@ -42,7 +42,6 @@ def test_given_axes_are_used(tables: dict) -> None:
     drawings: list[Callable[..., Axes]] = [
         partial(plots.plot_decomposition, tables),
         partial(plots.plot_differences, {"a − b": Interval(0.1, -0.1, 0.3)}),
-        partial(plots.plot_trace_gaps, tables["bba"], tables["constant-1"], ("bba", "constant-1")),
         partial(plots.plot_bandwidths, [TRACES]),
         partial(plots.plot_training, pd.DataFrame({"step": [0, 1], "loss": [1.5, 1.0]}), {"chance": 1.79}),
     ]

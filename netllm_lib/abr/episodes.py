@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +13,9 @@ from netllm_lib.abr.traces import CHUNKS, TraceSet
 UPSTREAM_ENVIRONMENT_SEED = 998244353
 NOISE_LOW, NOISE_HIGH = 0.9, 1.1
 DRAWS = 1000  # action draws are integers 1..999
+FIRST_LEVEL = 0  # of every episode; chosen by the protocol, not by the policy
+
+Progress = Callable[[int, int], None]  # (done, in all), of chunks or of episodes
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import pandas as pd
 
 from netllm_lib import runs
 from netllm_lib.abr import qoe
-from netllm_lib.abr.episodes import upstream_episodes
-from netllm_lib.abr.play import Progress, play
+from netllm_lib.abr.episodes import Progress, upstream_episodes
+from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import TraceSet, Video, overlapping

@@ -3,7 +3,7 @@
 Dynamic programming backward over the chunks, on a grid of trace position and buffer, for every last level. A step is the
 simulator's own, exact; only the value of the state that it leads to is interpolated between grid points, bilinearly, and across
 the end of the trace, where it starts again. One table serves all states of a trace, so that labelling many episodes of a
-trace costs little more than one. `oracle.continuations` searches the same values state by state, without a grid.
+trace costs little more than one. `optimum.continuations` searches the same values state by state, without a grid.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from netllm_lib.abr.optimum import MBPS, in_threads
-from netllm_lib.abr.play import Progress
-from netllm_lib.abr.qoe import LEVELS, REBUFFER_PENALTY
-from netllm_lib.abr.simulator import BUFFER_CAP_MS, Simulator, _download_chunk
-
-Array = np.ndarray
+from netllm_lib.abr.episodes import Progress
+from netllm_lib.abr.optimum import SWITCH_MBPS, best_by_last, earned, in_threads
+from netllm_lib.abr.qoe import LEVELS
+from netllm_lib.abr.simulator import BUFFER_CAP_MS, Array, Client, Episode, Simulator, begin, download, inlined
 
 
 @dataclass(frozen=True)
@@ -33,16 +31,16 @@ class Grid:
             raise ValueError(f"grid points must be at least 0.01 s apart: {self}")
 
 
-@njit(cache=True, nogil=True)
-def _worth(table: Array, now_s: float, buffer_ms: float, level: int, position_s: float, buffer_step_ms: float) -> float:
+@inlined
+def _to_come(table: Array, client: Client, level: int, position_s: float) -> float:
     """The value of a state, interpolated in `table` [positions, buffers, last level]; positions go on at the trace's start."""
     positions, buffers = table.shape[0], table.shape[1]
-    place = now_s / position_s
+    place = client.now_s / position_s
     left = int(place)
     share = place - left
     left %= positions
     right = (left + 1) % positions
-    height = min(buffer_ms / buffer_step_ms, buffers - 1.0)
+    height = min(client.buffer_ms / (BUFFER_CAP_MS / (buffers - 1)), buffers - 1.0)
     low = min(int(height), buffers - 2)
     up = height - low
     return (1 - share) * ((1 - up) * table[left, low, level] + up * table[left, low + 1, level]) + share * (
@@ -51,63 +49,36 @@ def _worth(table: Array, now_s: float, buffer_ms: float, level: int, position_s:
 
 
 @njit(cache=True, nogil=True)
-def _tabulate(
-    sizes_bytes: Array, time_s: Array, mbps: Array, positions: int, position_s: float, buffers: int, chunks: int
-) -> Array:
+def _tabulate(episode: Episode, positions: int, position_s: float, buffers: int, chunks: int) -> Array:
     """[chunks + 1, positions, buffers, 6] best summed reward from each chunk on, by the level before it; zero after the last."""
     buffer_step_ms = BUFFER_CAP_MS / (buffers - 1)
     table = np.zeros((chunks + 1, positions, buffers, LEVELS))
-    take = np.empty(LEVELS)
+    worth = np.empty(LEVELS)
     for chunk in range(chunks - 1, 0, -1):
         ptr = 1
         for position in range(positions):
             now_s = position * position_s
-            while ptr < len(time_s) - 1 and time_s[ptr] <= now_s:
+            while ptr < len(episode.time_s) - 1 and episode.time_s[ptr] <= now_s:
                 ptr += 1
             for row in range(buffers):
+                client = Client(ptr, now_s, row * buffer_step_ms)
                 for level in range(LEVELS):
-                    _, stall_ms, left_ms, _, _, _, clock_s = _download_chunk(
-                        sizes_bytes[level, chunk], 1.0, time_s, mbps, ptr, now_s, row * buffer_step_ms
-                    )
-                    ahead = _worth(table[chunk + 1], clock_s, left_ms, level, position_s, buffer_step_ms)
-                    take[level] = MBPS[level] - REBUFFER_PENALTY * (stall_ms / 1000) + ahead
-                for last in range(LEVELS):
-                    best = -np.inf
-                    for level in range(LEVELS):
-                        best = max(best, take[level] - abs(MBPS[level] - MBPS[last]))
-                    table[chunk, position, row, last] = best
+                    after, took = download(episode, client, chunk, level)
+                    worth[level] = earned(took, level) + _to_come(table[chunk + 1], after, level, position_s)
+                best_by_last(worth, table[chunk, position, row])
     return table
 
 
 @njit(cache=True, nogil=True)
-def _label(
-    table: Array,
-    position_s: float,
-    sizes_bytes: Array,
-    time_s: Array,
-    mbps: Array,
-    start_ptr: int,
-    levels: Array,
-    values: Array,
-) -> None:
+def _label(table: Array, position_s: float, episode: Episode, levels: Array, values: Array) -> None:
     """Fill in `values` [chunks, 6] of the states that an episode with these levels visits, but for the first chunk."""
-    buffer_step_ms = BUFFER_CAP_MS / (table.shape[2] - 1)
-    ptr, now_s, buffer_ms = start_ptr, time_s[start_ptr - 1], 0.0
-    for chunk in range(len(levels)):
-        next_ptr, next_now_s, next_buffer_ms = ptr, now_s, buffer_ms
+    client, _ = download(episode, begin(episode), 0, levels[0])
+    for chunk in range(1, len(levels)):
         for level in range(LEVELS):
-            if chunk == 0 and level != levels[0]:
-                continue
-            _, stall_ms, left_ms, _, _, place, clock_s = _download_chunk(
-                sizes_bytes[level, chunk], 1.0, time_s, mbps, ptr, now_s, buffer_ms
-            )
-            if chunk > 0:
-                change = abs(MBPS[level] - MBPS[levels[chunk - 1]])
-                ahead = _worth(table[chunk + 1], clock_s, left_ms, level, position_s, buffer_step_ms)
-                values[chunk, level] = MBPS[level] - REBUFFER_PENALTY * (stall_ms / 1000) - change + ahead
-            if level == levels[chunk]:
-                next_ptr, next_now_s, next_buffer_ms = place, clock_s, left_ms
-        ptr, now_s, buffer_ms = next_ptr, next_now_s, next_buffer_ms
+            after, took = download(episode, client, chunk, level)
+            reward = earned(took, level) - SWITCH_MBPS[level, levels[chunk - 1]]
+            values[chunk, level] = reward + _to_come(table[chunk + 1], after, level, position_s)
+        client, _ = download(episode, client, chunk, levels[chunk])
 
 
 def hindsight_values(
@@ -125,24 +96,22 @@ def hindsight_values(
     labelled together. Raises ValueError for episodes with noise: there the future of a trace depends on the episode.
     """
     if simulator.episodes.noise is not None:
-        raise ValueError("hindsight values are tabulated per trace; play without noise, or use oracle.continuations")
+        raise ValueError("hindsight values are tabulated per trace; play without noise, or use optimum.continuations")
     grid = grid or Grid()
-    levels = np.ascontiguousarray(levels, dtype=np.int64)
-    simulator.replay(levels)  # checks them
-    values = np.full((*levels.shape, LEVELS), np.nan)
-    sizes_bytes = simulator.video.sizes_bytes.astype(np.float64)
-    offsets, time_s, mbps = simulator.traces.packed
     episodes = simulator.episodes
+    levels = simulator.replay(levels).level  # checked
+    values = np.full((*levels.shape, LEVELS), np.nan)
     buffers = max(2, round(BUFFER_CAP_MS / 1000 / grid.buffer_s) + 1)
 
     def label(trace: int) -> None:
-        samples = slice(offsets[trace], offsets[trace + 1])
-        times, rates = time_s[samples], mbps[samples]
-        positions = max(2, round(times[-1] / grid.position_s))  # a whole number of them in a period
-        step_s = times[-1] / positions
-        table = _tabulate(sizes_bytes, times, rates, positions, step_s, buffers, levels.shape[1])
-        for row in np.flatnonzero(episodes.trace_index == trace):
-            _label(table, step_s, sizes_bytes, times, rates, int(episodes.start_ptr[row]), levels[row], values[row])
+        rows = np.flatnonzero(episodes.trace_index == trace)
+        episode = simulator.episode(int(rows[0]))
+        period_s = float(episode.time_s[-1])
+        positions = max(2, round(period_s / grid.position_s))  # a whole number of them in a period
+        step_s = period_s / positions
+        table = _tabulate(episode, positions, step_s, buffers, levels.shape[1])
+        for row in rows.tolist():
+            _label(table, step_s, simulator.episode(row), levels[row], values[row])
 
     in_threads(label, np.unique(episodes.trace_index).tolist(), threads, progress)
     return values

@@ -25,10 +25,10 @@ from netllm_lib import checkpoint, runs
 from netllm_lib.abr import qoe
 from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.diagnosis.evidence import paired
-from netllm_lib.abr.episodes import Episodes, sound_episodes
+from netllm_lib.abr.episodes import Episodes, Progress, sound_episodes
 from netllm_lib.abr.hindsight import Grid, hindsight_values
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
-from netllm_lib.abr.play import Progress, play
+from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.llm import LLMPolicy
 from netllm_lib.abr.policies.mpc import RobustMPC

@@ -5,39 +5,26 @@ Baselines, pool generation, tests and diagnosis are all this loop with another p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from netllm_lib.abr.episodes import Episodes
+from netllm_lib.abr.episodes import FIRST_LEVEL, Episodes, Progress
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.simulator import Outcome, Simulator
 from netllm_lib.abr.traces import CHUNKS
 
-Progress = Callable[[int, int], None]  # (chunks played, chunks in all), over all episodes
-FIRST_LEVEL = 0  # of every episode; chosen by the protocol, not by the policy
-
 
 @dataclass(frozen=True)
-class Rollout:
-    """Everything that was played, as arrays with axes [episode, chunk]."""
+class Rollout(Outcome):
+    """Everything that was played, as arrays [episode, chunk]."""
 
     episodes: Episodes
     trace_names: list[str]
-    level: np.ndarray
-    bitrate_kbps: np.ndarray
-    buffer_s: np.ndarray
-    rebuffer_s: np.ndarray
-    size_bytes: np.ndarray
-    delay_ms: np.ndarray
-    smoothness_mbps: np.ndarray
-    reward: np.ndarray
-    sleep_ms: np.ndarray
-    residual_ms: np.ndarray
-    states: np.ndarray | None = None  # [N, 48, 6, 6] float32: the state after each chunk, from which the next is chosen
-    extras: dict[str, np.ndarray] = field(default_factory=dict)  # per decision; NaN for the first chunk
+    states: np.ndarray | None  # [N, 48, 6, 6] float32: the state after each chunk, from which the next is chosen
+    extras: dict[str, np.ndarray]  # what the policy adds, per decision; NaN for the first chunk
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -54,27 +41,34 @@ class Rollout:
         return np.cumsum(ticks.ravel()).reshape(ticks.shape)[..., 1] / 1000
 
     def table(self) -> pd.DataFrame:
-        """One row per episode × chunk. Columns: see docs/formats.md; policy extras come last."""
+        """One row per episode × chunk. Columns: see docs/formats.md; what the policy adds comes last."""
         rows, chunks = self.level.shape
-        names = np.array(self.trace_names, dtype=object)[self.episodes.trace_index]
-        repeat = pd.Series(names).groupby(names).cumcount().to_numpy()
-        labels = np.where(repeat > 0, [f"{name}#{r}" for name, r in zip(names, repeat, strict=True)], names)
+        names = [self.trace_names[index] for index in self.episodes.trace_index]
+        repeats = pd.Series(names).groupby(names).cumcount()
+        labels = [f"{name}#{repeat}" if repeat else name for name, repeat in zip(names, repeats, strict=True)]
         columns = {
-            "trace": np.repeat(labels, chunks),
+            "trace": np.repeat(np.array(labels, dtype=object), chunks),
             "chunk": np.tile(np.arange(chunks), rows),
-            "level": self.level.ravel(),
-            "bitrate_kbps": self.bitrate_kbps.ravel(),
-            "buffer_s": self.buffer_s.ravel(),
-            "rebuffer_s": self.rebuffer_s.ravel(),
-            "size_bytes": self.size_bytes.ravel().astype(np.int64),
-            "delay_ms": self.delay_ms.ravel(),
-            "smoothness_mbps": self.smoothness_mbps.ravel(),
-            "reward": self.reward.ravel(),
-            "time_s": self.time_s.ravel(),
+            "level": self.level,
+            "bitrate_kbps": self.bitrate_kbps,
+            "buffer_s": self.buffer_s,
+            "rebuffer_s": self.rebuffer_s,
+            "size_bytes": self.size_bytes.astype(np.int64),
+            "delay_ms": self.delay_ms,
+            "smoothness_mbps": self.smoothness_mbps,
+            "reward": self.reward,
+            "time_s": self.time_s,
             "start_ptr": np.repeat(self.episodes.start_ptr, chunks),
             "trace_index": np.repeat(self.episodes.trace_index, chunks),
         }
-        return pd.DataFrame(columns | {name: values.ravel() for name, values in self.extras.items()})
+        return pd.DataFrame({name: values.ravel() for name, values in (columns | self.extras).items()})
+
+
+def play(
+    policy: Policy, simulator: Simulator, *, block: int | None = None, progress: Progress | None = None
+) -> pd.DataFrame:
+    """`rollout` as a table: one row per episode × chunk (see `Rollout.table`)."""
+    return rollout(policy, simulator, block=block, progress=progress).table()
 
 
 def rollout(
@@ -92,10 +86,7 @@ def rollout(
     the block: every random number belongs to an episode. `keep_states` keeps the states that decisions were made from (for pools).
     """
     policy.reset(simulator.episodes)
-    tape = _Tape(len(simulator), keep_states)
-    for rows in _in_turn(policy, len(simulator), block):
-        _lockstep(policy, simulator.part(rows), tape, rows, progress)
-    return tape.rollout(simulator)
+    return _play(policy, simulator, block, keep_states, progress)
 
 
 def rollout_blocks(
@@ -116,12 +107,9 @@ def rollout_blocks(
         raise ValueError(f"{policy.name} carries state from trace to trace: it cannot begin at block {first}")
     policy.reset(simulator.episodes)
     for start in range(first * block, len(simulator), block):
-        part = simulator.part(range(start, min(start + block, len(simulator))))
-        tape = _Tape(len(part), keep_states)
+        rows = range(start, min(start + block, len(simulator)))
         report = None if progress is None else shifted(progress, start * CHUNKS, len(simulator) * CHUNKS)
-        for rows in _in_turn(policy, len(part), None):
-            _lockstep(policy, part.part(rows), tape, rows, report)
-        yield tape.rollout(part)
+        yield _play(policy, simulator.part(rows), None, keep_states, report)
 
 
 def shifted(progress: Progress, earlier: int, total: int) -> Progress:
@@ -129,58 +117,35 @@ def shifted(progress: Progress, earlier: int, total: int) -> Progress:
     return lambda done, _: progress(earlier + done, total)
 
 
-def play(
-    policy: Policy, simulator: Simulator, *, block: int | None = None, progress: Progress | None = None
-) -> pd.DataFrame:
-    """`rollout` as a table: one row per episode × chunk (see `Rollout.table`)."""
-    return rollout(policy, simulator, block=block, progress=progress).table()
-
-
-def _in_turn(policy: Policy, episodes: int, block: int | None) -> Iterator[range]:
-    """The rows that are played together, one group after the other."""
-    size = 1 if policy.carries_state else block or policy.block or episodes
+def _play(
+    policy: Policy, simulator: Simulator, block: int | None, keep_states: bool, progress: Progress | None
+) -> Rollout:
+    size = 1 if policy.carries_state else block or policy.block or len(simulator)
     if size < 1:
         raise ValueError(f"block={size}: at least one episode has to be played at once")
-    for first in range(0, episodes, size):
-        yield range(first, min(first + size, episodes))
-
-
-class _Tape:
-    """What is recorded while playing: arrays [episodes, chunks], filled group by group."""
-
-    def __init__(self, episodes: int, keep_states: bool):
-        self.shape = (episodes, CHUNKS)
-        self.fields: dict[str, np.ndarray] = {}
-        self.extras: dict[str, np.ndarray] = {}
-        self.states = np.empty((*self.shape, 6, 6), dtype=np.float32) if keep_states else None
-
-    def record(self, rows: slice, chunk: int, outcome: Outcome) -> None:
-        for name in Outcome.__dataclass_fields__:
-            values = getattr(outcome, name)
-            if name not in self.fields:
-                self.fields[name] = np.empty(self.shape, dtype=values.dtype)
-            self.fields[name][rows, chunk] = values
-
-    def rollout(self, simulator: Simulator) -> Rollout:
-        return Rollout(
-            simulator.episodes, simulator.traces.names, **self.fields, states=self.states, extras=self.extras
-        )
-
-
-def _lockstep(policy: Policy, simulator: Simulator, tape: _Tape, group: range, progress: Progress | None) -> None:
-    """Play the simulator's episodes together and record them as the rows `group` of `tape`."""
-    simulator.reset()
-    rows = slice(group.start, group.stop)
-    levels = np.full(len(simulator), FIRST_LEVEL)
-    for chunk in range(CHUNKS):
-        tape.record(rows, chunk, simulator.step(levels))
-        observation = simulator.observe()
-        if tape.states is not None:
-            tape.states[rows, chunk] = observation.state
-        if chunk + 1 < CHUNKS or policy.acts_after_last:
-            levels = policy.act(observation)
-        if chunk + 1 < CHUNKS:
-            for name, values in policy.extras().items():
-                tape.extras.setdefault(name, np.full(tape.shape, np.nan))[rows, chunk + 1] = values
-        if progress:
-            progress(group.start * CHUNKS + (chunk + 1) * len(group), tape.shape[0] * CHUNKS)
+    shape = len(simulator), CHUNKS
+    levels = np.full(shape, FIRST_LEVEL)
+    states = np.empty((*shape, 6, 6), dtype=np.float32) if keep_states else None
+    extras: dict[str, np.ndarray] = {}
+    for first in range(0, len(simulator), size):
+        rows = slice(first, min(first + size, len(simulator)))
+        together = simulator.part(range(rows.start, rows.stop))
+        wanted = np.full(len(together), FIRST_LEVEL)
+        for chunk in range(CHUNKS):
+            together.step(wanted)
+            levels[rows, chunk] = wanted
+            observation = together.observe()
+            if states is not None:
+                states[rows, chunk] = observation.state
+            if chunk + 1 < CHUNKS or policy.acts_after_last:
+                wanted = policy.act(observation)
+            if chunk + 1 < CHUNKS:
+                for name, values in policy.extras().items():
+                    extras.setdefault(name, np.full(shape, np.nan))[rows, chunk + 1] = values
+            if progress:
+                progress(rows.start * CHUNKS + (chunk + 1) * len(together), levels.size)
+    # the levels say everything else: the simulator brings the rest in one call
+    brought = simulator.replay(levels)
+    return Rollout(
+        **vars(brought), episodes=simulator.episodes, trace_names=simulator.traces.names, states=states, extras=extras
+    )

@@ -149,18 +149,6 @@ def plot_steps(rewards: Mapping[str, float], axes: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_trace_gaps(
-    ours: pd.DataFrame, baseline: pd.DataFrame, names: tuple[str, str], axes: Axes | None = None
-) -> Axes:
-    """Difference of mean reward per trace, sorted: is the gap everywhere, or in a few traces?"""
-    ax = given_or_new(axes, (9, 3.2))
-    gap = np.sort((qoe.per_trace(ours)["reward"] - qoe.per_trace(baseline)["reward"]).to_numpy())
-    ax.bar(range(len(gap)), gap, width=1.0, color=[PALETTE[3] if value < 0 else PALETTE[2] for value in gap])
-    ax.axhline(0, color="k", linewidth=0.8)
-    ax.set(xlabel="traces, sorted by the difference", ylabel=f"{names[0]} − {names[1]}", title="Gap by trace")
-    return ax
-
-
 def given_or_new(axes: Axes | None, size: tuple[float, float]) -> Axes:
     """`axes`, or those of a new figure of `size` inches."""
     return axes if axes is not None else plt.subplots(figsize=size, constrained_layout=True)[1]

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from netllm_lib.abr.episodes import Episodes
-from netllm_lib.abr.play import Progress, Rollout, rollout_blocks, shifted
+from netllm_lib.abr.episodes import Episodes, Progress
+from netllm_lib.abr.play import Rollout, rollout_blocks, shifted
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.abr.simulator import Simulator

@@ -1,17 +1,18 @@
 """The streaming simulator: N clients download the same video over N traces, in lock-step.
 
-Exact to the last bit with the original environment (Pensieve's, as NetLLM ships it): the order of all floating-point
-operations below is the original's. Units are in the names; time inside a trace is in seconds, buffers in milliseconds.
-
 The model, per chunk: download over a piecewise constant bandwidth, add the round trip, perhaps multiply by noise (neither
 advances the trace); the buffer drains during the download and rebuffering is what it lacks; then it gains one chunk of
 video; above 60 s the client sleeps in steps of 500 ms, which does advance the trace.
+
+Exact to the last bit with the original environment (Pensieve's, as NetLLM ships it): the order of all floating-point
+operations is the original's. Units are in the names; time inside a trace is in seconds, delays and buffers in milliseconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -27,21 +28,73 @@ BUFFER_CAP_MS = 60000.0
 SLEEP_STEP_MS = 500.0
 PAYLOAD_SHARE = 0.95  # of the packets' bytes
 RTT_MS = 80.0
-TOP_KBPS = float(qoe.BITRATES_KBPS[-1])
 
 
-@njit(cache=True)
-def _download_chunk(
-    size_bytes: float, noise: float, time_s: Array, mbps: Array, ptr: int, now_s: float, buffer_ms: float
-) -> tuple[float, float, float, float, float, int, float]:
-    """One chunk of one client.
+# --- one client, compiled -----------------------------------------------------------------------------------------------
 
-    Returns delay_ms, rebuffer_ms, buffer_ms, sleep_ms, residual_ms, ptr, now_s. `residual_ms` is the part of the sleep that
-    fell into its last interval: the original reports that as the sleep.
-    """
-    samples = len(mbps)
-    sent_bytes = 0.0
-    delay_s = 0.0
+inlined = njit(cache=True, nogil=True, inline="always")
+"""For small functions: a call would count references to its arrays, which takes as long as the download."""
+
+
+class Episode(NamedTuple):
+    """All that the downloads of one client depend on."""
+
+    sizes_bytes: Array  # [6, chunks] float64
+    noise: Array  # [chunks] factor on the delay
+    time_s: Array  # [samples] of the trace
+    mbps: Array  # [samples] over the interval that ends at this time
+    start_ptr: int  # the sample that is used first
+
+
+class Client(NamedTuple):
+    """Where a client is between two chunks."""
+
+    ptr: int  # the sample whose bandwidth holds now
+    now_s: float  # time inside the trace
+    buffer_ms: float
+
+
+class Download(NamedTuple):
+    """What one chunk took."""
+
+    delay_ms: float
+    rebuffer_ms: float
+    sleep_ms: float  # waited because the buffer was full
+    residual_ms: float  # the part of it that fell into its last interval: what the original reports as the sleep
+
+
+@inlined
+def begin(episode: Episode) -> Client:
+    """The client before its first chunk."""
+    return Client(episode.start_ptr, episode.time_s[episode.start_ptr - 1], 0.0)
+
+
+@inlined
+def next_sample(time_s: Array, ptr: int) -> tuple[int, float]:
+    """Pointer and time when sample `ptr` is over. Past the end a trace starts again at sample 1: sample 0 is never used."""
+    if ptr + 1 < len(time_s):
+        return ptr + 1, time_s[ptr]
+    return 1, 0.0
+
+
+@inlined
+def wait(time_s: Array, ptr: int, now_s: float, wait_ms: float) -> tuple[int, float, float]:
+    """Pointer and time `wait_ms` later, and the part of the wait that fell into the last interval."""
+    interval_s = time_s[ptr] - now_s
+    while interval_s <= wait_ms / 1000:
+        wait_ms -= interval_s * 1000
+        ptr, now_s = next_sample(time_s, ptr)
+        interval_s = time_s[ptr] - now_s
+    return ptr, now_s + wait_ms / 1000, wait_ms
+
+
+@inlined
+def download(episode: Episode, client: Client, chunk: int, level: int) -> tuple[Client, Download]:
+    """Download `chunk` in `level`: the client afterwards, and what it took."""
+    sizes_bytes, noise, time_s, mbps, _ = episode
+    ptr, now_s, buffer_ms = client
+    size_bytes = sizes_bytes[level, chunk]
+    sent_bytes = delay_s = 0.0
     while True:
         bytes_per_s = mbps[ptr] * 1e6 / 8
         interval_s = time_s[ptr] - now_s
@@ -50,113 +103,70 @@ def _download_chunk(
             break
         sent_bytes += payload_bytes
         delay_s += interval_s
-        now_s = time_s[ptr]
-        ptr += 1
-        if ptr >= samples:  # past the end a trace starts again at sample 1
-            ptr, now_s = 1, 0.0
+        ptr, now_s = next_sample(time_s, ptr)
     part_s = (size_bytes - sent_bytes) / bytes_per_s / PAYLOAD_SHARE  # of the interval in which the chunk ends
-    delay_s += part_s
+    delay_ms = ((delay_s + part_s) * 1000 + RTT_MS) * noise[chunk]
     now_s += part_s
 
-    delay_ms = (delay_s * 1000 + RTT_MS) * noise
     rebuffer_ms = max(delay_ms - buffer_ms, 0.0)
     buffer_ms = max(buffer_ms - delay_ms, 0.0) + CHUNK_MS
-
     sleep_ms = residual_ms = 0.0
     if buffer_ms > BUFFER_CAP_MS:
-        sleep_ms = residual_ms = np.ceil((buffer_ms - BUFFER_CAP_MS) / SLEEP_STEP_MS) * SLEEP_STEP_MS
+        sleep_ms = np.ceil((buffer_ms - BUFFER_CAP_MS) / SLEEP_STEP_MS) * SLEEP_STEP_MS
         buffer_ms -= sleep_ms
-        while True:
-            interval_s = time_s[ptr] - now_s
-            if interval_s > residual_ms / 1000:
-                now_s += residual_ms / 1000
-                break
-            residual_ms -= interval_s * 1000
-            now_s = time_s[ptr]
-            ptr += 1
-            if ptr >= samples:  # past the end a trace starts again at sample 1
-                ptr, now_s = 1, 0.0
-    return delay_ms, rebuffer_ms, buffer_ms, sleep_ms, residual_ms, ptr, now_s
+        ptr, now_s, residual_ms = wait(time_s, ptr, now_s, sleep_ms)
+    return Client(ptr, now_s, buffer_ms), Download(delay_ms, rebuffer_ms, sleep_ms, residual_ms)
 
 
-@njit(cache=True)
-def _step(
-    levels: Array, chunk: int, sizes_bytes: Array, noise: Array, trace_index: Array, offsets: Array, time_s: Array, mbps: Array,
-    ptr: Array, now_s: Array, buffer_ms: Array, out: Array,
-) -> None:  # fmt: skip
-    """One chunk for all clients; `ptr`, `now_s`, `buffer_ms` [N] are updated, `out` [5, N] receives the results."""
-    for i in range(len(levels)):
-        first, last = offsets[trace_index[i]], offsets[trace_index[i] + 1]
-        delay_ms, rebuffer_ms, buffer_ms[i], sleep_ms, residual_ms, ptr[i], now_s[i] = _download_chunk(
-            sizes_bytes[levels[i], chunk],
-            noise[i, chunk],
-            time_s[first:last],
-            mbps[first:last],
-            ptr[i],
-            now_s[i],
-            buffer_ms[i],
-        )
-        out[0, i], out[1, i], out[2, i], out[3, i], out[4, i] = (
-            delay_ms,
-            rebuffer_ms,
-            buffer_ms[i],
-            sleep_ms,
-            residual_ms,
-        )
+# --- many clients -------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
-def _replay(
-    levels: Array, sizes_bytes: Array, noise: Array, trace_index: Array, offsets: Array, time_s: Array, mbps: Array,
-    ptr: Array, now_s: Array, buffer_ms: Array, out: Array,
-) -> None:  # fmt: skip
-    """All chunks of `levels` [N, chunks], one client after the other; `out` [5, N, chunks]."""
+class Clients(NamedTuple):
+    """`Client` of N clients; updated in place."""
+
+    ptr: Array  # [N] int64
+    now_s: Array  # [N]
+    buffer_ms: Array  # [N]
+
+
+class World(NamedTuple):
+    """`Episode` of N clients: one video, and all traces one after the other."""
+
+    sizes_bytes: Array  # [6, chunks] float64
+    noise: Array  # [N, chunks]
+    trace_index: Array  # [N]
+    offsets: Array  # [traces + 1] where each trace begins
+    time_s: Array  # [all samples]
+    mbps: Array  # [all samples]
+    start_ptr: Array  # [N]
+
+
+@inlined
+def _episode(world: World, i: int) -> Episode:
+    first, last = world.offsets[world.trace_index[i]], world.offsets[world.trace_index[i] + 1]
+    time_s, mbps = world.time_s[first:last], world.mbps[first:last]
+    return Episode(world.sizes_bytes, world.noise[i], time_s, mbps, world.start_ptr[i])
+
+
+@njit(cache=True, nogil=True)
+def _play(world: World, clients: Clients, first_chunk: int, levels: Array, out: Array) -> None:
+    """Download the chunks of `levels` [N, chunks], one client after the other.
+
+    `out` [5, N, chunks] receives the fields of `Download` and the buffer.
+    """
     for i in range(levels.shape[0]):
-        first, last = offsets[trace_index[i]], offsets[trace_index[i] + 1]
-        trace_time_s, trace_mbps = time_s[first:last], mbps[first:last]
-        position, clock_s, video_ms = ptr[i], now_s[i], buffer_ms[i]
-        for chunk in range(levels.shape[1]):
-            delay_ms, rebuffer_ms, video_ms, sleep_ms, residual_ms, position, clock_s = _download_chunk(
-                sizes_bytes[levels[i, chunk], chunk],
-                noise[i, chunk],
-                trace_time_s,
-                trace_mbps,
-                position,
-                clock_s,
-                video_ms,
-            )
-            out[0, i, chunk], out[1, i, chunk], out[2, i, chunk] = delay_ms, rebuffer_ms, video_ms
-            out[3, i, chunk], out[4, i, chunk] = sleep_ms, residual_ms
-
-
-@njit(cache=True)
-def _roll(
-    before: Array,
-    after: Array,
-    kbps: Array,
-    buffer_s: Array,
-    size_bytes: Array,
-    delay_ms: Array,
-    next_sizes: Array,
-    left: float,
-) -> None:
-    """Pensieve's states `after` a chunk from those `before` it, [N, 6, 6]; `left` is the share of chunks that remain."""
-    for i in range(len(kbps)):
-        for row in range(6):
-            for column in range(5):
-                after[i, row, column] = before[i, row, column + 1]
-        after[i, 0, 5] = kbps[i] / TOP_KBPS
-        after[i, 1, 5] = buffer_s[i] / 10
-        after[i, 2, 5] = size_bytes[i] / delay_ms[i] / 1000  # MB/s
-        after[i, 3, 5] = delay_ms[i] / 1000 / 10
-        for level in range(6):
-            after[i, 4, level] = next_sizes[level] / 1000 / 1000  # MB
-        after[i, 5, 5] = left
+        episode = _episode(world, i)
+        client = Client(clients.ptr[i], clients.now_s[i], clients.buffer_ms[i])
+        for j in range(levels.shape[1]):
+            client, took = download(episode, client, first_chunk + j, levels[i, j])
+            out[0, i, j], out[1, i, j], out[2, i, j], out[3, i, j] = took
+            out[4, i, j] = client.buffer_ms
+        clients.ptr[i], clients.now_s[i], clients.buffer_ms[i] = client
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one chunk, or a whole replay, brought: arrays [N] or [N, chunks]."""
+    """What one chunk of all clients, or a whole replay, brought: arrays [N] or [N, chunks]."""
 
     level: np.ndarray
     bitrate_kbps: np.ndarray
@@ -180,10 +190,9 @@ class Simulator:
 
     def __init__(self, traces: TraceSet, video: Video, episodes: Episodes):
         self.traces, self.video, self.episodes = traces, video, episodes
-        self._trace = np.ascontiguousarray(episodes.trace_index, dtype=np.int64)
-        self._noise = np.ones((len(episodes), CHUNKS)) if episodes.noise is None else episodes.noise
-        self._sizes = video.sizes_bytes.astype(np.float64)
-        self._sizes_by_chunk = np.ascontiguousarray(self._sizes.T)
+        noise = np.ones((len(episodes), CHUNKS)) if episodes.noise is None else np.ascontiguousarray(episodes.noise)
+        trace_index, start_ptr = (values.astype(np.int64) for values in (episodes.trace_index, episodes.start_ptr))
+        self._world = World(video.sizes_bytes.astype(np.float64), noise, trace_index, *traces.packed, start_ptr)
         self._rows = np.arange(len(episodes))
         self.reset()
 
@@ -196,16 +205,17 @@ class Simulator:
         part._rows = self._rows[rows]
         return part
 
+    def episode(self, row: int) -> Episode:
+        """What the compiled functions take."""
+        return _episode.py_func(self._world, row)
+
     def reset(self) -> None:
         """Before the first chunk: start pointers, empty buffers, zero states."""
-        offsets, time_s, _ = self.traces.packed
-        self._ptr = self.episodes.start_ptr.astype(np.int64)
-        self._now_s = time_s[offsets[self._trace] + self._ptr - 1]
-        self._buffer_ms = np.zeros(len(self))
+        self.chunk = 0  # the chunk that `step` downloads next
+        self._clients = self._begin()
         self._level = np.zeros(len(self), dtype=np.int64)
         self._state = np.zeros((len(self), 6, 6))
         self._reward = np.zeros(len(self))
-        self.chunk = 0  # the chunk that `step` downloads next
 
     def step(self, levels: np.ndarray) -> Outcome:
         """Download one chunk in the given levels [N] and return what it brought.
@@ -215,28 +225,21 @@ class Simulator:
         if self.chunk >= CHUNKS:
             raise IndexError(f"all {CHUNKS} chunks are played: call reset()")
         levels = _checked(levels, (len(self),))
-        out = np.empty((5, len(self)))
-        _step(
-            levels, self.chunk, self._sizes, self._noise, self._trace, *self.traces.packed,
-            self._ptr, self._now_s, self._buffer_ms, out,
-        )  # fmt: skip
-        outcome = self._outcome(levels, self._level, self._sizes[levels, self.chunk], out)
+        out = np.empty((5, len(self), 1))
+        _play(self._world, self._clients, self.chunk, levels[:, None], out)
+        outcome = self._outcome(levels, self._level, self._world.sizes_bytes[levels, self.chunk], out[..., 0])
         self.chunk += 1
         self._level, self._reward = levels, outcome.reward
-        self._remember(outcome)
+        self._state = self._rolled(outcome)
         return outcome
 
     def replay(self, levels: np.ndarray) -> Outcome:
         """Play given levels [N, chunks <= 48] from the start in one compiled call. Does not touch the running episode."""
         levels = _checked(levels, (len(self), np.shape(levels)[1]))
-        chunks = levels.shape[1]
-        offsets, time_s, mbps = self.traces.packed
-        ptr = self.episodes.start_ptr.astype(np.int64)
-        now_s, buffer_ms = time_s[offsets[self._trace] + ptr - 1], np.zeros(len(self))
-        out = np.empty((5, len(self), chunks))
-        _replay(levels, self._sizes, self._noise, self._trace, offsets, time_s, mbps, ptr, now_s, buffer_ms, out)
+        out = np.empty((5, *levels.shape))
+        _play(self._world, self._begin(), 0, levels, out)
         previous = np.concatenate([np.zeros((len(self), 1), dtype=np.int64), levels[:, :-1]], axis=1)
-        return self._outcome(levels, previous, self._sizes[levels, np.arange(chunks)], out)
+        return self._outcome(levels, previous, self._world.sizes_bytes[levels, np.arange(levels.shape[1])], out)
 
     def observe(self) -> Observation:
         """What a policy may know now. After the last chunk the "next" sizes are those of chunk 0, as in the original."""
@@ -244,19 +247,38 @@ class Simulator:
             chunk=self.chunk,
             episode=self._rows,
             state=self._state,
-            buffer_s=self._buffer_ms / 1000,
+            buffer_s=self._clients.buffer_ms / 1000,
             last_level=self._level,
             last_reward=self._reward,
             next_sizes_bytes=np.broadcast_to(self._next_sizes(), (len(self), qoe.LEVELS)),
         )
 
+    def _begin(self) -> Clients:
+        world = self._world
+        start_s = world.time_s[world.offsets[world.trace_index] + world.start_ptr - 1]
+        return Clients(world.start_ptr.copy(), start_s, np.zeros(len(self)))
+
     def _next_sizes(self) -> np.ndarray:
-        """[6] sizes of the chunk that comes next; after the last one, those of chunk 0."""
-        return self._sizes_by_chunk[self.chunk if self.chunk < CHUNKS else 0]
+        return self._world.sizes_bytes[:, self.chunk % CHUNKS]
+
+    def _rolled(self, outcome: Outcome) -> np.ndarray:
+        """Pensieve's state [N, 6, 6]: the history rolled to the left, the newest sample in the last column, next sizes in row 4.
+
+        A new array: observations already handed out stay as they were.
+        """
+        state = np.empty_like(self._state)
+        state[:, :, :-1] = self._state[:, :, 1:]
+        state[:, 0, -1] = outcome.bitrate_kbps / float(qoe.BITRATES_KBPS[-1])
+        state[:, 1, -1] = outcome.buffer_s / 10
+        state[:, 2, -1] = outcome.size_bytes / outcome.delay_ms / 1000  # MB/s
+        state[:, 3, -1] = outcome.delay_ms / 1000 / 10
+        state[:, 4] = self._next_sizes() / 1000 / 1000  # MB
+        state[:, 5, -1] = (CHUNKS - self.chunk) / CHUNKS
+        return state
 
     @staticmethod
     def _outcome(levels: np.ndarray, previous: np.ndarray, sizes: np.ndarray, out: np.ndarray) -> Outcome:
-        delay_ms, rebuffer_ms, buffer_ms, sleep_ms, residual_ms = out
+        delay_ms, rebuffer_ms, sleep_ms, residual_ms, buffer_ms = out
         kbps, previous_kbps, rebuffer_s = qoe.BITRATES_KBPS[levels], qoe.BITRATES_KBPS[previous], rebuffer_ms / 1000
         return Outcome(
             level=levels,
@@ -271,22 +293,10 @@ class Simulator:
             residual_ms=residual_ms,
         )
 
-    def _remember(self, outcome: Outcome) -> None:
-        """Pensieve's state: roll the history to the left, newest sample in the last column, next sizes in row 4."""
-        state = np.empty_like(self._state)  # a new array: observations already handed out stay as they were
-        remaining = (CHUNKS - self.chunk) / CHUNKS
-        _roll(
-            self._state, state, outcome.bitrate_kbps, outcome.buffer_s, outcome.size_bytes, outcome.delay_ms,
-            self._next_sizes(), remaining,
-        )  # fmt: skip
-        self._state = state
-
 
 def _checked(levels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     array = np.ascontiguousarray(levels, dtype=np.int64)
-    whole = array is levels or not (array != levels).any()
-    # as unsigned numbers, negative levels are large
-    if array.shape != shape or not whole or array.view(np.uint64).max() >= qoe.LEVELS:
+    if array.shape != shape or (array != levels).any() or array.min() < 0 or array.max() >= qoe.LEVELS:
         raise ValueError(
             f"levels must be integers 0..{qoe.LEVELS - 1} of shape {shape}, got {np.asarray(levels)!r:.200}"
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from netllm_lib.abr import optimum as oracle
+from netllm_lib.abr import optimum
 from netllm_lib.abr.diagnosis.evidence import (
     CHANCE,
     Evidence,
@@ -98,8 +98,8 @@ def regret(evidence: Evidence) -> Interval | None:
         traces.names[i] for i in episodes.trace_index
     ]:
         return None
-    plans = oracle.best_plans(traces, video, episodes)
-    return bootstrap(-oracle.regret(table, plans).to_numpy())
+    plans = optimum.best_plans(traces, video, episodes)
+    return bootstrap(-optimum.regret(table, plans).to_numpy())
 
 
 def _problems(evidence: Evidence) -> list[Finding]:

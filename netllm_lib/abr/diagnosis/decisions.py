@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.optimum import OracleConfig, continuations
-from netllm_lib.abr.play import FIRST_LEVEL, Progress, play, rollout
+from netllm_lib.abr.episodes import FIRST_LEVEL, Progress
+from netllm_lib.abr.optimum import SearchConfig, continuations
+from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.simple import Prefixed, Replay
 from netllm_lib.abr.simulator import PAYLOAD_SHARE, RTT_MS, Simulator
@@ -71,7 +72,7 @@ def optimum(
     table: pd.DataFrame,
     simulator: Simulator,
     rows: Sequence[int] | None = None,
-    config: OracleConfig | None = None,
+    config: SearchConfig | None = None,
     *,
     threads: int | None = None,
     progress: Progress | None = None,

@@ -21,9 +21,9 @@ from netllm_lib.abr.diagnosis import decisions
 from netllm_lib.abr.diagnosis.evidence import Evidence
 from netllm_lib.abr.diagnosis.replay import can_replay, episodes_of
 from netllm_lib.abr.diagnosis.timeline import PROBABILITIES, edges, of_trace, timeline
-from netllm_lib.abr.episodes import Episodes, Observation
+from netllm_lib.abr.episodes import Episodes, Observation, Progress
 from netllm_lib.abr.optimum import Plans, best_plans, regret
-from netllm_lib.abr.play import Progress, play, rollout
+from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.simple import Prefixed, Replay
 from netllm_lib.abr.simulator import Simulator

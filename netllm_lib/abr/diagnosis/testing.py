@@ -9,8 +9,7 @@ import pandas as pd
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis.evidence import Evidence, chunks_per_trace, paired
-from netllm_lib.abr.episodes import Episodes
-from netllm_lib.abr.play import FIRST_LEVEL
+from netllm_lib.abr.episodes import FIRST_LEVEL, Episodes
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, TraceSet, Video
 from netllm_lib.findings import Finding, Severity

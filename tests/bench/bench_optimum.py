@@ -1,9 +1,9 @@
 """The offline optimum of 100 traces: seconds on one and on two threads, how good the plans are, and that they play as promised.
 
-Also what the value of single decisions costs (`continuations`, on the states that MPC visits). Nothing comes from the cache.
-Writes reports/benchmarks/oracle.md.
+Also what the value of single decisions costs (`continuations`, on the states that MPC visits).
+Writes reports/benchmarks/optimum.md.
 
-    python tests/bench/bench_oracle.py [ROUNDS]
+    python tests/bench/bench_optimum.py [ROUNDS]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from measured import publish
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import upstream_episodes
-from netllm_lib.abr.optimum import OracleConfig, Plans, best_plans, continuations
+from netllm_lib.abr.optimum import Plans, SearchConfig, best_plans, continuations
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Replay
@@ -29,9 +29,9 @@ from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, find_registry
 
 SEARCHES = {
-    "narrow": OracleConfig(width=100, bin_ms=50.0),
-    "default": OracleConfig(),
-    "wide": OracleConfig(width=3000, bin_ms=5.0),
+    "narrow": SearchConfig(width=100, bin_ms=50.0),
+    "default": SearchConfig(),
+    "wide": SearchConfig(width=3000, bin_ms=5.0),
 }
 
 
@@ -52,10 +52,10 @@ def main(rounds: int = 3) -> None:
     episodes = upstream_episodes(traces, trace_num=-1)
     simulator = Simulator(traces, video, episodes)
 
-    def plan(config: OracleConfig, threads: int) -> Plans:
-        return best_plans(traces, video, episodes, config, threads=threads, cached=False)
+    def plan(config: SearchConfig, threads: int) -> Plans:
+        return best_plans(traces, video, episodes, config, threads=threads)
 
-    best_plans(traces, video, episodes.rows([0]), cached=False)  # compiles
+    best_plans(traces, video, episodes.rows([0]))  # compiles
     mpc = rollout(RobustMPC(video), simulator)
     continuations(simulator, mpc.level, [0])
     lines = [
@@ -63,7 +63,7 @@ def main(rounds: int = 3) -> None:
         "",
         f"{traces.name}, {video.name}, {len(episodes)} traces in fixed order, {CHUNKS} chunks, {platform.machine()} with "
         f"{os.cpu_count()} cores, Python {platform.python_version()}.",
-        f"Command: `python tests/bench/bench_oracle.py {rounds}` (medians over the rounds, after compilation, without the cache).",
+        f"Command: `python tests/bench/bench_optimum.py {rounds}` (medians over the rounds, after compilation).",
         "",
         "| search | states a chunk | bin (ms) | mean reward | 1 thread (s) | 2 threads (s) |",
         "|---|---|---|---|---|---|",
@@ -74,7 +74,7 @@ def main(rounds: int = 3) -> None:
         lines.append(
             f"| {name} | {config.width} | {config.bin_ms:g} | {plans.reward.mean():.5f} | {one:.2f} | {two:.2f} |"
         )
-    plans = plan(OracleConfig(), 2)
+    plans = plan(SearchConfig(), 2)
     played = qoe.per_trace(play(Replay(plans.levels), simulator))["reward"].to_numpy()
     values = continuations(simulator, mpc.level)[:, 1:]
     lost = values.max(axis=2).sum() - np.take_along_axis(values, mpc.level[:, 1:, None], axis=2).sum()
@@ -91,7 +91,7 @@ def main(rounds: int = 3) -> None:
         f"its regret to the plans is {regret:.4f}.",
     ]
     text = "\n".join(lines) + "\n"
-    publish("oracle", text)
+    publish("optimum", text)
 
 
 if __name__ == "__main__":

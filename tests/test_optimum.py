@@ -12,7 +12,7 @@ import pytest
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
-from netllm_lib.abr.optimum import Oracle, OracleConfig, best_plans, continuations, regret
+from netllm_lib.abr.optimum import SearchConfig, best_plans, continuations, regret
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Constant, Random, Replay
@@ -23,12 +23,6 @@ from netllm_lib.abr.traces import CHUNKS, Registry
 TRACES, VIDEO = generate_traces("t", 6, 21), generate_video("v", 5)
 EPISODES = sound_episodes(TRACES, repeats=2)
 NOISY = sound_episodes(TRACES, seed=3, noise=True)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NETLLM_CACHE", str(tmp_path))
-    return tmp_path
 
 
 def enumerated(simulator: Simulator, row: int, prefix: list[int], chunks: int) -> tuple[float, np.ndarray]:
@@ -81,45 +75,22 @@ def test_plans_play_as_promised_and_beat_everything() -> None:
         np.testing.assert_allclose(qoe.per_trace(table)["reward"], plans.reward, atol=1e-9, rtol=0)
         for policy in (RobustMPC(VIDEO), Random(), *map(Constant, range(6))):
             assert (regret(play(policy, simulator), plans) >= 0).all()
-        np.testing.assert_array_equal(play(Oracle(TRACES, VIDEO), simulator)["level"], plans.levels.ravel())
 
 
 def test_a_wide_search_finds_hardly_more() -> None:
     usual = best_plans(TRACES, VIDEO, EPISODES).reward
-    wide = best_plans(TRACES, VIDEO, EPISODES, OracleConfig(width=8000, bin_ms=2.0)).reward
-    narrow = best_plans(TRACES, VIDEO, EPISODES, OracleConfig(width=1)).reward
+    wide = best_plans(TRACES, VIDEO, EPISODES, SearchConfig(width=8000, bin_ms=2.0)).reward
+    narrow = best_plans(TRACES, VIDEO, EPISODES, SearchConfig(width=1)).reward
     np.testing.assert_allclose(usual, wide, atol=2e-3)
     assert (narrow < usual - 0.01).any()  # so the comparison can fail
 
 
 def test_threads_and_progress_change_nothing() -> None:
     seen: list[tuple[int, int]] = []
-    one = best_plans(
-        TRACES, VIDEO, EPISODES, threads=1, cached=False, progress=lambda done, total: seen.append((done, total))
-    )
-    two = best_plans(TRACES, VIDEO, EPISODES, threads=2, cached=False)
+    one = best_plans(TRACES, VIDEO, EPISODES, threads=1, progress=lambda done, total: seen.append((done, total)))
+    two = best_plans(TRACES, VIDEO, EPISODES, threads=2)
     np.testing.assert_array_equal(one.levels, two.levels)
     assert seen == [(i, 12) for i in range(1, 13)]
-
-
-def test_plans_are_cached_by_content(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = best_plans(TRACES, VIDEO, EPISODES)
-    files = list((cache / "oracle").iterdir())
-    assert [file.suffix for file in files] == [".npz"]
-    with monkeypatch.context() as patched:
-        patched.setattr("netllm_lib.abr.optimum._plan_episode", lambda *a: pytest.fail("searched again"))
-        np.testing.assert_array_equal(best_plans(TRACES, VIDEO, EPISODES).levels, first.levels)
-    best_plans(TRACES, VIDEO, EPISODES, OracleConfig(width=500))
-    best_plans(TRACES, VIDEO, NOISY)
-    best_plans(TRACES, VIDEO, EPISODES.rows(range(5)))
-    assert len(list((cache / "oracle").iterdir())) == 4
-
-    for content in (b"", files[0].read_bytes()[:-40]):  # a file that is no file of plans is made again
-        files[0].write_bytes(content)
-        np.testing.assert_array_equal(best_plans(TRACES, VIDEO, EPISODES).levels, first.levels)
-    with open(files[0], "wb") as stream:
-        np.savez(stream, levels=np.full(first.levels.shape, 9))
-    np.testing.assert_array_equal(best_plans(TRACES, VIDEO, EPISODES).levels, first.levels)
 
 
 def test_continuations_equal_enumeration_at_the_end_of_the_video() -> None:
@@ -165,7 +136,7 @@ def test_errors_say_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"2\.\.48, not 49"):
         best_plans(TRACES, VIDEO, EPISODES, chunks=49)
     with pytest.raises(ValueError, match="at least 1"):
-        OracleConfig(width=0)
+        SearchConfig(width=0)
 
 
 @pytest.mark.golden
