@@ -7,9 +7,9 @@ is better when it is higher, as for an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -113,13 +113,26 @@ class Scores:
         """Write `scores.json` and `scores.parquet`."""
         with runs.atomic_path(folder / TABLE) as aside:
             self.table.to_parquet(aside, index=False)
-        about = {"measure": self.measure, "subject": self.subject, "tested_on": self.tested_on}
+        about = _About(self.measure, self.subject, self.tested_on, self._headline())
         runs.write_json(folder / FILE, about)
+
+    def _headline(self) -> dict[str, Any]:
+        """What the index shows: the subject (or the best policy), its mean, and its difference to the best other one."""
+        means = {policy: self.measure.sign * float(self.of(policy).mean()) for policy in self.policies}
+        policy = self.subject or max(means, key=means.__getitem__)
+        found: dict[str, Any] = {
+            "policy": policy,
+            **dict(zip(("score", "low", "high"), self.mean(policy), strict=True)),
+        }
+        if others := {name: mean for name, mean in means.items() if name != policy}:
+            other = max(others, key=others.__getitem__)
+            found |= {"best other": other, "difference": self.difference(policy, other).mean}
+        return found
 
     @classmethod
     def read(cls, folder: Path) -> Scores:
         """What `save` wrote. FileNotFoundError if there is nothing, ValueError, with the file, if it is broken."""
-        about: _About = config.parse(_About, runs.read_json(folder / FILE), str(folder / FILE))
+        about = _read_about(folder)
         path = folder / TABLE
         try:
             return cls(about.measure, about.subject, pd.read_parquet(path), about.tested_on)
@@ -136,6 +149,12 @@ def tests(folders: Mapping[str, Path]) -> dict[str, Path]:
     return {name: folder for name, folder in found.items() if runs.Run(folder).parents.get("test") not in places}
 
 
+def read_headline(folder: Path) -> dict[str, Any]:
+    """Of the scores in a folder what the index shows, without reading their table. ValueError if the file is broken."""
+    about = _read_about(folder)
+    return {"measure": about.measure.name, "tested on": about.tested_on, **about.headline}
+
+
 @dataclass(frozen=True)
 class _About:
     """`scores.json`."""
@@ -143,3 +162,8 @@ class _About:
     measure: Measure
     subject: str = ""
     tested_on: str = ""
+    headline: dict[str, str | float | None] = field(default_factory=dict)
+
+
+def _read_about(folder: Path) -> _About:
+    return config.parse(_About, runs.read_json(folder / FILE), str(folder / FILE))

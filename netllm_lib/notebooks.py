@@ -35,7 +35,7 @@ from netllm_lib import kernels, runs
 from netllm_lib import reports as pages
 
 NOTEBOOKS = runs.PROJECT / "notebooks"
-REPORT = "report.html"
+REPORT = pages.REPORT
 TIMEOUT_S = 3600.0
 """Time limit of one notebook unless told otherwise; zero means none."""
 

@@ -1,15 +1,23 @@
-"""Pages that open offline: an executed notebook as one HTML file, and a table that sorts by a click on its head."""
+"""Pages that open offline: an executed notebook as one HTML file, and the index, a table of all runs that sorts by a click."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from netllm_lib import runs
+import pandas as pd
+
+from netllm_lib import measure, runs
+
+REPORT, INDEX, FINDINGS = "report.html", "index.html", "findings.json"
+COLUMNS = (
+    *("run", "kind", "state", "tested on", "measure", "policy", "score", "low", "high", "best other", "difference"),
+    *("first finding", "seconds", "finished"),
+)
 
 # Everything that nbconvert's template would fetch (RequireJS, MathJax, Mermaid, widgets) is left out; code folds away.
 _NOTEBOOK = """
@@ -19,30 +27,60 @@ _NOTEBOOK = """
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block html_head_css -%}
-<style>
-details.code > summary { cursor: pointer; color: #777; font: 12px monospace; }
-#all-code { position: fixed; top: 8px; right: 12px; z-index: 9; font: 13px sans-serif; }
-@media print { #all-code, details.code:not([open]) { display: none; } }
-</style>
-{%- endblock -%}
-{%- block body_header -%}
-{{ super() }}
-<button id="all-code" type="button">show all code</button>
+<style>details.code > summary { cursor: pointer; color: #777; font: 12px monospace; }</style>
 {%- endblock -%}
 {%- block input -%}
 <details class="code"><summary>code</summary>
 {{ super() }}
 </details>
 {%- endblock -%}
-{%- block footer_js -%}
+"""
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Runs</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 2em; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3em .8em; text-align: left; border-bottom: 1px solid #8884; white-space: nowrap; }
+th { cursor: pointer; position: sticky; top: 0; background: Canvas; }
+th::after { content: " \\2195"; color: #8888; }
+th[aria-sort=ascending]::after { content: " \\2191"; color: inherit; }
+th[aria-sort=descending]::after { content: " \\2193"; color: inherit; }
+input { font: inherit; padding: .3em .5em; width: 22em; margin-bottom: 1em; }
+</style>
+</head>
+<body>
+<h1>Runs</h1>
+<p>Means with their 95 % intervals; the difference is the policy's to the best other one, over the same samples.
+A click on a column's head sorts; a run's name opens its report.</p>
+<input id="filter" type="search" placeholder="show rows that contain …" aria-label="filter">
+TABLE
 <script>
-document.getElementById("all-code").onclick = function () {
-  const folded = [...document.querySelectorAll("details.code")], open = folded.some(d => !d.open);
-  folded.forEach(d => { d.open = open; });
-  this.textContent = open ? "hide all code" : "show all code";
+const body = document.querySelector("tbody");
+document.querySelectorAll("th").forEach((th, column) => th.onclick = () => {
+  const down = th.getAttribute("aria-sort") === "ascending";
+  document.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+  th.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const key = row => row.cells[column].textContent;
+  const compare = (a, b) => {
+    if (key(a) === "" || key(b) === "") return (key(a) === "") - (key(b) === "");  // what is missing comes last
+    const order = key(a) - key(b) || key(a).localeCompare(key(b));
+    return down ? -order : order;
+  };
+  [...body.rows].sort(compare).forEach(row => body.append(row));
+});
+document.getElementById("filter").oninput = event => {
+  const wanted = event.target.value.toLowerCase();
+  for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
 };
 </script>
-{%- endblock -%}
+</body>
+</html>
 """
 
 
@@ -76,108 +114,64 @@ def _ends_of_progress(text: str) -> str:
     """Of each stage's progress lines only the last: who reads a report was not there to wait."""
     lines = text.splitlines(keepends=True)
     labels = [found[1] if (found := runs.PROGRESS_LINE.match(line)) else None for line in lines]
-    following = [*labels[1:], None]
-    return "".join(
-        line for line, label, after in zip(lines, labels, following, strict=True) if label is None or label != after
-    )
+    following = zip(lines, labels, [*labels[1:], None], strict=True)
+    return "".join(line for line, label, after in following if label is None or label != after)
 
 
-@dataclass(frozen=True)
-class Link:
-    """A cell that leads somewhere: shown text and a path relative to the page."""
-
-    text: str
-    path: str
+# --- the index ----------------------------------------------------------------------------------------------------------
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 14px/1.45 system-ui, sans-serif; margin: 2em; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: .3em .8em; text-align: left; border-bottom: 1px solid #8884; vertical-align: top; }}
-td {{ white-space: nowrap; }}
-td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
-th {{ cursor: pointer; position: sticky; top: 0; background: Canvas; white-space: nowrap; }}
-th::after {{ content: " \\2195"; color: #8888; }}
-th[aria-sort=ascending]::after {{ content: " \\2191"; color: inherit; }}
-th[aria-sort=descending]::after {{ content: " \\2193"; color: inherit; }}
-input {{ font: inherit; padding: .3em .5em; width: 22em; margin-bottom: 1em; }}
-p {{ max-width: 60em; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{text}</p>
-<input id="filter" type="search" placeholder="show rows that contain …" aria-label="filter">
-<table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-<script>
-const body = document.querySelector("tbody");
-document.querySelectorAll("th").forEach((th, column) => th.onclick = () => {{
-  const down = th.getAttribute("aria-sort") === "ascending";
-  document.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
-  th.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const key = row => row.cells[column].dataset.key;
-  const compare = (a, b) => {{
-    if (key(a) === "" || key(b) === "") return (key(a) === "") - (key(b) === "");  // what is missing comes last
-    const order = th.className === "number" ? key(a) - key(b) : key(a).localeCompare(key(b));
-    return down ? -order : order;
-  }};
-  [...body.rows].sort(compare).forEach(row => body.append(row));
-}});
-document.getElementById("filter").oninput = event => {{
-  const wanted = event.target.value.toLowerCase();
-  for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
-}};
-</script>
-</body>
-</html>
-"""
+def list_runs(root: Path | None = None) -> list[dict[str, Any]]:
+    """One row per run folder below `root` (by default the reports folder), the last one first.
 
-
-def table_page(title: str, text: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """HTML of a table with one line a row, sortable and searchable, that needs no network.
-
-    The first row's keys are the columns. Values are strings, numbers (with three decimals unless they are ints), `Link`s, or None
-    and NaN, which stay empty and sort last.
+    Keys: `COLUMNS` and folder. What a run does not say is None; a folder that cannot be read has the state "unreadable", and hides
+    no other one.
     """
-    columns = list(rows[0]) if rows else []
-    numeric = {
-        name
-        for name in columns
-        if any(_is_number(row[name]) for row in rows) and not any(_is_text(row[name]) for row in rows)
-    }
-    head = "".join(
-        f'<th class="number">{html.escape(n)}</th>' if n in numeric else f"<th>{html.escape(n)}</th>" for n in columns
-    )
-    lines = ["<tr>" + "".join(_cell(row[name], name in numeric) for name in columns) + "</tr>" for row in rows]
-    return _PAGE.format(title=html.escape(title), text=html.escape(text), head=head, rows="\n".join(lines))
+    folders = {path.parent for path in ((root or runs.reports_root()) / "runs").glob(f"*/*/{runs.MANIFEST}")}
+    rows = [_row(folder) for folder in sorted(folders) if not folder.name.startswith(".")]
+    return sorted(rows, key=lambda row: row["finished"] or "", reverse=True)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+def _row(folder: Path) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(COLUMNS) | {"run": folder.name, "kind": folder.parent.name, "folder": folder}
+    try:
+        manifest = runs.Run(folder).manifest
+        row |= {"state": str(manifest.get("status")), "seconds": manifest.get("seconds")}
+        row["finished"] = str(manifest.get("finished") or manifest.get("started") or "")
+        if (folder / measure.FILE).is_file():
+            row |= measure.read_headline(folder)
+        if (folder / FINDINGS).is_file() and (findings := runs.read_json(folder / FINDINGS)["findings"]):
+            row["first finding"] = str(findings[0]["id"])
+    except (OSError, ValueError, LookupError, TypeError):
+        row["state"] = "unreadable"
+    return {name: _printable(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str | Link)
+def _printable(text: str) -> str:
+    """Without control characters, which foreign names may have."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _cell(value: Any, numeric: bool) -> str:
-    kind = ' class="number"' if numeric else ""
-    if isinstance(value, Link):
-        inner = f'<a href="{html.escape(value.path)}">{html.escape(value.text)}</a>'
-        return f'<td{kind} data-key="{html.escape(value.text)}">{inner}</td>'
-    if _is_number(value):
-        return f'<td{kind} data-key="{value!r}">{value if isinstance(value, int) else format(value, ".3f")}</td>'
-    text = html.escape(value) if isinstance(value, str) else ""
-    return f'<td{kind} data-key="{text}">{text}</td>'
+def write_index(root: Path | None = None) -> Path:
+    """Write `index.html` into the reports folder and return its path. It shows what lies there now."""
+    page = (root or runs.reports_root()) / INDEX
+    rows = []
+    for row in list_runs(root):
+        shown = {name: _shown(row[name]) for name in COLUMNS}
+        shown["finished"] = shown["finished"][:16].replace("T", " ")
+        if (row["folder"] / REPORT).is_file():
+            place = quote(os.path.relpath(row["folder"] / REPORT, page.parent))
+            shown["run"] = f'<a href="{place}">{shown["run"]}</a>'
+        rows.append(shown)
+    with pd.option_context("display.max_colwidth", None):
+        table = pd.DataFrame(rows, columns=list(COLUMNS)).to_html(index=False, border=0, escape=False)
+    with runs.atomic_path(page) as aside:
+        aside.write_text(_PAGE.replace("TABLE", table), encoding="utf-8")
+    return page
+
+
+def _shown(value: Any) -> str:
+    """A cell: text that is no markup, a number with three decimals, nothing for what is missing."""
+    if isinstance(value, float):
+        return f"{value:.3f}" if math.isfinite(value) else ""
+    return "" if value is None else html.escape(str(value))

@@ -95,7 +95,8 @@ print(words.headline(found))
 
 # %%
 with pd.option_context("display.max_colwidth", None):
-    display(words.findings_table(found).style.set_properties(**{"text-align": "left", "vertical-align": "top"}))
+    shown = words.findings_table(found).style.format(escape="html")  # foreign names are no markup
+    display(shown.set_properties(**{"text-align": "left", "vertical-align": "top"}))
 
 # %%
 elsewhere = ("waterfall", "differences", "losses")  # these have a section below

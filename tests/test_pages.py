@@ -6,19 +6,14 @@ import re
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import browser
-from netllm_lib import reports as pages
-from netllm_lib import runs
-from netllm_lib.index import COLUMNS, overview, write_index
-
-ROWS = [
-    {"run": pages.Link("b & co", "runs/b%20c/report.html"), "reward": 0.25, "finding": "gap"},
-    {"run": pages.Link("a", "runs/a/report.html"), "reward": float("nan"), "finding": None},
-    {"run": pages.Link("c<script>", "runs/c/report.html"), "reward": -1.5, "finding": "diverged"},
-]
+from netllm_lib import reports, runs
+from netllm_lib.measure import Measure, Scores
+from netllm_lib.reports import COLUMNS, list_runs, write_index
 
 
 def fetched(html: str) -> list[str]:
@@ -39,7 +34,7 @@ def report(tmp_path: Path) -> Path:
     notebook = new_notebook(cells=cells)
     notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
     nbformat.write(notebook, tmp_path / "a.ipynb")
-    pages.export_html(tmp_path / "a.ipynb", tmp_path / "a.html")
+    reports.export_html(tmp_path / "a.ipynb", tmp_path / "a.html")
     return tmp_path / "a.html"
 
 
@@ -65,7 +60,7 @@ def test_a_report_keeps_the_last_line_of_each_stage(
     lines = capsys.readouterr().out.splitlines(keepends=True)
     outputs = [new_output("stream", name="stdout", text=line) for line in lines]  # as a kernel sends them
     nbformat.write(new_notebook(cells=[new_code_cell("1", outputs=outputs)]), tmp_path / "a.ipynb")
-    pages.export_html(tmp_path / "a.ipynb", tmp_path / "a.html")
+    reports.export_html(tmp_path / "a.ipynb", tmp_path / "a.html")
     shown = re.findall(r"^(?:<pre>)?(before|after|.*left)$", (tmp_path / "a.html").read_text(), re.MULTILINE)
     assert [line.split("  ")[0] for line in shown] == [
         "before", "round 1, play: 3/3", "round 1, train: 3/3", "round 2, play: 3/3", "after",
@@ -77,16 +72,6 @@ def test_fetched_sees_what_nbconvert_does_by_default() -> None:
     assert fetched('import mermaid from "https://cdn/x.mjs"'.replace('"https', "'https"))
 
 
-def test_numbers_sort_as_numbers_and_nothing_is_markup(tmp_path: Path) -> None:
-    html = pages.table_page("Runs & more", "text", ROWS)
-    assert fetched(html) == []
-    assert "<script>" not in html.split("<tbody>")[1].split("</tbody>")[0]
-    assert '<th>run</th><th class="number">reward</th><th>finding</th>' in html
-    assert '<td class="number" data-key="-1.5">-1.500</td>' in html
-    assert '<a href="runs/b%20c/report.html">b &amp; co</a>' in html
-    assert pages.table_page("Runs", "none yet", []).count("<tr>") == 1
-
-
 def test_code_is_one_click_away(report: Path) -> None:
     with browser.page() as page:
         page.goto(report.as_uri())
@@ -95,95 +80,81 @@ def test_code_is_one_click_away(report: Path) -> None:
         assert not code.first.is_visible()
         page.locator("details.code summary").first.click()
         assert code.first.is_visible()
-        page.click("#all-code")
-        assert code.last.is_visible()
-        assert page.locator("#all-code").text_content() == "hide all code"
-        page.click("#all-code")
-        assert not code.last.is_visible()
 
 
-def test_the_index_sorts_and_filters(tmp_path: Path) -> None:
-    (tmp_path / "index.html").write_text(pages.table_page("Runs", "text", ROWS))
-
-    def names() -> list[str]:
-        return [row.inner_text().split("\t")[0] for row in page.locator("tbody tr").all() if row.is_visible()]
-
-    with browser.page() as page:
-        page.goto((tmp_path / "index.html").as_uri())
-        assert names() == ["b & co", "a", "c<script>"]
-        reward = page.locator("th", has_text="reward")
-        reward.click()
-        assert names() == ["c<script>", "b & co", "a"]  # what is missing comes last
-        reward.click()
-        assert reward.get_attribute("aria-sort") == "descending"
-        assert names() == ["b & co", "c<script>", "a"]
-        page.locator("th", has_text="run").click()
-        assert names() == ["a", "b & co", "c<script>"]
-        page.fill("#filter", "GAP")
-        assert names() == ["b & co"]
+# --- the index ----------------------------------------------------------------------------------------------------------
 
 
-# --- the table of runs ----------------------------------------------------------------------------------------------
-
-
-def make_run(kind: str, config: object, metrics: dict[str, object] | None) -> runs.Run:
-    run = runs.open_run(kind, "x", config)
-    if metrics is not None:
-        run.finish(metrics)
-    return run
-
-
-def test_overview_reads_what_the_notebooks_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A reports folder: a test with a report, a diagnosis, a run that never ended, and folders that cannot be read."""
     monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path))
-    league = {
-        name: {"reward": reward, "low": reward - 0.1, "high": reward + 0.1}
-        for name, reward in (("mpc", 1.0), ("llm", 0.75), ("bba", 0.5))
-    }
-    test = make_run("05_test", 1, {"policies": league})
-    (test.folder / "report.html").touch()
-    diagnosis = {
-        "run": "llm",
-        "reward": {"llm": 0.75, "mpc": 1.0},
-        "interval": [0.5, 1.0],
-        "differences": {"llm − mpc": [-0.25, -0.4, -0.1], "llm − mpc (original)": [-0.125, -0.2, 0.1]},
-        "regret": 0.5,
-        "findings": ["undertrained", "gap"],
-    }
-    make_run("06_diagnostics", 2, diagnosis)
-    sweep = {"what": "mean reward of llm per chunk", "best": "rank 8", "best_interval": [0.5, 0.25, 0.75]}
-    make_run("08_compare", 5, {**sweep, "baseline": "mpc", "minus_baseline": {"rank 8": [-0.5, -0.75, -0.25]}})
-    make_run("import", 3, {"mean_reward": {"llm": -9.5}})
-    make_run("04_finetune", 4, None)
-    (tmp_path / "runs" / "05_test" / "broken").mkdir()
-    (tmp_path / "runs" / "05_test" / "broken" / runs.MANIFEST).write_text("{")
-
-    rows = {(row["kind"], row["state"]): row for row in overview()}
-    tested, explained = rows["05_test", "done"], rows["06_diagnostics", "done"]
-    assert (tested["policy"], tested["reward"], tested["low"], tested["− mpc"]) == ("llm", 0.75, 0.65, -0.25)
-    assert tested["− mpc (original)"] is None
-    assert [explained[name] for name in ("reward", "low", "high", "− mpc", "− mpc (original)", "− optimum")] == [
-        *(0.75, 0.5, 1.0, -0.25, -0.125, -0.5)
+    policies = {"llm": (0.5, 1.0), "mpc": (1.0, 1.5), "bba": (0.0, 0.5)}
+    rows = [
+        {"policy": name, "trace": i, "reward": value}
+        for name, values in policies.items()
+        for i, value in enumerate(values)
     ]
-    assert explained["first finding"] == "undertrained"
-    assert rows["import", "done"]["reward"] == -9.5
-    compared = rows["08_compare", "done"]
-    assert [compared[name] for name in ("policy", "reward", "low", "high", "− mpc")] == [
-        "rank 8",
-        0.5,
-        0.25,
-        0.75,
-        -0.5,
-    ]
-    assert rows["04_finetune", "started"]["reward"] is None
-    assert rows["05_test", "unreadable"]["run"] == "broken"
+    scores = Scores(Measure("reward"), "llm", pd.DataFrame(rows), "fcc-test")
+    for name, finding in (("b & co", "gap"), ("a", None), ("c<script>", "diverged")):
+        run = runs.notebook_run(str(tmp_path / "runs" / "05_test" / name), "05_test")
+        if name == "b & co":
+            scores.save(run.folder)
+            (run.folder / "report.html").touch()
+        if finding:
+            runs.write_json(run.folder / reports.FINDINGS, {"findings": [{"id": finding}, {"id": "note"}]})
+        run.finish({"policies": {"mine": 0.9}})  # whatever a notebook likes to keep
+    runs.open_run("04_finetune", "x", {})
+    for number, (name, text) in enumerate(
+        ((runs.MANIFEST, "{"), (runs.MANIFEST, "[]"), ("scores.json", '{"measure": 1}'))
+    ):
+        run = runs.notebook_run(str(tmp_path / "runs" / "06_diagnostics" / f"broken{number}\x1b"), "06_diagnostics")
+        (run.folder / name).write_text(text)
+    return tmp_path
 
-    html = write_index().read_text()
-    assert (tmp_path / "index.html").read_text() == html
-    assert html.count("<tr>") == 1 + len(rows)
-    assert html.count("<a href=") == 1
-    assert f'href="runs/05_test/{test.folder.name}/report.html"' in html
-    assert all(f">{name}<" in html for name in COLUMNS)
+
+def test_the_index_shows_every_run_and_a_bad_one_hides_no_other(root: Path) -> None:
+    rows = {row["run"]: row for row in list_runs()}
+    assert len(rows) == 7
+    tested = rows["b & co"]
+    known = ("kind", "state", "tested on", "measure", "policy", "score", "best other", "difference", "first finding")
+    assert [tested[name] for name in known] == [
+        *("05_test", "done", "fcc-test", "reward", "llm", 0.75, "mpc", -0.5, "gap"),
+    ]
+    assert tested["low"] < 0.75 < tested["high"]
+    assert (rows["a"]["score"], rows["a"]["first finding"]) == (None, None)
+    (started,) = (row for row in rows.values() if row["kind"] == "04_finetune")
+    assert started["state"] == "started"
+    assert [rows[f"broken{i}?"]["state"] for i in range(3)] == ["unreadable"] * 3
+    page = write_index().read_text()
+    assert fetched(page) == []
+    assert page.count("<tr") == 1 + 7
+    assert page.count("<a href=") == 1
+    assert '<a href="runs/05_test/b%20%26%20co/report.html">b &amp; co</a>' in page
+    assert "<td>-0.500</td>" in page
+    assert page.count("<script") == 1  # its own
+    assert all(f"<th>{name}</th>" in page for name in COLUMNS)
 
 
 def test_an_empty_reports_folder_has_an_index_too(tmp_path: Path) -> None:
     assert write_index(tmp_path).is_file()
+
+
+def test_the_index_sorts_and_filters(root: Path) -> None:
+    def names() -> list[str]:
+        shown = [row.inner_text().split("\t")[0] for row in page.locator("tbody tr").all() if row.is_visible()]
+        return [name for name in shown if len(name) < 10]
+
+    write_index()
+    with browser.page() as page:
+        page.goto((root / "index.html").as_uri())
+        run = page.locator("th", has_text="run").first
+        run.click()
+        assert names() == ["a", "b & co", "broken0?", "broken1?", "broken2?", "c<script>"]
+        run.click()
+        assert run.get_attribute("aria-sort") == "descending"
+        assert names()[0] == "c<script>"
+        page.locator("th", has_text="score").click()
+        assert names()[0] == "b & co"  # what is missing comes last
+        page.fill("#filter", "GAP")
+        assert names() == ["b & co"]

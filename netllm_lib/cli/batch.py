@@ -60,7 +60,7 @@ def run(
     Results go to reports/runs/; reports/index.html lists them.
     """
     from netllm_lib import notebooks, pipelines
-    from netllm_lib.index import write_index
+    from netllm_lib.reports import write_index
 
     given = dict(item.split("=", 1) for item in parameters or [])
     if junit is not None and junit.is_dir():

@@ -46,7 +46,7 @@ def sweep(
     """
     from netllm_lib import compare as comparing
     from netllm_lib import notebooks, runs, sweeps
-    from netllm_lib.index import write_index
+    from netllm_lib.reports import write_index
     from netllm_lib.sweep_file import read_sweep
 
     asked = read_sweep(file)
