@@ -7,37 +7,39 @@ import os
 import shutil
 import subprocess
 import sys
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 import netllm_lib
-from netllm_lib import notebooks, runs
+from netllm_lib import runs
 
 if TYPE_CHECKING:
-    from distributed import Client, SpecCluster
+    from distributed import Client
 
-LOOPBACK = "127.0.0.1"
 CORES_EACH, MEMORY_EACH = 2, 3 * 2**30
 """What a worker of this machine should have at least, if it has no GPU of its own."""
 
-FAILURES = 3
-"""How many workers may die under a step before it counts as failed (dask's `allowed-failures`)."""
-
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+PASSED_ON = ("NETLLM_REPORTS", "NETLLM_DATA", "NETLLM_CACHE")
+
+# A worker gets a run when it is free, not before: those that wait come in the order of the points, and share no worker's fate.
+SETTINGS = {"distributed.scheduler.worker-saturation": 1.0}
 
 
 @dataclass(frozen=True)
 class Slurm:
     """What each job of SLURM asks for; one worker a job."""
 
-    cores: int = 4
+    cores: Annotated[int, Field(ge=1)] = 4
     memory: str = "16GB"
     walltime: str = "08:00:00"
-    jobs: int = 4
+    jobs: Annotated[int, Field(ge=1)] = 4
     partition: str | None = None
     account: str | None = None
     gpus: int = 0
@@ -47,51 +49,14 @@ class Slurm:
     """Further options of sbatch, such as `--constraint=a100`."""
 
 
-def read_slurm(table: Mapping[str, Any], text: str | None = None, where: str = "[cluster]") -> Slurm:
-    """The `[cluster]` table of a sweep file, with `partition=gpu,cores=4,…` of the command line over it.
-
-    ValueError for an unknown key, or a value that is not of its type.
-    """
-    declared = {
-        name: notebooks.Parameter(name, str(field.type).replace("tuple[str, ...]", "list[str]"), field.default, "")
-        for name, field in Slurm.__dataclass_fields__.items()
-    }
-    given = dict(table)
-    for item in filter(None, (part.strip() for part in (text or "").split(","))):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"--slurm {item}: write KEY=VALUE; known: {', '.join(declared)}")
-        given[key.strip()] = value.strip()
-    fitted = notebooks.fit_parameters(declared, given, where)
-    for key in ("cores", "jobs"):
-        if fitted.get(key, 1) < 1:
-            raise ValueError(f"{where}: {key} is at least 1, got {fitted[key]}")
-    fitted["directives"] = tuple(fitted.get("directives", ()))
-    return Slurm(**fitted)
-
-
 def visible_gpus() -> list[str]:
     """What $CUDA_VISIBLE_DEVICES may be set to, one entry a GPU; empty without one. Asks the driver's tool, not PyTorch."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+        return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
         return []
-    command = [tool, "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in listed.splitlines() if line.strip().isdigit()]
-
-
-def machine() -> tuple[int, float]:
-    """Cores and bytes of free memory that this process may use; limits of a container count."""
-    import psutil
-    from dask.system import CPU_COUNT
-    from distributed.system import MEMORY_LIMIT
-
-    return CPU_COUNT, min(psutil.virtual_memory().available, MEMORY_LIMIT)
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.split()
 
 
 def local_workers(
@@ -104,202 +69,136 @@ def local_workers(
     """
     room = len(gpus) or max(1, min(cores // CORES_EACH, int(memory_bytes // MEMORY_EACH)))
     count = wanted or max(1, min(room, steps))
-    threads = str(max(1, cores // count))
-    found = []
-    for number in range(count):
-        own = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
-        found.append({**dict.fromkeys(THREADS, threads), **own})
-    return found
+    threads = dict.fromkeys(THREADS, str(max(1, cores // count)))
+    own = [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {} for number in range(count)]
+    return [{**threads, **one} for one in own]
 
 
-# --- clusters -----------------------------------------------------------------------------------------------------------
-
-
-def import_distributed() -> Any:
-    """The package `distributed`, or a ValueError that says how to get it."""
+def connect(
+    slurm: Slurm | None, workers: int | None, scheduler: str | None, steps: int
+) -> AbstractContextManager[Client]:
+    """A client of the cluster that is asked for: an existing one, jobs of SLURM, or this machine. It starts when it is entered."""
     try:
-        import distributed
+        import distributed  # noqa: F401
+
+        if slurm is not None:
+            import dask_jobqueue  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            f"sweeps run on dask.distributed, which is not there ({error}): pip install -e '.[sweep]'"
-        ) from None
-    return distributed
-
-
-def local_cluster(environments: Sequence[Mapping[str, str]], dashboard: bool = False) -> SpecCluster:
-    """A scheduler in this process and a worker process of one thread for each environment, all on the loopback interface.
-
-    The workers end when this process ends, however it ends.
-    """
-    import dask
-
-    distributed = import_distributed()
-    if dashboard:
-        _need_bokeh()
-    dask.config.set({"distributed.scheduler.allowed-failures": FAILURES})
-    scheduler = {"host": LOOPBACK, "port": 0, "dashboard": dashboard}
-    scheduler["dashboard_address"] = f"{LOOPBACK}:{8787 if dashboard else 0}"
-    common = {"host": LOOPBACK, "nthreads": 1, "memory_limit": 0, "dashboard": False, "silence_logs": logging.CRITICAL}
-    workers = {
-        number: {"cls": distributed.Nanny, "options": {**common, "env": dict(environment)}}
-        for number, environment in enumerate(environments)
-    }
-    return distributed.SpecCluster(
-        scheduler={"cls": distributed.Scheduler, "options": scheduler},
-        workers=workers,
-        silence_logs=logging.CRITICAL,
-    )
-
-
-def slurm_cluster(slurm: Slurm, dashboard: bool = False) -> Any:
-    """A scheduler in this process whose workers are jobs of SLURM, asked for at once. ValueError without dask-jobqueue."""
-    import dask
-
-    import_distributed()
-    try:
-        from dask_jobqueue import SLURMCluster
-    except ImportError as error:
-        raise ValueError(
-            f"SLURM is reached through dask-jobqueue, which is not there ({error}): pip install -e '.[slurm]'"
-        ) from None
-    if dashboard:
-        _need_bokeh()
-    dask.config.set({"distributed.scheduler.allowed-failures": FAILURES})
-    logs = runs.reports_root() / "slurm"
-    gpus = [f"--gres=gpu:{slurm.gpus}"] if slurm.gpus else []
-    cluster = SLURMCluster(
-        queue=slurm.partition,
-        account=slurm.account,
-        cores=1,  # threads of the worker: notebooks need a process each; the cores are for what they compute
-        job_cpu=slurm.cores,
-        processes=1,
-        memory=slurm.memory,
-        walltime=slurm.walltime,
-        interface=slurm.interface,
-        job_extra_directives=[*gpus, *slurm.directives],
-        job_script_prologue=[
-            *(f"export {name}={slurm.cores}" for name in THREADS),
-            *(
-                f"export {name}='{os.environ[name]}'"
-                for name in ("NETLLM_REPORTS", "NETLLM_DATA", "NETLLM_CACHE")
-                if name in os.environ
-            ),
-        ],
-        python=sys.executable,
-        log_directory=str(logs),
-        n_workers=0,
-        scheduler_options={"dashboard": dashboard, "dashboard_address": ":8787" if dashboard else ":0"},
-    )
-    cluster.scale(jobs=slurm.jobs)
-    return cluster
-
-
-def _need_bokeh() -> None:
-    try:
-        import bokeh  # noqa: F401
-    except ImportError:
-        raise ValueError("--dashboard needs the package bokeh: pip install bokeh") from None
+        raise ValueError(f"{error}; sweeps need: pip install -e '.[sweep]', and jobs of SLURM '.[slurm]'") from None
+    if scheduler is not None:
+        if workers is not None:
+            raise ValueError("--workers is for this machine, --scheduler for an existing cluster; give one of them")
+        return _existing(scheduler)
+    return _local(workers, steps) if slurm is None or workers is not None else _slurm(slurm)
 
 
 @contextmanager
-def connect(
-    start: Callable[[], Any] | None = None, address: str | None = None, timeout_s: float = 30.0
-) -> Iterator[Client]:
-    """A client of the cluster that `start` makes, closed at the end, or of the scheduler at `address`, which is left alone.
+def _local(wanted: int | None, steps: int) -> Iterator[Client]:
+    """Worker processes of one thread on this machine, see `local_workers`; they end when this process ends, however that ends.
 
-    Raises ConnectionError where nobody answers at `address`, ValueError where its workers do not fit (see `check_workers`).
+    Everything listens on the loopback interface and speaks TLS with keys that are made for this sweep, so other users of the
+    machine can give it no work.
     """
-    distributed = import_distributed()
-    if address is None:
-        assert start is not None
-        with start() as cluster, distributed.Client(cluster) as client:
-            yield client
-        return
+    import dask
+    import psutil
+    from dask.system import CPU_COUNT
+    from distributed import Client, Nanny, Scheduler, Security, SpecCluster
+    from distributed.system import MEMORY_LIMIT
+
+    free = min(psutil.virtual_memory().available, MEMORY_LIMIT)
+    environments = local_workers(wanted, steps, visible_gpus(), CPU_COUNT, free)
+    security = Security.temporary()
+    common = {"host": "127.0.0.1", "protocol": "tls://", "security": security, "dashboard_address": "127.0.0.1:0"}
+    own = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+    workers = {
+        number: {"cls": Nanny, "options": {**common, **own, "env": environment}}
+        for number, environment in enumerate(environments)
+    }
+    with dask.config.set(SETTINGS):
+        scheduler = {"cls": Scheduler, "options": {**common, "port": 0}}
+        cluster = SpecCluster(workers, scheduler, security=security, silence_logs=logging.CRITICAL)
+    with cluster, Client(cluster) as client:
+        yield client
+
+
+@contextmanager
+def _slurm(asked: Slurm) -> Iterator[Client]:
+    """Workers that are jobs of SLURM, asked for at once; they speak TLS with keys that lie in the reports folder."""
+    import dask
+    from dask_jobqueue import SLURMCluster
+    from distributed import Client
+
+    gpus = [f"--gres=gpu:{asked.gpus}"] if asked.gpus else []
+    exported = dict.fromkeys(THREADS, str(asked.cores)) | {k: os.environ[k] for k in PASSED_ON if k in os.environ}
+    folder = runs.reports_root() / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    with dask.config.set(SETTINGS):
+        cluster = SLURMCluster(
+            queue=asked.partition,
+            account=asked.account,
+            cores=1,  # threads of the worker: notebooks need a process each; the cores are for what they compute
+            job_cpu=asked.cores,
+            processes=1,
+            memory=asked.memory,
+            walltime=asked.walltime,
+            interface=asked.interface,
+            job_extra_directives=[*gpus, *asked.directives],
+            job_script_prologue=[f"export {name}='{value}'" for name, value in exported.items()],
+            python=sys.executable,
+            log_directory=str(folder),
+            shared_temp_directory=str(folder),
+            security=True,
+            scheduler_options={"dashboard_address": ":0"},
+        )
+    with cluster, Client(cluster) as client:
+        cluster.scale(jobs=asked.jobs)
+        yield client
+
+
+@contextmanager
+def _existing(address: str, timeout_s: float = 30.0) -> Iterator[Client]:
+    """The cluster of the scheduler at `address`, which is left alone at the end.
+
+    Raises ConnectionError where nobody answers, ValueError where its workers do not fit (see `check_workers`).
+    """
+    from distributed import Client
+
     try:
-        client = distributed.Client(address, timeout=timeout_s)
+        client = Client(address, timeout=timeout_s)
+        client.wait_for_workers(1, timeout=timeout_s)
     except (OSError, TimeoutError, ValueError) as error:
         raise ConnectionError(
-            f"--scheduler {address}: no answer ({error}); is `dask scheduler` running there?"
+            f"--scheduler {address}: no scheduler with a worker answers ({error}); start them with `dask scheduler` "
+            f"and `dask worker {address} --nthreads 1`"
         ) from None
     with client:
-        try:
-            client.wait_for_workers(1, timeout=timeout_s)
-        except TimeoutError:
-            raise ConnectionError(
-                f"--scheduler {address} has no workers; start some with `dask worker {address} --nthreads 1`"
-            ) from None
         check_workers(client)
         yield client
 
 
-# --- do the workers run the same code -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Checkout:
+def checkout(probe: Path) -> dict[str, Any]:
     """What has to be the same on the client and on all workers for their runs to be one sweep."""
-
-    project: str
-    reports: str
-    python: str
-    git: str | None
-    library: str
-    versions: tuple[tuple[str, str], ...]
-
-    def difference(self, other: Checkout) -> str | None:
-        """The first thing in which a worker's checkout `other` differs, in words."""
-        names = {"project": "checkout", "reports": "reports folder ($NETLLM_REPORTS)", "git": "git revision"}
-        names |= {"library": "hash of netllm_lib", "versions": "packages"}
-        for key, mine in asdict(self).items():
-            theirs = getattr(other, key)
-            if mine == theirs:
-                continue
-            if key == "versions":
-                mine, theirs = (", ".join(f"{k} {v}" for k, v in sorted(set(a) - set(b))) or "none of these"
-                                for a, b in ((mine, theirs), (theirs, mine)))  # fmt: skip
-            return f"{names.get(key, key)}: {theirs} there, {mine} here"
-        return None
-
-
-def checkout() -> Checkout:
-    """That of this process."""
-    known = runs.environment()
-    return Checkout(
-        str(runs.PROJECT),
-        str(runs.reports_root().resolve()),
-        known["python"],
-        known["git"],
-        runs.tree_hash(Path(netllm_lib.__file__).parent, "**/*.py"),
-        tuple(known["versions"].items()),
-    )
-
-
-def _look(probe: str) -> tuple[Checkout, bool]:
-    return checkout(), Path(probe).is_file()
+    known, reports = runs.environment(), str(runs.reports_root().resolve())
+    library = runs.tree_hash(Path(netllm_lib.__file__).parent, "**/*.py")
+    places = {"checkout": str(runs.PROJECT), "reports folder": reports, "files in it": probe.is_file()}
+    return {**places, "netllm_lib": library, "Python": known["python"], **known["versions"]}
 
 
 def check_workers(client: Client) -> None:
-    """ValueError, with the worker's address, unless all workers have one thread, this checkout's code, packages and reports folder.
+    """ValueError, with the worker's address, unless all workers have one thread, and this checkout, its packages and its reports.
 
     Notebooks run side by side only in processes of their own, so a worker has one thread.
     """
     for address, threads in client.nthreads().items():
         if threads != 1:
             raise ValueError(f"worker {address} has {threads} threads: start it with --nthreads 1")
-    mine = checkout()
-    probe = runs.reports_root().resolve() / f".probe-{uuid.uuid4().hex[:8]}"
-    probe.parent.mkdir(parents=True, exist_ok=True)
-    probe.touch()
-    try:
-        answers = client.run(_look, str(probe), on_error="return")
-    finally:
-        probe.unlink()
-    for address, answer in answers.items():
-        advice = "workers need this checkout and reports folder, and its environment"
-        if isinstance(answer, BaseException):
-            raise ValueError(f"worker {address} cannot run netllm_lib ({type(answer).__name__}: {answer}): {advice}")
-        theirs, shared = answer
-        if difference := mine.difference(theirs):
-            raise ValueError(f"worker {address} differs, {difference}: {advice}")
-        if not shared:
-            raise ValueError(f"worker {address} does not see files of {mine.reports}: it has to be on a shared disk")
+    runs.reports_root().mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=runs.reports_root(), prefix=".probe-") as probe:
+        mine = checkout(Path(probe.name))
+        for address, theirs in client.run(checkout, Path(probe.name)).items():
+            for name in mine:
+                if theirs.get(name) != mine[name]:
+                    raise ValueError(
+                        f"worker {address} differs, {name}: {theirs.get(name)} there, {mine[name]} here: workers need this "
+                        "checkout, its environment, and the reports folder on a shared disk"
+                    )

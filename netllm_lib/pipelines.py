@@ -11,46 +11,54 @@ notebook = "03_experience_pool"
 [[step]]
 notebook = "04_finetune"
 timeout_s = 1200
-expected = ["policy/adapter_model.safetensors"]
 [step.parameters]
-pool = "{03_experience_pool}/pool"         # what lies in the run folder of an earlier step
+pool_dir = "{03_experience_pool}"   # the run folder of an earlier step; "{…}/file" for a file in it
 
 [[step]]
 notebook = "check.ipynb"
 after = ["04_finetune"]   # needs that step to have succeeded, though no parameter names its files
 
-A step that fails stops those that need it, by `{step}` or `after`, and those that need these; the others go on. A table
-`[gate]` is kept for the command line, which knows what it means.
+A step that fails stops those that need it, by `{step}` or `after`, and those that need these; the others go on. The table
+`[gate]` is read by `gate`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import time
-import tomllib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from netllm_lib import notebooks, runs
+from pydantic import StringConstraints
+
+from netllm_lib import config, notebooks, runs
 from netllm_lib.notebooks import NotebookError, NotebookRun
 
 REFERENCE = re.compile(r"\{([\w.-]+)\}")
 SUMMARY = "summary.txt"
 """What the last notebook of a pipeline may write for the terminal."""
 
+Name = Annotated[str, StringConstraints(pattern=r"^(\w[\w .-]*)?$")]
+"""A name that becomes part of a folder's name."""
+
+
+# --- the file -----------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Step:
-    """One notebook of a pipeline."""
+    """One notebook of a pipeline: a `[[step]]` as it stands in the file, and as it is run."""
 
-    name: str
     notebook: Path
-    parameters: dict[str, Any]
-    """Typed; `{step}` inside a string stands for the run folder of an earlier step."""
-    expected: tuple[str, ...] = ()
+    """A path, a stem or a number in the file; then the path."""
+    name: Name = ""
+    """By default the notebook's."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """`{step}` inside a string stands for the run folder of an earlier step."""
     timeout_s: float = notebooks.TIMEOUT_S
     after: tuple[str, ...] = ()
     """Earlier steps that must have succeeded, beside those that `parameters` refer to."""
@@ -58,18 +66,84 @@ class Step:
     @property
     def needs(self) -> list[str]:
         """Names of the earlier steps without which this one is not run."""
-        referred = {name for text in _strings(self.parameters) for name in REFERENCE.findall(text)}
-        return sorted(referred | set(self.after))
+        return sorted({*REFERENCE.findall(json.dumps(self.parameters)), *self.after})
+
+
+@dataclass(frozen=True)
+class Table:
+    """A pipeline file as it stands there."""
+
+    step: tuple[Step, ...]
+    name: Name = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    gate: Any = None
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The steps of a pipeline file, in order, parameters filled in and checked."""
+    """Steps in order, their parameters filled in and checked."""
 
     name: str
+    """By default the file's; the first part of the names of the run folders."""
     steps: tuple[Step, ...]
     gate: Any = None
-    """The file's `[gate]` (or `[[gate]]`) as it stands there, unchecked."""
+    """The file's `[gate]`, unchecked: `gate.read_gates` reads it."""
+
+
+def single(name: str | Path, given: Mapping[str, Any]) -> Pipeline:
+    """A notebook as a pipeline of one step. ValueError for parameters that it does not declare, or that do not fit."""
+    notebook = notebooks.open_notebook(name)
+    step = Step(notebook.path, notebook.name, notebook.fit(given))
+    if step.needs:
+        raise ValueError(f"{notebook.name}: {{{step.needs[0]}}} stands for a step, and a single notebook has no others")
+    return Pipeline("run", (step,))
+
+
+def read_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Pipeline:
+    """A pipeline file, checked as far as it can be before anything runs.
+
+    `overrides` maps `key` (every step that declares it) or `step.key` (that step) to a value. From weak to strong:
+    `[parameters]`, the step's own table, `key`, `step.key`. FileNotFoundError if there is no such file, ValueError for whatever is
+    unknown, unused or does not fit.
+    """
+    path = Path(path)
+    table: Table = config.parse(Table, config.read_toml(path), str(path))
+    if not table.step:
+        raise ValueError(f"{path}: a pipeline needs at least one [[step]]")
+    everywhere = {key: value for key, value in (overrides or {}).items() if "." not in key}
+    single = {key: value for key, value in (overrides or {}).items() if "." in key}
+    unused, known = {*table.parameters, *everywhere}, set[str]()
+    steps: dict[str, Step] = {}
+    for row in table.step:
+        beside = path.parent / row.notebook
+        notebook = notebooks.open_notebook(beside if beside.is_file() else row.notebook)
+        name = row.name or notebook.name
+        where = f"{path.name}, step {name}"
+        if name in steps:
+            raise ValueError(f"{where}: another step has this name")
+        own = {key: single.pop(key) for key in list(single) if key.startswith(f"{name}.")}
+        given = {key: value for key, value in table.parameters.items() if key in notebook.parameters}
+        given |= row.parameters
+        given |= {key: value for key, value in everywhere.items() if key in notebook.parameters}
+        given |= {key.removeprefix(f"{name}."): value for key, value in own.items()}
+        steps[name] = replace(row, notebook=notebook.path, name=name, parameters=notebook.fit(given, where))
+        earlier = list(steps)[:-1]
+        for need in steps[name].needs:
+            if need not in earlier:
+                raise ValueError(
+                    f"{where} needs {need}, which is no earlier step; those are: {', '.join(earlier) or 'none'}"
+                )
+        unused -= set(notebook.parameters)
+        known |= set(notebook.parameters)
+    if single:
+        raise ValueError(f"{path.name} has no step for '{next(iter(single))}'; steps: {', '.join(steps)}")
+    for key in sorted(unused):
+        hint = config.did_you_mean(key, known)
+        raise ValueError(f"no step of {path.name} has a parameter '{key}'{hint}; known: {', '.join(sorted(known))}")
+    return Pipeline(table.name or path.stem, tuple(steps.values()), table.gate)
+
+
+# --- running ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -101,220 +175,84 @@ class Outcome:
         return "".join(traceback.format_exception(self.error)).splitlines()
 
     def __str__(self) -> str:
-        return describe(self.run) if self.run else f"{self.state}: {self.problem}"
-
-
-class PipelineError(NotebookError):
-    """Steps failed. The message names them and those that were skipped, and says why; `outcomes` has all steps."""
-
-    def __init__(self, pipeline: str, outcomes: Sequence[Outcome]) -> None:
-        failed = [outcome for outcome in outcomes if outcome.state == "failed"]
-        skipped = [outcome for outcome in outcomes if outcome.state == "skipped"]
-        parts = [f"{len(failed)} of {len(outcomes)} steps failed"]
-        parts += [f"{outcome.name} failed ({outcome.problem})" for outcome in failed]
-        parts += [f"{outcome.name} was skipped ({outcome.problem})" for outcome in skipped]
-        executed = getattr(failed[0].error, "executed", None)
-        super().__init__(f"{pipeline}: {'; '.join(parts)}", executed, failed[0].traceback)
-        self.outcomes = tuple(outcomes)
-
-
-def read_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Pipeline:
-    """A pipeline file, checked as far as it can be before anything runs.
-
-    `overrides` maps `key` (every step that declares it) or `step.key` (that step) to a value. From weak to strong:
-    `[parameters]`, the step's own table, `key`, `step.key`. ValueError for whatever is unknown, unused or does not fit.
-    """
-    path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from None
-    _only_keys(table, ("name", "parameters", "step", "gate"), str(path))
-    rows = table.get("step", [])
-    if not rows:
-        raise ValueError(f"{path}: a pipeline needs at least one [[step]]")
-    everywhere = {key: value for key, value in (overrides or {}).items() if "." not in key}
-    single = {key: value for key, value in (overrides or {}).items() if "." in key}
-
-    steps: list[Step] = []
-    unused = set(table.get("parameters", {})) | set(everywhere)
-    declared_anywhere: set[str] = set()
-    for row in rows:
-        _only_keys(row, ("notebook", "name", "parameters", "expected", "timeout_s", "after"), f"{path}, [[step]]")
-        beside = path.parent / row.get("notebook", "")
-        source, declared = notebooks.open_notebook(beside if beside.is_file() else row.get("notebook", ""))[:2]
-        name = row.get("name", source.stem)
-        where = f"{path.name}, step {name}"
-        earlier = [step.name for step in steps]
-        if name in earlier:
-            raise ValueError(f"{where}: another step has this name")
-        given = {key: value for key, value in table.get("parameters", {}).items() if key in declared}
-        given |= row.get("parameters", {})
-        given |= {key: value for key, value in everywhere.items() if key in declared}
-        given |= {key.removeprefix(f"{name}."): single.pop(key) for key in list(single) if key.startswith(f"{name}.")}
-        parameters = notebooks.fit_parameters(declared, given, where)
-        expected, after = _names(row, "expected", where), _names(row, "after", where)
-        step = Step(name, source, parameters, expected, row.get("timeout_s", notebooks.TIMEOUT_S), after)
-        for need in step.needs:
-            if need not in earlier:
-                written = f"after '{need}'" if need in after else f"{{{need}}}"
-                raise ValueError(
-                    f"{where}: {written} is not an earlier step; those are: {', '.join(earlier) or 'none'}"
-                )
-        steps.append(step)
-        unused -= set(declared)
-        declared_anywhere |= set(declared) - {"run_dir"}
-    if single:
-        raise ValueError(
-            f"{path.name} has no step for '{next(iter(single))}'; steps: {', '.join(s.name for s in steps)}"
-        )
-    for key in sorted(unused):
-        hint = notebooks.did_you_mean(key, declared_anywhere)
-        raise ValueError(
-            f"no step of {path.name} has a parameter '{key}'{hint}; known: {', '.join(sorted(declared_anywhere))}"
-        )
-    return Pipeline(table.get("name", path.stem), tuple(steps), table.get("gate"))
-
-
-def run_pipeline(
-    path: str | Path,
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    timeout_s: float | None = None,
-    force: bool = False,
-    echo: notebooks.Echo = print,
-) -> dict[str, NotebookRun]:
-    """Run a pipeline file; returns each step's run by the step's name. See `run_steps`.
-
-    Raises ValueError for what `read_pipeline` refuses, and PipelineError at the end if a step failed. A `[gate]` is not looked at.
-    """
-    pipeline = read_pipeline(path, overrides)
-    outcomes = run_steps(pipeline, timeout_s=timeout_s, force=force, echo=echo)
-    return completed(pipeline.name, outcomes)
-
-
-def completed(pipeline: str, outcomes: Sequence[Outcome]) -> dict[str, NotebookRun]:
-    """Each step's run by the step's name. Raises PipelineError if a step failed."""
-    if any(outcome.state == "failed" for outcome in outcomes):
-        raise PipelineError(pipeline, outcomes)
-    return {outcome.name: outcome.run for outcome in outcomes if outcome.run is not None}
+        if self.run is None:
+            return f"{self.state}: {self.problem}"
+        took = f"reused (took {self.run.seconds:.1f} s when it was made)"
+        return f"{took if self.run.reused else f'done in {self.seconds:.1f} s'}: {shown(self.run.folder)}"
 
 
 def run_steps(
     pipeline: Pipeline, *, timeout_s: float | None = None, force: bool = False, echo: notebooks.Echo = print
-) -> tuple[Outcome, ...]:
+) -> list[Outcome]:
     """Run the steps in order; returns what became of each, in the same order.
 
-    A step whose notebook, parameters, library and input files are unchanged is reused. A step that fails, for whatever reason,
-    stops only those that need it. `timeout_s` replaces the limit of every step. At the end, if all went well, the last step's
+    A step whose notebook, parameters and inputs are unchanged is reused. A step that fails, for whatever reason, stops only
+    those that need it. `timeout_s` replaces the limit of every step. At the end, if all went well, the last step's
     `summary.txt` goes to `echo`, and where its report lies.
     """
     outcomes: dict[str, Outcome] = {}
     for number, step in enumerate(pipeline.steps, 1):
         echo(f"[{number}/{len(pipeline.steps)}] {step.name}")
-        outcome = _outcome(pipeline.name, step, outcomes, timeout_s, force, lambda line: echo(f"      {line}"))
+        folders = {name: outcome.run.folder for name, outcome in outcomes.items() if outcome.run}
+        if lost := next((name for name in step.needs if name not in folders), None):
+            state = "failed" if outcomes[lost].state == "failed" else "was skipped"
+            outcome = Outcome(step.name, "skipped", None, 0.0, f"it needs {lost}, which {state}")
+        else:
+            limit_s = step.timeout_s if timeout_s is None else timeout_s
+            options: dict[str, Any] = {"group": pipeline.name, "timeout_s": limit_s, "force": force}
+            options["echo"] = lambda line: echo(f"      {line}")
+            outcome = attempt(step, folders, **options)
         outcomes[step.name] = outcome
         echo(f"      {outcome}")
-    if all(outcome.run for outcome in outcomes.values()):
-        report_on(outcomes[pipeline.steps[-1].name], echo)
-    return tuple(outcomes.values())
+    last = outcome.run
+    if last and all(outcome.run for outcome in outcomes.values()):
+        if (last.folder / SUMMARY).is_file():
+            echo("\n" + (last.folder / SUMMARY).read_text().rstrip() + "\n")
+        echo(f"report: {shown(last.report)}")
+    return list(outcomes.values())
 
 
-def _outcome(
-    pipeline: str,
-    step: Step,
-    earlier: Mapping[str, Outcome],
-    timeout_s: float | None,
-    force: bool,
-    echo: notebooks.Echo,
-) -> Outcome:
-    for need in step.needs:
-        if earlier[need].run is None:
-            state = "failed" if earlier[need].state == "failed" else "was skipped"
-            return Outcome(step.name, "skipped", None, 0.0, f"it needs {need}, which {state}")
-    folders = {name: outcome.run.folder for name, outcome in earlier.items() if outcome.run}
-    return attempt(
-        step.name,
-        lambda: notebooks.run_notebook(
-            step.notebook,
-            resolve(step.parameters, folders),
-            name=pipeline,
-            timeout_s=step.timeout_s if timeout_s is None else timeout_s,
-            expected=step.expected,
-            force=force,
-            echo=echo,
-        ),
-    )
-
-
-def attempt(name: str, work: Callable[[], NotebookRun]) -> Outcome:
-    """What became of `work`, which runs a notebook: done, reused or failed. Raises nothing but KeyboardInterrupt and the like."""
+def attempt(step: Step, folders: Mapping[str, Path], **options: Any) -> Outcome:
+    """Run one step by `run_notebook`; `folders` are those of the steps that it needs. Raises nothing but KeyboardInterrupt."""
     started = time.monotonic()
     try:
-        run = work()
+        done = notebooks.run_notebook(step.notebook, resolve(step.parameters, folders), **options)
     except Exception as error:  # whatever it is, it is this step's: others may go on
         known = isinstance(error, NotebookError | ValueError | OSError)
         problem = " ".join(f"{'' if known else f'unexpected {type(error).__name__}: '}{error}".split())
-        return Outcome(name, "failed", None, time.monotonic() - started, problem, error)
-    return Outcome(name, "reused" if run.reused else "done", run, time.monotonic() - started)
+        return Outcome(step.name, "failed", None, time.monotonic() - started, problem, error)
+    return Outcome(step.name, "reused" if done.reused else "done", done, time.monotonic() - started)
 
 
-def report_on(outcome: Outcome, echo: notebooks.Echo) -> None:
-    """The end of a run that went well: its notebook's `summary.txt`, if it wrote one, and where the report lies."""
-    assert outcome.run is not None
-    if (outcome.run.folder / SUMMARY).is_file():
-        echo("\n" + (outcome.run.folder / SUMMARY).read_text().rstrip() + "\n")
-    echo(f"report: {notebooks.shown(outcome.run.report)}")
+def raise_failures(pipeline: str, outcomes: Sequence[Outcome]) -> None:
+    """NotebookError if steps failed; it names them and those that were skipped. The error itself of a pipeline of one step."""
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if failed and len(outcomes) == 1:
+        raise failed[0].error or AssertionError
+    if failed:
+        parts = [f"{one.name} failed ({one.problem})" for one in failed]
+        parts += [f"{one.name} was skipped ({one.problem})" for one in outcomes if one.state == "skipped"]
+        counts = f"{len(failed)} of {len(outcomes)} steps failed"
+        raise NotebookError(f"{pipeline}: {'; '.join([counts, *parts])}", traceback=failed[0].traceback)
 
 
-def describe(run: NotebookRun) -> str:
-    """One line on a finished run, for the terminal."""
-    state = f"reused (took {run.seconds:.1f} s when it was made)" if run.reused else f"done in {run.seconds:.1f} s"
-    return f"{state}: {notebooks.shown(run.folder)}"
-
-
-def resolve(value: Any, done_folders: Mapping[str, Path]) -> Any:
+def resolve(value: Any, folders: Mapping[str, Path]) -> Any:
     """`value` with every `{step}` in a string, also in lists and tables, replaced by that step's run folder.
 
-    Raises NotebookError if the file meant is not there, ValueError if `done_folders` has no such step.
+    Raises NotebookError if the file meant is not there.
     """
     if isinstance(value, dict):
-        return {key: resolve(item, done_folders) for key, item in value.items()}
+        return {key: resolve(item, folders) for key, item in value.items()}
     if isinstance(value, list):
-        return [resolve(item, done_folders) for item in value]
+        return [resolve(item, folders) for item in value]
     if not isinstance(value, str) or not REFERENCE.search(value):
         return value
-    if unknown := [name for name in REFERENCE.findall(value) if name not in done_folders]:
-        raise ValueError(
-            f"{value}: {{{unknown[0]}}} is not a finished step; those are: {', '.join(done_folders) or 'none'}"
-        )
-    path = REFERENCE.sub(lambda match: str(done_folders[match[1]]), value)
+    path = REFERENCE.sub(lambda match: str(folders[match[1]]), value)
     if not (runs.PROJECT / path).exists():
         raise NotebookError(f"{value}: {path} was not written by that step")
     return path
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-
-
-def _only_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise ValueError(
-                f"{where}: unknown key '{key}'{notebooks.did_you_mean(key, known)}; known: {', '.join(known)}"
-            )
-
-
-def _names(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    names = row.get(key, [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'{where}: {key} is a list of names such as ["a", "b"], got {names!r}')
-    return tuple(names)
+def shown(path: Path) -> str:
+    """A path as a person wants to read it: from the working directory if it lies below, else whole."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

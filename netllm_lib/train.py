@@ -135,8 +135,8 @@ class _Run:
                 if self.config.shuffle == "seed":
                     torch.manual_seed(self.config.seed)
                 self.save()  # what it starts from: initial weights and random state
-            self.curves = self.open_curves()
             with self.curves:
+                self.begin_curves()
                 self.go(validate, progress)
                 return self.finish(validate is not None, held_out)
 
@@ -298,18 +298,16 @@ class _Run:
                 "use another folder"
             )
 
-    def open_curves(self) -> tracking.Curves:
-        """Where curves go, with the points that are known from earlier sittings."""
+    def begin_curves(self) -> None:
+        """Open the curves, with the points that are known from earlier sittings."""
         rows: dict[float, list[dict[str, float]]] = {}
         for row in self.rows:
             rows.setdefault(row["step"], []).append(row)
         points = [*map(_step_point, rows.values()), *map(_score_point, self.evaluations)]
         plm = self.network.plm
-        parameters = {"train": self.meta.train, "plm": plm.config, "network": self.network.config, "layers": plm.layers}
-        tags = {"data": self.data.key, "plm": plm.identity, "run_key": self.key}
-        return tracking.Curves(
-            self.folder, self.track, runs.plain(parameters), tags, sorted(points, key=lambda p: p[0])
-        )
+        settings = {"train": self.meta.train, "plm": plm.config, "network": self.network.config, "layers": plm.layers}
+        tags = {"data": self.data.key, "plm": plm.identity, "git": runs.git_revision() or "unknown"}
+        self.curves.begin(self.folder, self.track, runs.plain(settings), tags, sorted(points, key=lambda p: p[0]))
 
 
 def _read_state(path: Path) -> dict[str, Any]:

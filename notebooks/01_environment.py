@@ -16,8 +16,10 @@
 # Every line below is a check with what to do about it. A *fail* stops a headless run here, before hours of training are lost.
 
 # %% tags=["parameters"]
-data: str = ""  # folder with traces/ and videos/; empty: $NETLLM_DATA, data/netllm, or the bundled sample
-plm: str = "smollm2"  # the language model: smollm2, or a Hugging Face folder
+from pathlib import Path
+
+data: Path = ""  # folder with traces/ and videos/; empty: $NETLLM_DATA, data/netllm, or the bundled sample
+plm: Path = "smollm2"  # the language model: smollm2, or a Hugging Face folder
 layers: int = 4  # how many of its first layers are kept; 0: all
 load: bool = True  # load its weights too, not only look at its files
 run_dir: str = ""  # where results go; filled in by `netllm run`

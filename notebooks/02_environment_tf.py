@@ -18,7 +18,9 @@
 # companion runs without TensorFlow.
 
 # %% tags=["parameters"]
-data: str = ""  # folder with traces/, videos/ and all_models/
+from pathlib import Path
+
+data: Path = ""  # folder with traces/, videos/ and all_models/
 episodes: int = 20  # traces played to collect states
 run_dir: str = ""  # where results go; filled in by `netllm run`
 

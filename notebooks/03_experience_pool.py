@@ -17,10 +17,14 @@
 # training traces, sharing no content with the rest, is set aside for validation: models are chosen on it, never on the test set.
 
 # %% tags=["parameters"]
-data: str = ""  # folder with traces/ and videos/
+from pathlib import Path
+
+data: Path = ""  # folder with traces/ and videos/
 traces: str = ""  # training trace set; empty: the first one of the split "train"
 video: str = ""  # empty: the first one
-policies: list[str] = ["mpc"]  # behaviour policies, mixed in equal parts: mpc, bba, genet, random, a policy's folder, …
+policies: list[Path] = [
+    "mpc"
+]  # behaviour policies, mixed in equal parts: mpc, bba, genet, random, a policy's folder, …
 preset: str = "sound"  # "upstream": policies, traces and random numbers as the original's pool generation has them
 episodes: int = 200  # per policy; traces are repeated from other starting points as needed (upstream: traces, -1 all)
 noise: bool = False  # multiply download times by 0.9 … 1.1
@@ -30,8 +34,6 @@ seed: int = 1  # of starts, noise and sampling
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 
 from netllm_lib import runs

@@ -17,9 +17,11 @@
 # says how many optimizer steps there will be, what learning rate they really reach, and what it will cost.
 
 # %% tags=["parameters"]
-data: str = ""  # folder with traces/ and videos/, for validation
-pool_dir: str = ""  # run folder of notebook 03; empty: its last run
-plm: str = "smollm2"  # smollm2, or a Hugging Face folder, <type>/<size>, or a hub name
+from pathlib import Path
+
+data: Path = ""  # folder with traces/ and videos/, for validation
+pool_dir: Path = ""  # run folder of notebook 03; empty: its last run
+plm: Path = "smollm2"  # smollm2, or a Hugging Face folder, <type>/<size>, or a hub name
 layers: int = 4  # first layers that are kept (early stop); 0: all
 random_weights: bool = False  # the same shape with random weights: the control for pretraining
 rank: int = 128  # LoRA rank; 0: frozen, -1: the whole PLM
@@ -38,7 +40,6 @@ run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
 import shutil
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 

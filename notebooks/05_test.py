@@ -18,8 +18,10 @@
 # plays and publishes them, and sound, without the mistakes that hold them back.
 
 # %% tags=["parameters"]
-data: str = ""  # folder with traces/ and videos/
-policy: str = ""  # run folder of notebook 04, or a checkpoint folder; empty: only the baselines
+from pathlib import Path
+
+data: Path = ""  # folder with traces/ and videos/
+policy: Path = ""  # run folder of notebook 04, or a checkpoint folder; empty: only the baselines
 traces: str = ""  # test trace set; empty: the first one of the split "test"
 train_traces: str = ""  # to find test traces that share content with training; empty: the first one of "train"
 video: str = ""  # empty: the first one
@@ -30,8 +32,6 @@ seed: int = 100003  # of everything that is sampled
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 
 from netllm_lib import runs

@@ -17,13 +17,15 @@
 # told: the test alone shows where the reward goes, training and pool why, weights and PLM prove it by playing again.
 
 # %% tags=["parameters"]
-data: str = ""  # folder with traces/ and videos/
-test_dir: str = ""  # run folder of notebook 05, or a tree of the original's; empty: the last run of 05
-train_dir: str = ""  # run folder of notebook 04; empty: the one that the test names
-pool_dir: str = ""  # run folder of notebook 03, or a pool; empty: the one that the training names
-seeds: list[str] = []  # further tests of the same recipe, with other training seeds
-more: list[str] = []  # further tests on the same traces, to compare with
-plm: str = ""  # where the PLM is; empty: where the training found it
+from pathlib import Path
+
+data: Path = ""  # folder with traces/ and videos/
+test_dir: Path = ""  # run folder of notebook 05, or a tree of the original's; empty: the last run of 05
+train_dir: Path = ""  # run folder of notebook 04; empty: the one that the test names
+pool_dir: Path = ""  # run folder of notebook 03, or a pool; empty: the one that the training names
+seeds: list[Path] = []  # further tests of the same recipe, with other training seeds
+more: list[Path] = []  # further tests on the same traces, to compare with
+plm: Path = ""  # where the PLM is; empty: where the training found it
 budget_s: float = 30.0  # for playing the test again, one switch at a time; 0: not
 retrain_s: float = 0.0  # for training the PLM anew by the sound defaults; 0: not
 baseline: str = ""  # the policy to compare with; empty: the one that the run is judged by

@@ -18,11 +18,13 @@
 # the test traces, and no training trace shares content with one.
 
 # %% tags=["parameters"]
-data: str = ""  # folder with traces/ and videos/
-before: str = (
+from pathlib import Path
+
+data: Path = ""  # folder with traces/ and videos/
+before: Path = (
     ""  # run folder of notebook 04, or a checkpoint: the policy to compare with; the first round plays it; empty: MPC
 )
-plm: str = "tiny-llama"  # trained from random weights; or smollm2, or a Hugging Face folder, which get LoRA
+plm: Path = "tiny-llama"  # trained from random weights; or smollm2, or a Hugging Face folder, which get LoRA
 layers: int = 4  # first layers that are kept; 0: all
 rank: int = 128  # LoRA rank; tiny-llama is trained as a whole
 random_weights: bool = False  # the control for pretraining
@@ -44,7 +46,6 @@ run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
 import shutil
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd

@@ -18,13 +18,18 @@
 # Without tests, a metric of the runs is compared, with Student's interval over the seeds.
 
 # %% tags=["parameters"]
-sweep_dir: str = ""  # folder of a sweep; empty: the last one that was completed
-policy: str = ""  # the one compared between settings; empty: llm, or the first that does not do the same in all points
-baseline: str = ""  # the policy to compare with; empty: mpc, or the best of the others
+from pathlib import Path
+
+sweep_dir: Path = ""  # folder of a sweep; empty: the last one that was completed
+policy: str = ""  # the one compared between settings; empty: the one that the tests are about
+baseline: str = ""  # the policy to compare with; empty: the best of the others
 metric: str = (
-    ""  # compare this metric of the runs; empty: the test's reward, or where nothing was tested the last step's first
+    ""  # compare this metric of the runs; empty: the tests' scores, or where nothing was tested the first that differs
 )
-order: str = "auto"  # which values of a metric are better: high, low; auto: low for a loss, else high
+better: str = "higher"  # or "lower": which values of that metric are better; scores say it themselves
+choose_by: str = (
+    "04_finetune.validation_reward"  # a metric of the runs that chooses the setting, where every run has it
+)
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
@@ -48,36 +53,32 @@ tables.failed[["point", "setting", "seed", "problem"]]
 
 # %%
 if tested:
-    subject = policy or comparing.subject(tables.results)
-    baseline = baseline or comparing.default_baseline(tables, subject)
-    samples, others = comparing.reward_samples(tables, subject), comparing.baseline_samples(tables, subject)
-    what, higher = f"mean reward of {subject} per chunk", True
+    about, subject = tables.measure, policy or tables.subject
+    samples = comparing.figures(tables, subject)
+    others = {name: comparing.baseline_figures(tables, name) for name in tables.policies if name != subject}
+    better, what = about.better, f"{about.name} of {subject}"
 else:
-    subject, baseline, what = "", "", metric or comparing.default_metric(tables.points)
-    samples, others = comparing.metric_samples(tables, what), {}
-    higher = order == "high" or (order == "auto" and "loss" not in what)
-print(f"compared: {what}, {'higher' if higher else 'lower'} is better")
+    subject, what = "", metric or next(iter(comparing.numeric_metrics(tables.points)))
+    samples, others = comparing.metric_figures(tables, what), {}
+print(f"compared: {what}, {better} is better")
 
 # %% [markdown]
 # ## Who got how much
-# The setting is chosen by the validation reward where every run has one: choosing by the test and then reporting that test flatters
-# the winner. `worst_run` and `best_run` are the means of single seeds.
+# The setting is chosen by the validation traces where every run was validated: choosing by the test and then reporting that test
+# flatters the winner. `worst_run` and `best_run` are the means of single seeds.
 
 # %%
-league = comparing.league(samples, higher)
-samples = {name: samples[name] for name in league.index}  # the best first
-best, by = comparing.chosen(tables, samples, higher)
-shown = league.join(comparing.parts(tables, subject)) if tested else league
-shown.to_parquet(out / "league.parquet")
-print(
-    f"chosen: {best}, by {by}"
-    + ("" if by.endswith(comparing.VALIDATION) else "; its figure is flattered by the choice")
-)
+ranking = comparing.ranking(samples, better)
+samples = {name: samples[name] for name in ranking.index}  # the best first
+best, by = comparing.chosen(tables, samples, better, choose_by)
+shown = ranking.join(comparing.parts(tables, subject)) if tested else ranking
+shown.to_parquet(out / "ranking.parquet")
+print(f"chosen: {best}, by {by}" + ("" if by == choose_by else "; its figure is flattered by the choice"))
 shown.round(4)
 
 # %%
-comparing.plot_league(samples, others, best, higher, what)
-plt.savefig(out / "league.png", dpi=120)
+comparing.plot_ranking(samples, others, better, best, what)
+plt.savefig(out / "ranking.png", dpi=120)
 plt.show()
 
 # %% [markdown]
@@ -85,8 +86,9 @@ plt.show()
 # A difference whose interval holds zero is none. With many settings some interval excludes zero by chance: one in twenty does.
 
 # %%
-reference = comparing.baseline_sample(tables, baseline) if baseline else None
-against = {} if reference is None else comparing.differences(samples, reference)
+if others and not baseline:
+    baseline = comparing.ranking(others, better).index[0]
+against = comparing.differences(samples, comparing.baseline_figures(tables, baseline)) if baseline else {}
 between = comparing.differences(samples, samples[best], skip=[best])
 for title, intervals in ((f"minus {baseline}", against), (f"minus {best}", between)):
     if intervals:
@@ -114,16 +116,16 @@ if found:
 pd.concat({name: table.drop(columns="each").round(4) for name, table in found.items()}) if found else None
 
 # %%
-words = comparing.summary(tables, league, against, best, by, what, baseline)
+words = comparing.summary(tables, ranking, against, (best, by), what, baseline)
 (out / "summary.txt").write_text(words + "\n")
 print(words)
 
 # %%
-metrics = {"what": what, "higher_is_better": higher, "points": len(tables.points), "failed": len(tables.failed)}
+metrics = {"what": what, "better": better, "points": len(tables.points), "failed": len(tables.failed)}
 metrics |= {"best": best, "chosen_by": by, "best_interval": list(comparing.pooled(samples[best]))}
-metrics |= {"settings": league.to_dict("index"), "baseline": baseline or None}
+metrics |= {"settings": ranking.to_dict("index"), "baseline": baseline or None}
 metrics |= {"minus_baseline": {name: list(one) for name, one in against.items()}}
 metrics |= {"minus_best": {name: list(one) for name, one in between.items()}}
 metrics |= {"effects": {name: table.to_dict("records") for name, table in found.items()}}
 this_run.finish(metrics)
-# expected: summary.txt, league.parquet, league.png
+# expected: summary.txt, ranking.parquet, ranking.png

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import netllm_lib
 from netllm_lib import cli, envcheck
 from netllm_lib.abr import checks
 
@@ -29,10 +30,9 @@ def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (("run", "nosuch"), "netllm: error: no notebook nosuch"),
-        (("run", "nosuch.toml"), "netllm: error: [Errno 2] No such file or directory: 'nosuch.toml'"),
+        (("run", "nosuch.toml"), "netllm: error: nosuch.toml: no such file"),
         (("run", "nosuch", "-p", "key"), "netllm: error: -p takes two words: -p KEY VALUE"),
         (("run", "nosuch", "-p", "key=1", "x"), "netllm: error: -p key=1: write -p key 1"),
-        (("run", "nosuch.toml", "--kernel", "k"), "netllm: error: --kernel is for a single notebook"),
     ],
 )
 def test_wrong_requests_exit_2_with_one_line(
@@ -44,8 +44,10 @@ def test_wrong_requests_exit_2_with_one_line(
     assert len(shown.splitlines()) == 1
 
 
-def test_unknown_command_exits_2() -> None:
+def test_unknown_command_exits_2_and_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("nosuch") == 2
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"netllm {netllm_lib.__version__}\n"
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,17 +1,22 @@
-"""The strict runner: parameters, failures, artefacts, reuse, offline reports; and the committed notebooks."""
+"""The strict runner: parameters, failures, artefacts, reuse; and the committed notebooks."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from netllm_lib import cli, notebooks, runs
+import netllm_lib
+from netllm_lib import abr, cli, notebooks, runs
 from netllm_lib.notebooks import NotebookError, NotebookRun, run_notebook
 
 PARAMETERS = """
@@ -27,14 +32,33 @@ def finish(**metrics):
 """
 
 
-def write_notebook(folder: Path, name: str, *cells: str, parameters: str = PARAMETERS) -> Path:
+def write_notebook(folder: Path, name: str, *cells: str, parameters: str = PARAMETERS, kernel: str = "python3") -> Path:
     """A small notebook for the kernel of the tests' own environment."""
-    code = [new_code_cell(METRICS), *(new_code_cell(cell) for cell in cells)]
+    code = [new_code_cell(METRICS), *map(new_code_cell, cells)]
     tagged = new_code_cell(parameters.strip(), metadata={"tags": ["parameters"]})
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    spec = {"name": kernel, "display_name": "Python 3", "language": "python"}
     path = folder / f"{name}.ipynb"
-    nbformat.write(new_notebook(cells=[tagged, *code], metadata={"kernelspec": kernel}), path)
+    nbformat.write(new_notebook(cells=[tagged, *code], metadata={"kernelspec": spec}), path)
     return path
+
+
+def wait_for(path: Path, pattern: str, lines: int = 1, timeout_s: float = 60.0) -> Path:
+    """The first file that matches, once it has so many lines."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        for found in path.glob(pattern):
+            if len(found.read_text().splitlines()) >= lines:
+                return found
+        time.sleep(0.02)
+    raise AssertionError(f"no {pattern} below {path}")
+
+
+def is_gone(pid: int) -> bool:
+    """No such process, or only its entry, which waits to be collected."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -64,39 +88,44 @@ def test_strings_become_the_declared_types(good: tuple[Path, NotebookRun, list[s
     _, run, lines = good
     assert run.metrics == {"smoke": "False", "steps": 7, "cwd": str(runs.PROJECT), "headless": "1"}
     assert lines == ["step 2", "end"]
-    assert run.executed.is_file()
+    assert run.report.is_file()
     assert not run.reused
 
 
-def test_same_content_is_reused_and_other_content_is_not(good: tuple[Path, NotebookRun, list[str]]) -> None:
+def test_same_content_is_reused_lost_files_are_made_again_and_force_empties(
+    good: tuple[Path, NotebookRun, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, run, _ = good
     again = run_notebook(path, {"steps": 7, "smoke": False})
-    assert again.reused
-    assert again.folder == run.folder
-    assert again.metrics == run.metrics
-    manifest = runs.read_json(run.folder / runs.MANIFEST)
-    assert manifest["status"] == "done"
-    assert set(manifest["inputs"]) >= {"notebook", "netllm_lib"}
-
-
-def test_a_lost_artefact_is_made_again_and_force_runs_again(good: tuple[Path, NotebookRun, list[str]]) -> None:
-    path, run, _ = good
+    assert (again.reused, again.folder, again.metrics) == (True, run.folder, run.metrics)
+    assert runs.Run(run.folder).manifest["inputs"].keys() == {"notebook"}
     (run.folder / "table.txt").unlink()
     (run.folder / "leftover").touch()
-    again = run_notebook(path, {"smoke": False, "steps": 7}, force=True, echo=lambda line: None)
-    assert not again.reused
+    assert not run_notebook(path, {"smoke": False, "steps": 7}).reused
+    assert (run.folder / "leftover").is_file()
+    assert not run_notebook(path, {"smoke": False, "steps": 7}, force=True).reused
     assert (run.folder / "table.txt").is_file()
     assert not (run.folder / "leftover").exists()
 
 
-def test_typo_is_refused_before_anything_runs(good: tuple[Path, NotebookRun, list[str]]) -> None:
-    path = good[0]
-    with pytest.raises(ValueError, match=r"no parameter 'smokee', did you mean 'smoke'\?; known: smoke, steps, rate"):
-        run_notebook(path, {"smokee": "true"})
-    with pytest.raises(ValueError, match="parameter steps is int, got 'many'"):
-        run_notebook(path, {"steps": "many"})
-    with pytest.raises(ValueError, match="run_dir is set by the runner"):
-        run_notebook(path, {"run_dir": "/tmp"})
+def test_requests_are_refused_before_anything_runs(good: tuple[Path, NotebookRun, list[str]], folder: Path) -> None:
+    for given, message in (
+        ({"smokee": "true"}, r"good has no parameter 'smokee', did you mean 'smoke'\?; known: smoke, steps, rate"),
+        ({"steps": "many"}, "good: parameter steps is int, got 'many'"),
+        ({"rate": True}, "good: parameter rate"),
+        ({"run_dir": "/tmp"}, "run_dir is set by the runner"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_notebook(good[0], given)
+    with pytest.raises(ValueError, match="needs `run_dir"):
+        run_notebook(write_notebook(folder, "homeless", parameters="a: int = 1"))
+    (folder / "broken.ipynb").write_text("[]")
+    with pytest.raises(ValueError, match=r"broken\.ipynb"):
+        run_notebook(folder / "broken.ipynb")
+    with pytest.raises(ValueError, match=r"strange\.ipynb: name 'Tensor' is not defined"):
+        run_notebook(write_notebook(folder, "strange", parameters='x: Tensor = 1\nrun_dir: str = ""'))
+    with pytest.raises(FileNotFoundError, match="no notebook nosuch"):
+        run_notebook("nosuch")
 
 
 def test_failing_cell_is_named_and_the_notebook_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,52 +139,50 @@ def test_failing_cell_is_named_and_the_notebook_kept(folder: Path, capsys: pytes
     assert str(executed) in error
     assert "ZeroDivisionError" in executed.read_text()
     assert (executed.parent / notebooks.REPORT).is_file()
-    assert runs.read_json(executed.parent / runs.MANIFEST)["status"] == "failed"
-
-
-def test_missing_artefact_fails(folder: Path) -> None:
-    path = write_notebook(folder, "forgets", "finish()")
-    with pytest.raises(NotebookError, match=r"did not write pool\.npz"):
-        run_notebook(path, expected=["pool.npz"])
-
-
-def test_time_limit(folder: Path) -> None:
-    path = write_notebook(folder, "sleeps", "import time\ntime.sleep(60)", "finish()")
-    with pytest.raises(NotebookError, match=r"cell 3 of 4 \('import time'\): time limit of 1 s reached"):
-        run_notebook(path, timeout_s=1)
+    assert runs.Run(executed.parent).manifest["status"] == "failed"
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [("raise SystemExit", "stopped early"), ("os._exit(3)", "the kernel died")],
-    ids=["exit", "death"],
+    ("name", "cells", "message"),
+    [
+        ("forgets", ["# expected: pool.npz", "finish()"], r"did not write pool\.npz"),
+        ("sleeps", ["import time\ntime.sleep(60)"], r"cell 3 of 3 \('import time'\): time limit of 1 s reached"),
+        ("exits", ["finish()\nraise SystemExit", "print('never')"], "stopped early"),
+        ("dies", ["finish()\nos._exit(3)", "print('never')"], "the kernel died"),
+        ("lists", ["pathlib.Path(run_dir, 'metrics.json').write_text('[]')"], "metrics.json"),
+    ],
 )
-def test_early_end_is_a_failure(folder: Path, line: str, message: str) -> None:
-    path = write_notebook(folder, f"ends_{message[-4:]}", f"finish()\n{line}", "print('never')")
+def test_other_failures(folder: Path, name: str, cells: list[str], message: str) -> None:
+    path = write_notebook(folder, name, *cells)
     with pytest.raises(NotebookError, match=message):
-        run_notebook(path)
+        run_notebook(path, timeout_s=1 if name == "sleeps" else 60)
 
 
-def test_refusals_that_need_no_kernel(folder: Path) -> None:
-    path = write_notebook(folder, "plain", "finish()")
-    with pytest.raises(ValueError, match="never run in place"):
-        run_notebook(path, run_dir=folder)
-    with pytest.raises(NotebookError, match="no Jupyter kernel named nothing"):
-        run_notebook(path, kernel="nothing")
-    with pytest.raises(ValueError, match="needs `run_dir"):
-        run_notebook(write_notebook(folder, "homeless", parameters="a: int = 1"))
-    with pytest.raises(ValueError, match="one cell tagged 'parameters', found 0"):
-        nbformat.write(new_notebook(cells=[new_code_cell("1")]), folder / "none.ipynb")
-        run_notebook(folder / "none.ipynb")
-    with pytest.raises(FileNotFoundError, match="no notebook nosuch"):
-        run_notebook("nosuch")
+def test_a_kernel_that_holds_pythons_lock_dies_with_its_parent(folder: Path) -> None:
+    """ipykernel's own poller cannot end such a kernel. Whoever takes the work up again is then alone."""
+    kernel = "pathlib.Path(run_dir, 'kernel').write_text(str(os.getpid()))"
+    path = write_notebook(folder, "stuck", kernel, "sum(range(10**11))", "finish()")
+    code = f"from netllm_lib import notebooks; notebooks.run_notebook({str(path)!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    written = wait_for(folder / "reports" / "runs" / "stuck", "*/kernel")
+    with pytest.raises(runs.Busy), runs.lock(written.parent):
+        pass
+    time.sleep(0.3)  # until it computes
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 5
+    while not is_gone(int(written.read_text())) and time.monotonic() < end:
+        time.sleep(0.001)
+    assert is_gone(int(written.read_text()))
+    with runs.lock(written.parent):
+        pass
 
 
 def test_find_notebook_by_number_stem_and_source(tmp_path: Path) -> None:
     path = write_notebook(tmp_path, "03_pool")
     write_notebook(tmp_path, "04_a")
     write_notebook(tmp_path, "04_b")
-    for name in ("03", "03_pool", "03_pool.ipynb", path, path.with_suffix(".py")):
+    for name in ("03", "3", "03_pool", "03_pool.ipynb", path, path.with_suffix(".py")):
         assert notebooks.find_notebook(name, tmp_path) == path
     with pytest.raises(FileNotFoundError, match="04 could be any of 04_a, 04_b"):
         notebooks.find_notebook("04", tmp_path)
@@ -163,78 +190,45 @@ def test_find_notebook_by_number_stem_and_source(tmp_path: Path) -> None:
         notebooks.find_notebook("03_pol", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("annotation", "given", "expected"),
-    [
-        ("bool", "False", False),
-        ("bool", "yes", True),
-        ("int", "-3", -3),
-        ("float", "1e-3", 1e-3),
-        ("float", 2, 2.0),
-        ("str", "007", "007"),
-        ("int | None", "none", None),
-        ("int | None", "4", 4),
-        ("str | None", "None", None),
-        ("Optional[float]", "0.5", 0.5),
-        ("list[int]", "1,2", [1, 2]),
-        ("list[str]", "['a', 'b,c']", ["a", "b,c"]),
-        ("tuple[float, ...]", [1, 2], [1.0, 2.0]),
-        ("Literal['argmax', 'sample']", "sample", "sample"),
-        ("dict", "{'a': 1}", {"a": 1}),
-        ("'int'", "5", 5),
-    ],
-)
-def test_fitting(annotation: str, given: object, expected: object) -> None:
-    declared = {"x": notebooks.Parameter("x", annotation, None, "")}
-    fitted = notebooks.fit_parameters(declared, {"x": given}, "n")["x"]
-    assert fitted == expected
-    assert type(fitted) is type(expected)
+# --- what a run is made from --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("annotation", "given"),
-    [
-        ("bool", "flase"),
-        ("bool", 2),
-        ("int", "1.5"),
-        ("int", 1.5),
-        ("int", True),
-        ("float", "fast"),
-        ("str", 3),
-        ("list[int]", "1,b"),
-        ("Literal['argmax', 'sample']", "max"),
-        ("int | None", "x"),
-        ("Path", "x"),
-    ],
-)
-def test_misfits(annotation: str, given: object) -> None:
-    declared = {"x": notebooks.Parameter("x", annotation, None, "")}
-    with pytest.raises(ValueError, match=re.escape(f"n: parameter x is {annotation}, got {given!r}")):
-        notebooks.fit_parameters(declared, {"x": given}, "n")
+def test_inputs_are_what_paths_lead_to_and_the_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETLLM_DATA", str(tmp_path / "data"))
+    declared = 'from pathlib import Path\n\ndata: Path = ""\nmore: list[Path] = []\nword: str = ""\nrun_dir: str = ""'
+    cells = ["from netllm_lib.abr import qoe"]
+    opened = notebooks.open_notebook(write_notebook(tmp_path, "reads", *cells, parameters=declared))
+    (tmp_path / "data" / "cache").mkdir(parents=True)
+    file = tmp_path / "data" / "trace"
+    file.write_text("0 1.5")
+    given = {"more": [str(file)], "word": str(file)}
+    found = notebooks.input_hashes(opened, given)
+    assert set(found) == {"notebook", "netllm_lib", "netllm_lib.abr", "data", f"more: {file}"}
+
+    (tmp_path / "data" / "cache" / "weights").write_text("can be made again")
+    assert notebooks.input_hashes(opened, given) == found
+    file.write_text("0 2.5")
+    changed = notebooks.input_hashes(opened, given)
+    assert {name for name in found if found[name] != changed[name]} == {"data", f"more: {file}"}
+    monkeypatch.setattr(abr, "ARITHMETIC", 99)
+    assert notebooks.input_hashes(opened, given)["netllm_lib.abr"] == "99"
+    plain = notebooks.open_notebook(write_notebook(tmp_path, "plain", "import netllm_lib.runs as runs"))
+    assert notebooks.arithmetic(plain) == {"netllm_lib": str(netllm_lib.ARITHMETIC)}
 
 
-def test_parameters_cell_is_read_with_types_defaults_and_help() -> None:
-    source = 'a: int = 3  # how many\nb = "x=y"  # an = sign\nc: float = 1 / 3\n"""A note."""\n'
-    cell = new_code_cell(source, metadata={"tags": ["parameters"]})
-    found = notebooks.read_parameters(new_notebook(cells=[cell]))
-    assert found["a"] == notebooks.Parameter("a", "int", 3, "how many")
-    assert found["b"] == notebooks.Parameter("b", "str", "x=y", "an = sign")
-    assert (found["c"].type, found["c"].default) == ("float", None)
+def test_a_finished_run_is_known_by_its_name_and_when_it_was_finished(tmp_path: Path) -> None:
+    run = runs.open_run("pool", "a", {}, root=tmp_path)
+    (run.folder / "pool").touch()
+    run.finish({})
+    before = [notebooks.fingerprint(place) for place in (run.folder, run.folder / "pool")]
+    assert before[0] != before[1]
+    (run.folder / "pool").write_text("nobody writes into a finished run")
+    assert [notebooks.fingerprint(place) for place in (run.folder, run.folder / "pool")] == before
+    run.note(finished="later")
+    assert notebooks.fingerprint(run.folder) != before[0]
 
 
-def test_input_files_are_part_of_the_name(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "trace").write_text("0 1.5")
-    before = notebooks.fingerprint(data)
-    (data / "cache").mkdir()
-    (data / "cache" / "weights").write_text("can be made again")
-    assert notebooks.fingerprint(data) == before
-    (data / "trace").write_text("0 2.5")
-    assert notebooks.fingerprint(data) != before
-
-
-# --- the committed notebooks ----------------------------------------------------------------------------------------
+# --- the committed notebooks --------------------------------------------------------------------------------------------
 
 SOURCES = sorted(notebooks.NOTEBOOKS.glob("*.py"))
 
@@ -242,21 +236,18 @@ SOURCES = sorted(notebooks.NOTEBOOKS.glob("*.py"))
 def test_notebooks_are_generated_from_their_sources() -> None:
     """If this fails: `make notebooks`."""
     assert sorted(notebooks.NOTEBOOKS.glob("*.ipynb")) == [source.with_suffix(".ipynb") for source in SOURCES]
-    for path, text in notebooks.generate(SOURCES).items():
-        assert path.read_text() == text, f"{path.name} differs from its source: make notebooks"
+    for source in SOURCES:
+        assert source.with_suffix(".ipynb").read_text() == notebooks.generate(source), f"{source}: make notebooks"
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_notebooks_keep_the_rules(source: Path) -> None:
-    import papermill
-
-    path = source.with_suffix(".ipynb")
-    _, declared, notebook = notebooks.open_notebook(path)
-    assert notebook.metadata["kernelspec"]["name"] in ("netllm-llm", "netllm-tf")
-    # papermill --help-notebook shows what our reader finds
-    assert list(papermill.inspect_notebook(path)) == list(declared)
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
-            lines = [line for line in cell.source.splitlines() if not re.match(r"(import|from) |$", line)]
-            assert len(lines) <= 10, f"a long cell: {lines[0]}"
-    assert json.loads(path.read_text())["nbformat"] == 4
+    notebook = notebooks.open_notebook(source)
+    assert notebook.kernel in ("netllm-llm", "netllm-tf")
+    tagged = next(cell for cell in notebook.content.cells if "parameters" in cell.metadata.get("tags", []))
+    written = re.findall(r"^(\w+): ", tagged.source, flags=re.MULTILINE)
+    assert written == [*notebook.parameters, "run_dir"], "papermill cannot read one of them"
+    for code in notebook.code:
+        lines = [line for line in code.splitlines() if not re.match(r"(import|from) |$", line)]
+        assert code == tagged.source or len(lines) <= 10, f"a long cell: {lines[0]}"
+    assert json.loads(notebook.path.read_text())["nbformat"] == 4

@@ -97,7 +97,6 @@ def test_words_of_the_command_line(data: Path) -> None:
     checked("no notebook …; known: …", said("run", "nosuch"))
     checked("… has no parameter '…'…; known: …", said("run", "03", "-p", "episode", "4"))
     checked("…: parameter … is …, got …", said("run", "03", "-p", "episodes", "many"))
-    checked("no Jupyter kernel named …", said("run", "03", "--kernel", "nosuch").partition(": ")[2])
     checked("unknown policy …; known: …", said("play", "--policy", "nosuch"))
     checked("… … not found under … (there: …)", said("play", "--policy", "bba", "--traces", "nosuch"))
 
@@ -139,12 +138,13 @@ def test_notebooks_that_fail(data: Path, tmp_path: Path) -> None:
     import nbformat
     from nbformat.v4 import new_code_cell, new_notebook
 
-    def run(source: str, timeout_s: float = 100) -> str:
+    def run(source: str, timeout_s: float = 100, name: str = "netllm-llm") -> str:
         cells = [new_code_cell('run_dir: str = ""', metadata={"tags": ["parameters"]}), new_code_cell(source)]
-        kernel = {"name": "netllm-llm", "display_name": "NetLLM (PyTorch)", "language": "python"}
+        kernel = {"name": name, "display_name": "NetLLM (PyTorch)", "language": "python"}
         nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "a.ipynb")
         return raised(lambda: notebooks.run_notebook(tmp_path / "a.ipynb", timeout_s=timeout_s))
 
+    checked("no Jupyter kernel named …", run("pass", name="nosuch").partition(": ")[2])
     failed = run('raise ValueError("broken")')
     checked("…: cell … of … (…): …; executed so far: …", failed)
     assert "ValueError: broken" in failed

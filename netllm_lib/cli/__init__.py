@@ -15,12 +15,15 @@ from typing import Annotated
 
 import typer
 
-from netllm_lib.cli import batch, data, pool, sweep
+import netllm_lib
+from netllm_lib.cli import data, pool
 from netllm_lib.cli.diagnose import diagnose
 from netllm_lib.cli.imports import import_
 from netllm_lib.cli.options import DataOption, JsonOption, waiting
 from netllm_lib.cli.play import play
 from netllm_lib.cli.reports import reports
+from netllm_lib.cli.run import run
+from netllm_lib.cli.sweep import sweep
 
 app = typer.Typer(
     name="netllm",
@@ -32,9 +35,17 @@ app = typer.Typer(
 )
 
 
+def version(asked: bool) -> None:
+    """Print the version and end, if asked."""
+    if asked:
+        print(f"netllm {netllm_lib.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Reproduce NetLLM's bitrate adaptation, and explain its gap to the baselines."""
 
@@ -65,8 +76,8 @@ def check(
         raise typer.Exit(1)
 
 
-app.command()(batch.run)
-app.command()(sweep.sweep)
+app.command()(run)
+app.command()(sweep)
 app.command()(play)
 app.command("import")(import_)
 app.command()(diagnose)
