@@ -37,9 +37,10 @@ run_dir: str = ""  # where results go; filled in by `netllm run`
 import matplotlib.pyplot as plt
 
 from netllm_lib import runs
-from netllm_lib.abr import diagnosis, evaluate, plots, pool, teaching
+from netllm_lib.abr import diagnosis, evaluate, plots, pool
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.improve import cloning_estimate
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.simulator import Simulator
@@ -109,7 +110,7 @@ estimate = {}
 if estimate_steps:
     simulator = Simulator(validation_part, clip, sound_episodes(validation_part, seed=seed, repeats=4))
     told = runs.progress("estimate")
-    tables = {"clone": teaching.cloning_estimate(training, simulator, estimate_steps, seed=seed, progress=told)}
+    tables = {"clone": cloning_estimate(training, simulator, estimate_steps, seed=seed, progress=told)}
     tables |= {Path(name).name: play(make_policy(name, clip, registry), simulator) for name in policies}
     league = evaluate.Test(tables).league()
     estimate = league["reward"].to_dict()

@@ -147,7 +147,7 @@ plt.show()
 # %%
 start = "before" if before else "mpc"
 steps = {start: qoe.summarise(play(first or RobustMPC(clip), held)).reward}
-steps |= {f"round {row.round + 1}": row.score for row in improved.rounds.itertuples()}
+steps |= {f"round {row.round}": row.score for row in improved.rounds.itertuples()}
 plots.plot_steps(steps)
 plt.savefig(out / "rounds.png", dpi=120, bbox_inches="tight")
 plt.show()

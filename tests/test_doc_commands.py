@@ -33,7 +33,7 @@ ELSEWHERE = {
     r"make test( .*)?": f"{CI}: make test\n",
     r".*netllm run notebooks/pipelines/demo\.toml.*": f"{CI}: make demo DATA=",
     r".*netllm run notebooks/pipelines/(improve-\S+|cloning\.toml) .*": "tests/test_improve.py: def test_notebook_07",
-    r".*netllm run notebooks/pipelines/mixed-pool\.toml .*": "tests/test_teaching.py: def test_pipelines_of_the_results_are_read",
+    r".*netllm run notebooks/pipelines/mixed-pool\.toml .*": "tests/test_advantage.py: def test_pipelines_of_the_results_are_read",
     r".*netllm run 07_improve.*": "tests/test_improve.py: def test_notebook_07",
     r".*netllm run 04_finetune -p track mlflow": "tests/test_tracking.py: def test_mlflow_keeps_parameters_curves_and_tags",
     r".*netllm sweep \S+ --workers.*": "tests/test_sweeps.py: def test_command",

@@ -15,7 +15,7 @@ from netllm_lib.abr import advantage, qoe
 from netllm_lib.abr.advantage import advantage_weights, advantages
 from netllm_lib.abr.batches import Batch, WindowConfig, make_windows
 from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.improve import small_network
+from netllm_lib.abr.improve import cloning_estimate, small_network
 from netllm_lib.abr.model import load_policy
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.mpc import RobustMPC
@@ -23,7 +23,6 @@ from netllm_lib.abr.policies.simple import Random
 from netllm_lib.abr.pool import ExperiencePool, generate_mix, generate_pool, load_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.abr.teaching import cloning_estimate
 from netllm_lib.abr.traces import SAMPLE
 from netllm_lib.pipelines import read_pipeline
 from netllm_lib.runs import PROJECT
