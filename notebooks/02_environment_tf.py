@@ -33,7 +33,10 @@ import pandas as pd
 
 from netllm_lib import envcheck, runs
 from netllm_lib.abr.checks import tf_checks
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.play import rollout
 from netllm_lib.abr.policies import pensieve, tensorflow_actor
+from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import find_registry
 
 # %%
@@ -55,10 +58,14 @@ exported = {name: pensieve.exported_actor(folder) for name, folder in folders.it
 # Largest difference of the three action probabilities, and the share of decisions that would differ under one random stream.
 
 # %%
+traces, video = registry.trace_set(registry.default_traces("test")), registry.video(registry.default_video())
+chosen = sound_episodes(traces).rows(range(min(episodes, len(traces))))
+draws = chosen.action_draws[:, :-1].ravel()
 rows = {}
 for name, folder in folders.items():
     actor = pensieve.Actor.load(exported[name])
-    states, draws = tensorflow_actor.visited_states(actor, registry, episodes)
+    played = rollout(pensieve.Pensieve(actor), Simulator(traces, video, chosen), keep_states=True)
+    states = played.states[:, :-1].reshape(-1, 6, 6)
     reference = tensorflow_actor.probabilities(pensieve.latest_checkpoint(folder), states)
     ported = actor.probabilities(states)
     differ = pensieve.sampled_action(ported, draws) != pensieve.sampled_action(reference, draws)

@@ -75,11 +75,8 @@ def baselines(video: Video, registry: Registry) -> dict[str, Policy]:
 
     "(original)" marks those that the original handicaps; without that mark a policy is in its sound form. BBA has one form.
     """
-    players: dict[str, Policy] = {
-        "mpc": make_policy("mpc", video, registry),
-        "bba": make_policy("bba", video, registry),
-    }
-    players["mpc (original)"] = make_policy("mpc", video, registry, "upstream")
+    players: dict[str, Policy] = {"mpc": RobustMPC(video), "bba": BBA()}
+    players["mpc (original)"] = RobustMPC(video, MPCConfig.upstream())
     if "genet" in registry.actor_folders():
         players["genet"] = make_policy("genet", video, registry)
     return players

@@ -16,6 +16,8 @@ from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import BITRATES_KBPS, LEVELS, REBUFFER_PENALTY
 from netllm_lib.abr.traces import CHUNKS, Video
 
+KBPS = BITRATES_KBPS.astype(np.float64)
+
 
 @dataclass(frozen=True)
 class MPCConfig:
@@ -58,7 +60,6 @@ class MPCConfig:
 @njit(cache=True)
 def plan(
     sizes_mb: np.ndarray,  # [horizon, 6]
-    bitrates_kbps: np.ndarray,  # [6] float
     buffer_s: float,
     last_level: int,
     mb_per_s: float,  # predicted throughput
@@ -71,80 +72,72 @@ def plan(
     Branches that cannot reach the best score any more, even at the top level without stalls, are cut.
     Returns 0 for an empty horizon. The order of additions is the original's, so scores are bit-equal to it.
     """
-    horizon, levels = sizes_mb.shape
-    if horizon == 0:
-        return 0
-    top_mbps = bitrates_kbps[-1] / 1000
+    horizon = len(sizes_mb)
     slack = 1e-6  # far above rounding, so that cutting never decides a tie
     best, best_first = -np.inf, 0
-    choice = np.full(horizon, -1)
-    buffer = np.empty(horizon + 1)
-    stall = np.zeros(horizon + 1)
-    kbps = np.zeros(horizon + 1)
-    change = np.zeros(horizon + 1)
-    buffer[0] = buffer_s
-    depth = 0
+    choice = np.full(horizon + 1, -1)
+    # by depth, sums over the levels chosen so far
+    buffer, stall, kbps, change = (
+        np.full(horizon + 1, buffer_s),
+        np.zeros(horizon + 1),
+        np.zeros(horizon + 1),
+        np.zeros(horizon + 1),
+    )
+    depth = 0 if horizon else -1
     while depth >= 0:
-        before = last_level if depth == 0 else choice[depth - 1]
-        choice[depth] = max(choice[depth] + 1, before - jump_limit)
-        level = choice[depth]
-        if level >= levels or level > before + jump_limit:
+        before = choice[depth - 1] if depth else last_level
+        level = choice[depth] = max(choice[depth] + 1, before - jump_limit)
+        if level >= LEVELS or level > before + jump_limit:
             choice[depth] = -1
             depth -= 1
             continue
+        deeper = depth + 1
         download_s = sizes_mb[depth, level] / mb_per_s
-        if buffer[depth] < download_s:
-            stall[depth + 1] = stall[depth] + (download_s - buffer[depth])
-            left_s = 0.0
-        else:
-            stall[depth + 1] = stall[depth]
-            left_s = buffer[depth] - download_s
-        buffer[depth + 1] = min(left_s + 4.0, buffer_cap_s)
-        kbps[depth + 1] = kbps[depth] + bitrates_kbps[level]
-        change[depth + 1] = change[depth] + abs(bitrates_kbps[level] - bitrates_kbps[before])
-        score = kbps[depth + 1] / 1000 - REBUFFER_PENALTY * stall[depth + 1] - change[depth + 1] / 1000
-        if depth + 1 == horizon:
-            if score > best or (score == best and not first_wins):
-                best, best_first = score, choice[0]
-        elif score + (horizon - depth - 1) * top_mbps + slack >= best:
-            depth += 1
+        short_s = download_s - buffer[depth]
+        stall[deeper] = stall[depth] + short_s if short_s > 0 else stall[depth]
+        buffer[deeper] = min((0.0 if short_s > 0 else buffer[depth] - download_s) + 4.0, buffer_cap_s)
+        kbps[deeper] = kbps[depth] + KBPS[level]
+        change[deeper] = change[depth] + abs(KBPS[level] - KBPS[before])
+        score = kbps[deeper] / 1000 - REBUFFER_PENALTY * stall[deeper] - change[deeper] / 1000
+        if deeper < horizon:
+            if score + (horizon - deeper) * (KBPS[-1] / 1000) + slack >= best:
+                depth = deeper
+        elif score > best or (score == best and not first_wins):
+            best, best_first = score, choice[0]
     return best_first
 
 
-@njit(cache=True)
-def _plan_all(
-    sizes_mb: np.ndarray, bitrates_kbps: np.ndarray, buffer_s: np.ndarray, last_level: np.ndarray, mb_per_s: np.ndarray,
-    jump_limit: int, buffer_cap_s: float, first_wins: bool, out: np.ndarray,
-) -> None:  # fmt: skip
-    for i in range(len(buffer_s)):
-        out[i] = plan(
-            sizes_mb, bitrates_kbps, buffer_s[i], last_level[i], mb_per_s[i], jump_limit, buffer_cap_s, first_wins
-        )
+@njit(cache=True, error_model="numpy")
+def predict(past_mb_per_s: np.ndarray, errors: np.ndarray, error_weight: float) -> tuple[float, float]:
+    """The throughput of the next chunks, and the harmonic mean of `past_mb_per_s` [samples] that it rests on.
+
+    It is the mean by 1 + `error_weight` · the largest of `errors`, the relative errors of the last means.
+    """
+    inverse = 0.0
+    for sample in past_mb_per_s:  # left to right, as the original sums
+        inverse += 1 / sample
+    mean = 1.0 / (inverse / len(past_mb_per_s))
+    worst = 0.0
+    for error in errors:
+        worst = max(worst, error)
+    return mean / (1 + error_weight * worst), mean
 
 
 @njit(cache=True, error_model="numpy")
-def _predict(
-    past_mb_per_s: np.ndarray, estimate: np.ndarray, errors: np.ndarray, call: int, error_window: int,
-    error_weight: float, out: np.ndarray,
-) -> None:  # fmt: skip
-    """The throughput of the next chunks, `out` [N]; updates `estimate` [N] and column `call` of `errors` [N, calls].
-
-    The harmonic mean of `past_mb_per_s` [N, samples], by 1 + `error_weight` · the largest relative error of the last `error_window`
-    estimates.
-    """
-    samples = past_mb_per_s.shape[1]
-    for i in range(len(out)):
-        newest = past_mb_per_s[i, samples - 1]
+def _decide(
+    past_mb_per_s: np.ndarray, means: np.ndarray, errors: np.ndarray, call: int, error_window: int, error_weight: float,
+    sizes_mb: np.ndarray, buffer_s: np.ndarray, last_level: np.ndarray, jump_limit: int, buffer_cap_s: float, first_wins: bool,
+) -> np.ndarray:  # fmt: skip
+    """Levels [N]; updates the last harmonic means [N] and column `call` of `errors` [N, calls]."""
+    levels = np.empty(len(past_mb_per_s), np.int64)
+    for i in range(len(levels)):
+        newest = past_mb_per_s[i, -1]
         if call > 0:
-            errors[i, call] = abs(estimate[i] - newest) / newest
-        inverse = 0.0
-        for j in range(samples):  # left to right, as the original sums
-            inverse += 1 / past_mb_per_s[i, j]
-        estimate[i] = 1.0 / (inverse / samples)
-        worst = 0.0
-        for j in range(max(0, call + 1 - error_window), call + 1):
-            worst = max(worst, errors[i, j])
-        out[i] = estimate[i] / (1 + error_weight * worst)
+            errors[i, call] = abs(means[i] - newest) / newest
+        recent = errors[i, max(0, call + 1 - error_window) : call + 1]
+        mb_per_s, means[i] = predict(past_mb_per_s[i], recent, error_weight)
+        levels[i] = plan(sizes_mb, buffer_s[i], last_level[i], mb_per_s, jump_limit, buffer_cap_s, first_wins)
+    return levels
 
 
 class RobustMPC(Policy):
@@ -162,14 +155,13 @@ class RobustMPC(Policy):
                 f"size file, found {video.sizes_bytes.shape[1]}; play the sound form instead"
             )
         self._sizes_mb = video.sizes_bytes.T / 1000000.0  # [chunks, 6]
-        self._bitrates = BITRATES_KBPS.astype(np.float64)
 
     def reset(self, episodes: Episodes) -> None:
         self._begin(1, CHUNKS * (len(episodes) if self.config.carry_history else 1))
 
     def _begin(self, rows: int, calls: int) -> None:
         self._errors = np.zeros((rows, calls))
-        self._estimate = np.zeros(rows)  # the last harmonic mean, not discounted
+        self._means = np.zeros(rows)  # the last harmonic means, not discounted
         self._calls = 0
 
     def act(self, observation: Observation) -> np.ndarray:
@@ -180,24 +172,20 @@ class RobustMPC(Policy):
         first_trace = bool(observation.episode[0] == 0)
         if config.float32_throughput == "all" or (config.float32_throughput == "first-trace" and first_trace):
             past = past.astype(np.float32).astype(np.float64)
-
-        prediction = np.empty(len(past))
-        errors = config.error_window if config.robust else 0
-        _predict(past, self._estimate, self._errors, self._calls, errors, config.error_weight, prediction)
-        self._calls += 1
-
-        horizon = min(config.horizon, CHUNKS - observation.chunk)
         start = observation.chunk + self._late
-        levels = np.empty(len(past), dtype=np.int64)
-        _plan_all(
-            self._sizes_mb[start : start + horizon],
-            self._bitrates,
+        levels = _decide(
+            past,
+            self._means,
+            self._errors,
+            self._calls,
+            config.error_window if config.robust else 0,
+            config.error_weight,
+            self._sizes_mb[start : start + min(config.horizon, CHUNKS - observation.chunk)],
             observation.buffer_s,
             observation.last_level,
-            prediction,
             LEVELS if config.jump_limit is None else config.jump_limit,
             np.inf if config.buffer_cap_s is None else config.buffer_cap_s,
             config.ties == "first",
-            levels,
         )
+        self._calls += 1
         return levels

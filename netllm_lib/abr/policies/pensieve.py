@@ -98,20 +98,20 @@ class Actor:
 
         The convolutions have width 4 with SAME padding over length 1, so only their tap 1 ever meets data.
         """
-        states, w = states.astype(np.float32), self._weights
+        states = states.astype(np.float32)
+        rows = {0: DENSE[0], 1: DENSE[1], 2: CONV[0], 3: CONV[1], 4: CONV[2], 5: DENSE[2]}
         features = [
-            _relu(states[:, row, -1:] @ w[f"{name}/W"] + w[f"{name}/b"])
-            for name, row in zip(DENSE, (0, 1, 5), strict=True)
+            np.maximum(self._linear(states[:, row] if name in CONV else states[:, row, -1:], name), 0)
+            for row, name in rows.items()
         ]
-        convolved = [
-            _relu(states[:, row, :] @ w[f"{name}/W"][1, 0] + w[f"{name}/b"])
-            for name, row in zip(CONV, (2, 3, 4), strict=True)
-        ]
-        merged = np.concatenate([features[0], features[1], *convolved, features[2]], axis=1)
-        hidden = _relu(merged @ w[f"{HIDDEN}/W"] + w[f"{HIDDEN}/b"])
-        logits = hidden @ w[f"{OUT}/W"] + w[f"{OUT}/b"]
+        hidden = np.maximum(self._linear(np.concatenate(features, axis=1), HIDDEN), 0)
+        logits = self._linear(hidden, OUT)
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponents / exponents.sum(axis=1, keepdims=True)
+
+    def _linear(self, x: np.ndarray, layer: str) -> np.ndarray:
+        weight = self._weights[f"{layer}/W"]
+        return x @ (weight[1, 0] if layer in CONV else weight) + self._weights[f"{layer}/b"]
 
 
 class Pensieve(Policy):
@@ -144,7 +144,3 @@ def sampled_action(probabilities: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """[N] the first action whose cumulated probability [N, 3] exceeds draw / 1000 in float32; 0 if none does."""
     thresholds = (draws / 1000).astype(np.float32)
     return (np.cumsum(probabilities, axis=1) > thresholds[:, None]).argmax(axis=1)
-
-
-def _relu(x: np.ndarray) -> np.ndarray:
-    return np.maximum(x, 0)

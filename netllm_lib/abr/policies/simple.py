@@ -1,5 +1,4 @@
-"""Reference policies: one constant level, random levels, given levels; and wrappers of another policy: given levels that it
-goes on from, its own levels mixed with random ones."""
+"""Reference policies (one constant level, random levels, given levels), and policies whose levels are partly replaced."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from netllm_lib.abr.episodes import Episodes, Observation
-from netllm_lib.abr.policies.base import Policy
+from netllm_lib.abr.policies.base import Policy, Wrapper
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.abr.traces import CHUNKS
 
@@ -39,7 +38,7 @@ class Random(Policy):
 
 
 class Replay(Policy):
-    """Given levels [episodes, 48], for example an oracle's plan or a recorded run."""
+    """Given levels [episodes, 48], for example the optimum's plans or a recorded run."""
 
     def __init__(self, levels: np.ndarray, name: str = "replay"):
         self.levels, self.name = np.asarray(levels), name
@@ -48,7 +47,7 @@ class Replay(Policy):
         return self.levels[observation.episode, observation.chunk]
 
 
-class Prefixed(Policy):
+class Prefixed(Wrapper):
     """Given levels [episodes, 48] up to a chunk, then another policy, which has seen everything since the episode began.
 
     `start` is the first chunk that the inner policy chooses, one for all episodes or [episodes]; from `CHUNKS` on it only watches.
@@ -56,24 +55,21 @@ class Prefixed(Policy):
     """
 
     def __init__(self, policy: Policy, levels: np.ndarray, start: int | np.ndarray):
-        self.policy, self.levels = policy, np.asarray(levels)
+        super().__init__(policy)
+        self.levels = np.asarray(levels)
         self.start = np.broadcast_to(np.asarray(start), len(self.levels))
-        self.name, self.block = policy.name, policy.block
-        self.carries_state, self.acts_after_last = policy.carries_state, policy.acts_after_last
-        self._wanted = np.zeros(0)
 
     def reset(self, episodes: Episodes) -> None:
         if len(episodes) != len(self.levels):
             raise ValueError(f"levels of {len(self.levels)} episodes were given, {len(episodes)} are played")
-        self.policy.reset(episodes)
+        super().reset(episodes)
 
     def act(self, observation: Observation) -> np.ndarray:
         rows, chunk = observation.episode, observation.chunk
         wanted = self.policy.act(observation)
         if chunk >= CHUNKS:  # after the last chunk nothing is played
             return wanted
-        self._wanted = wanted
-        given = self.levels[rows, chunk]
+        self._wanted, given = wanted, self.levels[rows, chunk]
         levels = np.where((chunk < self.start[rows]) & (given >= 0), given, wanted)
         self.policy.played(levels)
         return levels
@@ -82,21 +78,20 @@ class Prefixed(Policy):
         return {**self.policy.extras(), "wanted": self._wanted}
 
 
-class Exploring(Policy):
+class Exploring(Wrapper):
     """Another policy, some of whose levels are replaced by uniformly random ones, to visit states that it would not.
 
     `share` is the probability of a random level, one for all episodes or [episodes]. Each episode has a stream of its own.
     """
 
     def __init__(self, policy: Policy, share: float | np.ndarray):
-        self.policy, self.share = policy, np.asarray(share, dtype=float)
+        super().__init__(policy)
+        self.name, self.share = f"{policy.name} exploring", np.asarray(share, dtype=float)
         if ((self.share < 0) | (self.share > 1)).any():
             raise ValueError(f"the share of random levels must lie between 0 and 1, not {share}")
-        self.name, self.block = f"{policy.name} exploring", policy.block
-        self.carries_state, self.draws_actions = policy.carries_state, policy.draws_actions
 
     def reset(self, episodes: Episodes) -> None:
-        self.policy.reset(episodes)
+        super().reset(episodes)
         streams = [np.random.default_rng([episodes.seed, row, 1]) for row in range(len(episodes))]
         self._levels = np.array([stream.integers(0, LEVELS, CHUNKS) for stream in streams])
         chance = np.array([stream.random(CHUNKS) for stream in streams])
@@ -105,9 +100,8 @@ class Exploring(Policy):
     def act(self, observation: Observation) -> np.ndarray:
         rows, decision = observation.episode, observation.chunk - 1
         wanted = self.policy.act(observation)
+        if observation.chunk >= CHUNKS:
+            return wanted
         levels = np.where(self._random[rows, decision], self._levels[rows, decision], wanted)
         self.policy.played(levels)
         return levels
-
-    def extras(self) -> Mapping[str, np.ndarray]:
-        return self.policy.extras()

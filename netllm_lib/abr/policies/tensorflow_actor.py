@@ -11,11 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.play import rollout
-from netllm_lib.abr.policies.pensieve import CONV, DENSE, HIDDEN, OUT, SHAPES, Actor, Pensieve
-from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import Registry
+from netllm_lib.abr.policies.pensieve import CONV, DENSE, HIDDEN, OUT, SHAPES
 from netllm_lib.runs import atomic_path
 
 
@@ -61,17 +57,6 @@ def probabilities(checkpoint: Path, states: np.ndarray) -> np.ndarray:
     merged = tf.concat([dense[0], dense[1], *convolved, dense[2]], axis=1)
     hidden = tf.nn.relu(merged @ w[f"{HIDDEN}/W"] + w[f"{HIDDEN}/b"])
     return tf.nn.softmax(hidden @ w[f"{OUT}/W"] + w[f"{OUT}/b"]).numpy()
-
-
-def visited_states(actor: Actor, registry: Registry, episodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(states [n, 6, 6], action draws [n]) of the decisions that an actor takes on the registry's test traces."""
-    traces = registry.trace_set(registry.default_traces("test"))
-    chosen = sound_episodes(traces).rows(range(min(episodes, len(traces))))
-    played = rollout(
-        Pensieve(actor), Simulator(traces, registry.video(registry.default_video()), chosen), keep_states=True
-    )
-    assert played.states is not None
-    return played.states[:, :-1].reshape(-1, 6, 6), chosen.action_draws[:, :-1].reshape(-1)
 
 
 if __name__ == "__main__":
