@@ -6,7 +6,6 @@ A pool on disk is a folder: one .npy file for each array, to be memory-mapped, a
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import os
 import shutil
@@ -112,6 +111,9 @@ class ExperiencePool:
         """Digest of the four arrays: the identity of the pool, whatever its folder is called."""
         return array_hash(self.states, self.actions, self.rewards, self.dones)
 
+    def _facts(self) -> dict[str, Any]:
+        return {"transitions": len(self), "hash": self.content_hash(), "source": self.source}
+
     def describe(self) -> str:
         """Shapes, histogram of levels, quantiles of rewards and returns, as text."""
         histogram = np.bincount(self.actions, minlength=LEVELS)
@@ -136,7 +138,7 @@ class ExperiencePool:
         with atomic_path(folder) as aside:
             aside.mkdir()
             _write(aside, self, 0, len(self))
-            write_json(aside / CONFIG, _config(self))
+            write_json(aside / CONFIG, self._facts())
         return folder
 
 
@@ -173,7 +175,7 @@ def load_pool(path: Path) -> ExperiencePool:
     if not isinstance(about, dict) or not isinstance(source := about.get("source", {}), dict):
         raise PoolError(f"{described}: not the description of a pool; copy the pool again")
     try:
-        arrays = {name: _mapped(path / f"{name}.npy") for name in ARRAYS} if path.is_dir() else _unpacked(path)
+        arrays = _maps(path) if path.is_dir() else _unpacked(path)
         pool = ExperiencePool(**arrays, source=source)
     except PoolError as error:
         raise PoolError(f"{path}: {error}") from None
@@ -184,15 +186,19 @@ def load_pool(path: Path) -> ExperiencePool:
     return pool
 
 
-def _mapped(path: Path) -> np.ndarray:
+def _mapped(path: Path) -> np.memmap:
     """The array in an .npy file, as a read-only map of it."""
     with open(path, "rb") as stream:
         if (version := np.lib.format.read_magic(stream)) != (1, 0):  # the only one whose header cannot be long
             raise ValueError(f"{path.name} has a header of version {version}")
-    array = np.load(path, mmap_mode="r")
+    array: np.memmap = np.load(path, mmap_mode="r")
     if path.stat().st_size != array.offset + array.nbytes:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {array.offset + array.nbytes}")
-    return np.asarray(array)
+    return array
+
+
+def _maps(folder: Path) -> dict[str, np.ndarray]:
+    return {name: np.asarray(_mapped(folder / f"{name}.npy")) for name in ARRAYS}
 
 
 def _unpacked(path: Path) -> dict[str, np.ndarray]:
@@ -229,29 +235,15 @@ def _place(folder: Path) -> Path:
     return Path(folder)
 
 
-def _config(pool: ExperiencePool) -> dict[str, Any]:
-    return {"transitions": len(pool), "hash": pool.content_hash(), "source": pool.source}
-
-
-def _header(name: str, count: int) -> bytes:
-    """What an .npy file of `count` transitions begins with."""
-    kind, shape = ARRAYS[name]
-    layout = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": (count, *shape)}
-    np.lib.format.write_array_header_1_0(stream := io.BytesIO(), layout)
-    return stream.getvalue()
-
-
-def _offset(name: str, count: int, row: int) -> int:
-    """Where in that file transition `row` begins."""
-    return len(_header(name, count)) + row * np.dtype(ARRAYS[name]).itemsize
-
-
 def _write(folder: Path, part: ExperiencePool, first: int, count: int) -> None:
-    """Transitions `first` and following of a pool of `count` into its files."""
-    for name in ARRAYS:
-        with open(folder / f"{name}.npy", "r+b" if first else "wb") as stream:
-            stream.write(_header(name, count))
-            stream.seek(_offset(name, count, first))
+    """Transitions `first` and following of a pool of `count` into its files, which have their full size from the start."""
+    for name, (kind, shape) in ARRAYS.items():
+        path = folder / f"{name}.npy"
+        if first == 0:
+            np.lib.format.open_memmap(path, "w+", np.dtype(kind), (count, *shape))
+        array = _mapped(path)
+        with open(path, "r+b") as stream:  # not through the map: a full disk would kill the process
+            stream.seek(array.offset + first * array[:1].nbytes)
             for _, rows in blocks(getattr(part, name)):
                 stream.write(np.ascontiguousarray(rows).data)
             stream.flush()
@@ -313,8 +305,8 @@ def generate_mix(
         for policy, episodes in parts
     ]
     plan = _Plan(parts, traces, video, _mixed(described) | (source or {}), progress, block)
-    if block < 1 or not plan.episodes:
-        raise PoolError(f"{plan.episodes} episodes are to be played, {block} at once: at least one is needed")
+    if block < 1 or not plan.count:
+        raise PoolError(f"{plan.count} episodes are to be played, {block} at once: at least one is needed")
     if path is None:
         return concatenate([part for _, part in plan.play([])], plan.source)
     path = _place(path)
@@ -338,7 +330,8 @@ class _Plan:
     block: int
 
     @property
-    def episodes(self) -> int:
+    def count(self) -> int:
+        """Episodes of all policies."""
         return sum(len(episodes) for _, episodes in self.parts)
 
     def key(self) -> str:
@@ -355,45 +348,43 @@ class _Plan:
 
         Of these the last one is played again, or all of its policy if that carries state. Raises _AnotherPool if one differs.
         """
-        blocks_before = episodes_before = 0
+        first_block = first_episode = 0
         for policy, episodes in self.parts:
-            blocks_after = blocks_before - (-len(episodes) // self.block)
-            if max(len(there), 1) <= blocks_after:
-                skip = 0 if policy.carries_state else max(len(there) - 1 - blocks_before, 0)
-                report = self.progress and shifted(self.progress, episodes_before * CHUNKS, self.episodes * CHUNKS)
+            again = max(len(there) - 1 - first_block, 0)
+            if again * self.block < len(episodes):
+                skip = 0 if policy.carries_state else again
+                report = self.progress and shifted(self.progress, first_episode * CHUNKS, self.count * CHUNKS)
                 simulator = Simulator(self.traces, self.video, episodes)
                 played = rollout_blocks(policy, simulator, self.block, first=skip, keep_states=True, progress=report)
-                end = (episodes_before + skip * self.block) * (CHUNKS - 1)
-                for number, part in enumerate(map(from_rollout, played), start=blocks_before + skip):
+                end = (first_episode + skip * self.block) * (CHUNKS - 1)
+                for number, part in enumerate(map(from_rollout, played), start=first_block + skip):
                     end += len(part)
                     made = [end, part.content_hash()]
                     if number >= len(there):
                         yield made, part
                     elif made != there[number]:
                         raise _AnotherPool
-            blocks_before, episodes_before = blocks_after, episodes_before + len(episodes)
+            first_block, first_episode = first_block - (-len(episodes) // self.block), first_episode + len(episodes)
 
 
 def _generate_on_disk(plan: _Plan, path: Path) -> ExperiencePool:
     """The pool in `path`, made in a folder beside it; `config.json` in both lists the blocks, to go on after them."""
-    key, beside = plan.key(), path.with_name(f".{path.name}.generating")
-    with contextlib.suppress(PoolError, _AnotherPool):
-        if there := _blocks_in(path, key):
-            pool = load_pool(path)
+    key, count, beside = plan.key(), plan.count * (CHUNKS - 1), path.with_name(f".{path.name}.generating")
+    with contextlib.suppress(_AnotherPool):
+        there = _blocks_in(path, key)
+        if there and there[-1][0] == count:
             list(plan.play(there))
-            return pool
+            return load_pool(path)
     beside.mkdir(exist_ok=True)
-    count = plan.episodes * (CHUNKS - 1)
-    for there in (_sound(beside, _blocks_in(beside, key), count), []):
+    for there in (_blocks_in(beside, key), []):
         with contextlib.suppress(_AnotherPool):
             for made, part in plan.play(there):
                 _write(beside, part, made[0] - len(part), count)
                 there.append(made)
                 write_json(beside / CONFIG, {"made_from": key, "blocks": there})
             break
-    arrays = {name: _mapped(beside / f"{name}.npy") for name in ARRAYS}
-    about = _config(ExperiencePool(**arrays, source=plan.source)) | {"made_from": key, "blocks": there}
-    write_json(beside / CONFIG, about)
+    pool = ExperiencePool(**_maps(beside), source=plan.source)
+    write_json(beside / CONFIG, pool._facts() | {"made_from": key, "blocks": there})
     shutil.rmtree(path, ignore_errors=True)  # killed after this, the next call finds the whole pool beside
     os.replace(beside, path)
     flush_folder(path.parent)
@@ -401,22 +392,15 @@ def _generate_on_disk(plan: _Plan, path: Path) -> ExperiencePool:
 
 
 def _blocks_in(folder: Path, key: str) -> list[Block]:
-    """The blocks of a pool, finished or not, that was made from what `key` stands for; else none."""
+    """The blocks of a pool, finished or not, that was made from what `key` stands for, up to the first damaged one."""
     about = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    return about["blocks"] if about.get("made_from") == key else []
-
-
-def _sound(folder: Path, made: list[Block], count: int) -> list[Block]:
-    """The blocks of an unfinished pool of `count` transitions up to the first one that is damaged."""
+    first, made = 0, about["blocks"] if about.get("made_from") == key else []
     try:
-        for name in ARRAYS:
-            os.truncate(folder / f"{name}.npy", _offset(name, count, count))  # zeros for what is still to come
-        arrays = [_mapped(folder / f"{name}.npy") for name in ARRAYS]
+        arrays = _maps(folder) if made else {}
     except (OSError, ValueError):
         return []
-    first = 0
     for number, (end, digest) in enumerate(made):
-        if array_hash(*(array[first:end] for array in arrays)) != digest:
+        if array_hash(*(array[first:end] for array in arrays.values())) != digest:
             return made[:number]
         first = end
     return made
