@@ -22,7 +22,7 @@ from torch import nn
 
 from netllm_lib import checkpoint, runs, tracking
 from netllm_lib.plm import arithmetic_dtype
-from netllm_lib.preflight import Preflight, needs_checkpointing, preflight
+from netllm_lib.preflight import needs_checkpointing, preflight
 from netllm_lib.schedule import Plan, TrainConfig
 from netllm_lib.task import Data, Network
 from netllm_lib.training_run import LAST_STEPS, RESULT, TrainingRun
@@ -79,10 +79,24 @@ def mean_loss(network: Network, data: Data, batch: int = 32) -> float:
     training, total, labels = network.training, 0.0, 0
     network.eval()
     for first in range(0, len(data), batch):
-        loss, count = network.loss(data.batch(np.arange(first, min(first + batch, len(data)))).to(network.device), None)
+        part = data.batch(np.arange(first, min(first + batch, len(data))))
+        loss, count = network.loss(part.to(network.device))
         total, labels = total + float(loss), labels + count
     network.train(training)
     return total / labels
+
+
+@dataclasses.dataclass
+class _Position:
+    """How far a run is."""
+
+    step: int = 0  # optimizer steps taken
+    epoch: int = 0
+    step_in_epoch: int = 0
+    order: torch.Tensor | None = None  # of the epoch in progress
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    evaluations: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
 
 
 class _Run:
@@ -101,19 +115,10 @@ class _Run:
         self.key = runs.content_hash([config, data.key, settings, network.task, network.config, plm])
         self.parameters: dict[str, nn.Parameter] = network.trainable()
         sides = [[p for n, p in self.parameters.items() if n.startswith("plm.") == plm] for plm in (False, True)]
-        groups = [
-            {"params": side, "peak": peak} for side, peak in zip(sides, (config.lr_around, config.lr), strict=True)
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=config.lr, weight_decay=config.weight_decay
-        )
-        self.step = 0  # optimizer steps taken
-        self.epoch = 0
-        self.step_in_epoch = 0
-        self.order: np.ndarray | None = None  # of the epoch in progress
-        self.rows: list[dict[str, float]] = []
-        self.evaluations: list[dict[str, float]] = []
-        self.seconds = 0.0
+        rates = zip(sides, (config.lr_around, config.lr), strict=True)
+        groups = [{"params": side, "peak": peak} for side, peak in rates if side]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        self.at = _Position()
         self.curves = tracking.Curves()
 
     @property
@@ -141,32 +146,32 @@ class _Run:
                 return self.finish(validate is not None, held_out)
 
     def go(self, validate: Any, progress: Progress | None) -> None:
-        config, group = self.config, self.config.batch * self.config.accumulation
-        while self.epoch < config.epochs:
-            if self.order is None:
-                self.order = self.plan.order_of(self.epoch)
+        config, at, group = self.config, self.at, self.config.batch * self.config.accumulation
+        while at.epoch < config.epochs:
+            if at.order is None:
+                at.order = torch.from_numpy(self.plan.order_of(at.epoch))
             self.network.train()
-            while self.step_in_epoch < self.plan.steps_of[self.epoch]:
-                first = self.step_in_epoch * group
-                rows = self.optimizer_step(self.order[first : first + group])
-                self.rows += rows
-                self.step += 1
-                self.step_in_epoch += 1
+            while at.step_in_epoch < self.plan.steps_of[at.epoch]:
+                first = at.step_in_epoch * group
+                rows = self.optimizer_step(at.order[first : first + group].numpy())
+                at.history += rows
+                at.step += 1
+                at.step_in_epoch += 1
                 self.curves.log(*_step_point(rows))
                 if progress is not None:
-                    progress(self.step, self.plan.steps, {**rows[-1], "samples": len(self.data)})
-                if config.checkpoint_steps and self.step % config.checkpoint_steps == 0:
+                    progress(at.step, self.plan.steps, {**rows[-1], "samples": len(self.data)})
+                if config.checkpoint_steps and at.step % config.checkpoint_steps == 0:
                     self.save()
             self.network.eval()
-            self.epoch, self.step_in_epoch, self.order = self.epoch + 1, 0, None
-            if validate is not None and config.validates_after(self.epoch):
+            at.epoch, at.step_in_epoch, at.order = at.epoch + 1, 0, None
+            if validate is not None and config.validates_after(at.epoch):
                 self.validate(validate)
             self.save()
         self.network.eval()  # also when only the end was left to do
 
     def optimizer_step(self, numbers: np.ndarray) -> list[dict[str, float]]:
         """Take one step on these samples; returns a row of the history per micro-batch."""
-        start, rate, rows = time.perf_counter(), self.plan.rate(self.step), []
+        start, rate, rows = time.perf_counter(), self.plan.rate(self.at.step), []
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         labels = self.data.labels(numbers)
@@ -182,49 +187,48 @@ class _Run:
                 norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"the loss is {loss} at optimizer step {self.step}: lower the learning rate, or use float32"
+                    f"the loss is {loss} at optimizer step {self.at.step}: lower the learning rate, or use float32"
                 )
             rows.append(
                 {
-                    "step": self.step,
-                    "epoch": self.epoch,
+                    "step": self.at.step,
+                    "epoch": self.at.epoch,
                     "loss": loss,
                     "grad_norm": norm,
                     "clipped": norm > self.config.max_grad_norm,
                     "lr": self.config.lr * rate,
                     "lr_around": self.config.lr_around * rate,
-                    "seconds": self.seconds + time.perf_counter() - start,
+                    "seconds": self.at.seconds + time.perf_counter() - start,
                 }
             )
         self.optimizer.step()
-        self.seconds += time.perf_counter() - start
+        self.at.seconds += time.perf_counter() - start
         return rows
 
     def validate(self, validate: Callable[[Any], float]) -> None:
         start = time.perf_counter()
         score = float(validate(self.network))
         took = time.perf_counter() - start
-        if all(self.sign * score > self.sign * earlier["score"] for earlier in self.evaluations):
-            meta = dataclasses.replace(self.meta, step=self.step, score=score)
+        if all(self.sign * score > self.sign * earlier["score"] for earlier in self.at.evaluations):
+            meta = dataclasses.replace(self.meta, step=self.at.step, score=score)
             checkpoint.save_checkpoint(self.folder / "best", self.network, meta)
-        self.evaluations.append({"step": self.step, "epoch": self.epoch, "score": score, "seconds": took})
-        self.curves.log(*_score_point(self.evaluations[-1]))
+        self.at.evaluations.append({"step": self.at.step, "epoch": self.at.epoch, "score": score, "seconds": took})
+        self.curves.log(*_score_point(self.at.evaluations[-1]))
 
     def finish(self, validated: bool, held_out: Data | None) -> TrainingRun:
         """Write what is left behind, the mark of a finished run last."""
-        final = checkpoint.save_checkpoint(
-            self.folder / "final", self.network, dataclasses.replace(self.meta, step=self.step)
-        )
-        history = pd.DataFrame(self.rows)
-        scores = [self.sign * evaluation["score"] for evaluation in self.evaluations]
+        meta = dataclasses.replace(self.meta, step=self.at.step)
+        final = checkpoint.save_checkpoint(self.folder / "final", self.network, meta)
+        history = pd.DataFrame(self.at.history)
+        scores = [self.sign * evaluation["score"] for evaluation in self.at.evaluations]
         result = TrainingRun(
             history=history,
-            evaluations=pd.DataFrame(self.evaluations, columns=["step", "epoch", "score", "seconds"]),
-            steps=self.step,
+            evaluations=pd.DataFrame(self.at.evaluations, columns=["step", "epoch", "score", "seconds"]),
+            steps=self.at.step,
             micro_steps=len(history),
             accumulation=self.config.accumulation,
             samples=len(self.data),
-            epochs=self.epoch,
+            epochs=self.at.epoch,
             lr=self.config.lr,
             lr_peak=self.config.lr * self.plan.peak,
             lr_around=self.config.lr_around,
@@ -236,12 +240,12 @@ class _Run:
             best_score=self.sign * max(scores) if scores else None,
             data_key=self.data.key,
             facts=runs.plain(self.data.facts),
-            seconds=self.seconds,
+            seconds=self.at.seconds,
             key=self.key,
             final=final,
             best=self.folder / "best" if validated else final,
         )
-        self.curves.finish(self.step, _final_figures(result))
+        self.curves.finish(self.at.step, _final_figures(result))
         result.save(self.folder)
         (self.folder / STATE).unlink(missing_ok=True)
         return result
@@ -252,17 +256,11 @@ class _Run:
         self.curves.flush()
         state = {
             "key": self.key,
-            "step": self.step,
-            "epoch": self.epoch,
-            "step_in_epoch": self.step_in_epoch,
-            "order": None if self.order is None else torch.from_numpy(self.order),
+            "at": vars(self.at),
             "weights": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.network.device.type == "cuda" else [],
-            "rows": self.rows,
-            "evaluations": self.evaluations,
-            "seconds": self.seconds,
         }
         with runs.atomic_path(self.folder / STATE) as aside:
             torch.save(state, aside)
@@ -274,9 +272,7 @@ class _Run:
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.epoch, self.step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
-        self.order = None if state["order"] is None else state["order"].numpy()
-        self.rows, self.evaluations, self.seconds = state["rows"], state["evaluations"], state["seconds"]
+        self.at = _Position(**state["at"])
         torch.set_rng_state(state["rng"])
         if state["rng_cuda"] and self.network.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["rng_cuda"])
@@ -301,9 +297,9 @@ class _Run:
     def begin_curves(self) -> None:
         """Open the curves, with the points that are known from earlier sittings."""
         rows: dict[float, list[dict[str, float]]] = {}
-        for row in self.rows:
+        for row in self.at.history:
             rows.setdefault(row["step"], []).append(row)
-        points = [*map(_step_point, rows.values()), *map(_score_point, self.evaluations)]
+        points = [*map(_step_point, rows.values()), *map(_score_point, self.at.evaluations)]
         plm = self.network.plm
         settings = {"train": self.meta.train, "plm": plm.config, "network": self.network.config, "layers": plm.layers}
         tags = {"data": self.data.key, "plm": plm.identity, "git": runs.git_revision() or "unknown"}
@@ -342,15 +338,4 @@ def _final_figures(result: TrainingRun) -> dict[str, float | None]:
     return {f"final/{name}": value for name, value in figures.items()}
 
 
-__all__ = [
-    "Data",
-    "Network",
-    "Plan",
-    "Preflight",
-    "Progress",
-    "TrainConfig",
-    "TrainingRun",
-    "mean_loss",
-    "preflight",
-    "train",
-]
+__all__ = ["Plan", "Progress", "TrainConfig", "TrainingRun", "mean_loss", "preflight", "train"]

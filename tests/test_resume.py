@@ -116,7 +116,7 @@ def assert_whole(folder: Path) -> int:
         elif path.name == "states.npy":
             load_pool(path.parent)
         elif path.name == "state.pt":
-            step = torch.load(path, weights_only=True)["step"]
+            step = torch.load(path, weights_only=True)["at"]["step"]
         elif path.name == "tensorboard":
             curves(folder)
     return step
@@ -243,7 +243,7 @@ def test_training_goes_on_when_there_is_room_again(small_disk: Path, tmp_path: P
     with pytest.raises(runs.StorageError, match=f"^{folder}: the disk is full"):
         train_on(network, resume_worker.WINDOWS, config, folder, progress=fill)
     assert {path.name for path in folder.iterdir()} == {"state.pt", "tensorboard"}
-    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
+    assert torch.load(folder / "state.pt", weights_only=True)["at"]["step"] == 2
     (small_disk / "ballast").unlink()
     train_on(network, resume_worker.WINDOWS, config, folder)
     for name, parameter in network.trainable().items():

@@ -255,6 +255,25 @@ def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
     assert not (tmp_path / "state.pt").exists()
 
 
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.9, None])
+def test_a_damaged_resume_point_is_noticed(tmp_path: Path, place: float | None) -> None:
+    """One flipped bit, or a file that is cut."""
+
+    def die(done: int, *_: Any) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path, progress=die)
+    data = bytearray((tmp_path / "state.pt").read_bytes())
+    if place is not None:
+        data[int(place * len(data))] ^= 1
+    (tmp_path / "state.pt").write_bytes(data if place is not None else data[:-1000])
+    with pytest.raises(ValueError, match=r"state\.pt: damaged .*; delete it to begin this training anew"):
+        run(tmp_path)
+    (tmp_path / "state.pt").unlink()
+    run(tmp_path)
+
+
 def test_another_run_in_the_folder(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(ValueError, match="another configuration"):
