@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -34,7 +33,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 WHOLE_PLM = "plm.safetensors"
 
 Weights = dict[str, torch.Tensor]
-Shapes = dict[str, list[int]]
 N = TypeVar("N", bound=Network)
 
 
@@ -132,13 +130,14 @@ def build(kind: type[N], plm: PLMConfig, sizes: Any, folder: Path, load: Callabl
 
 def _check_before_loading(folder: Path, meta: CheckpointMeta, kind: type[Network], plm: PLMConfig) -> None:
     """Refuse a config that does not belong to the weights before there is a network of the sizes that it names."""
-    modules = _shapes(folder / MODULES)
-    adapter = _shapes(folder / ADAPTER) if meta.plm.rank > 0 else {}
-    check_rank(adapter, meta.plm.rank, folder / ADAPTER)
     with torch.device("meta"):
         sketch = build(kind, plm, meta.network, folder, sketch_plm)
     _check_plm(folder, meta, sketch.plm)
-    _check_shapes(_shapes_of(module_weights(sketch)), modules, folder / MODULES, f"the network that {CONFIG} describes")
+    _compare(module_weights(sketch), read_safetensors(folder / MODULES), folder / MODULES, "the network")
+    if plm.rank > 0:
+        adapter = read_safetensors(folder / ADAPTER)
+        check_rank({key: value.shape for key, value in adapter.items()}, plm.rank, folder / ADAPTER)
+        _compare(adapter_weights(sketch), adapter, folder / ADAPTER, "LoRA")
 
 
 def _check_plm(folder: Path, meta: CheckpointMeta, plm: PLM) -> None:
@@ -244,27 +243,19 @@ def load_strictly(module: nn.Module, weights: Weights, path: Path) -> None:
 
 def _compare(expected: Weights, found: Weights, path: Path, what: str) -> None:
     """Raise ValueError unless both have the same keys, shapes and kinds of numbers, and all numbers are finite."""
-    _check_shapes(_shapes_of(expected), _shapes_of(found), path, what)
-    for key, tensor in found.items():
-        if tensor.is_floating_point() != expected[key].is_floating_point() or tensor.is_complex():
-            raise ValueError(f"{path}: does not fit {what}: {key} has numbers of type {tensor.dtype}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {key} holds NaN or infinity; the training diverged or the file is damaged")
-
-
-def _shapes_of(weights: Weights) -> Shapes:
-    return {key: list(tensor.shape) for key, tensor in weights.items()}
-
-
-def _check_shapes(expected: Shapes, found: Shapes, path: Path, what: str) -> None:
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
         listed = [(keys, word) for keys, word in ((missing, "missing"), (extra, "unknown")) if keys]
         parts = " and ".join(f"{len(keys)} {word} (first: {keys[0]})" for keys, word in listed)
         raise ValueError(f"{path}: does not fit {what}: weights {parts}")
-    for key, shape in found.items():
-        if shape != expected[key]:
-            raise ValueError(f"{path}: does not fit {what}: {key} has shape {shape}, not {expected[key]}")
+    for key, tensor in found.items():
+        if tensor.shape != expected[key].shape:
+            shapes = f"{list(tensor.shape)}, not {list(expected[key].shape)}"
+            raise ValueError(f"{path}: does not fit {what}: {key} has shape {shapes}")
+        if tensor.is_floating_point() != expected[key].is_floating_point() or tensor.is_complex():
+            raise ValueError(f"{path}: does not fit {what}: {key} has numbers of type {tensor.dtype}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {key} holds NaN or infinity; the training diverged or the file is damaged")
 
 
 def read_safetensors(path: Path) -> Weights:
@@ -273,17 +264,6 @@ def read_safetensors(path: Path) -> Weights:
     try:
         return load_file(path)
     except Exception as error:  # whatever a broken file provokes is a broken file
-        raise ValueError(f"{path}: damaged ({first_line(error)})") from None
-
-
-def _shapes(path: Path) -> Shapes:
-    """Shapes by key in a file of safetensors, from its header alone."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; the checkpoint is incomplete")
-    try:
-        with safe_open(path, "pt") as tensors:
-            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-    except Exception as error:
         raise ValueError(f"{path}: damaged ({first_line(error)})") from None
 
 

@@ -119,17 +119,16 @@ def preflight(network: Network, data: Data, config: TrainConfig | None = None, m
     seconds = None
     if measure and network.device.type != "meta":
         seconds = _seconds_per_micro_batch(network, data, config) * plan.micro_batches
-    warnings = {
-        f"the warm-up of {plan.warmup} steps is longer than the run of {plan.steps}: "
-        f"the learning rate never passes {plan.peak:.0%} of its value": plan.peak < 0.9,
-        f"{plan.steps} optimizer steps: the loss usually rests on a plateau for the first 40 to 60": plan.steps < 100,
-        f"{crossing / len(data):.0%} of the samples span two episodes": crossing > 0,
-        f"{plan.short_steps} steps are incomplete and count for less than the others": (
-            plan.short_steps > 0 and config.last_group == "upstream"
-        ),
-        f"the memory estimate exceeds the {(device_bytes or 0) / 1e9:.1f} GB of the device: a smaller batch, "
-        "bfloat16 or 4-bit weights, or more devices": device_bytes is not None and memory.peak > FULL * device_bytes,
-    }
+    too_much = device_bytes is not None and memory.peak > FULL * device_bytes
+    warnings = [
+        (plan.peak < 0.9, f"the warm-up of {plan.warmup} steps is longer than the run of {plan.steps}: "
+                          f"the learning rate never passes {plan.peak:.0%} of its value"),
+        (plan.steps < 100, f"{plan.steps} optimizer steps: the loss usually rests on a plateau for the first 40 to 60"),
+        (crossing > 0, f"{crossing / len(data):.0%} of the samples span two episodes"),
+        (plan.short_steps > 0 and config.last_group == "upstream",
+         f"{plan.short_steps} steps are incomplete and count for less than the others"),
+        (too_much, "the memory estimate exceeds that of the device: a smaller batch, bfloat16 or 4-bit weights, or more devices"),
+    ]  # fmt: skip
     return Preflight(
         samples=len(data),
         labels=data.labels(np.arange(len(data))),
@@ -146,7 +145,7 @@ def preflight(network: Network, data: Data, config: TrainConfig | None = None, m
         memory=memory,
         device_bytes=device_bytes,
         seconds=seconds,
-        warnings=tuple(text for text, applies in warnings.items() if applies),
+        warnings=tuple(text for applies, text in warnings if applies),
     )
 
 
@@ -261,7 +260,7 @@ def _trace(
     packed = _packed_bytes(network) if plm.dtype == "4bit" else 0.0
     dtype = arithmetic_dtype(config.precision, device)
     with FakeTensorMode():
-        _fill(network)
+        network.to_empty(device="cpu")
         batch = tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), batch)
         parameters = list(network.trainable().values())
         with _Meter() as meter:
@@ -331,21 +330,6 @@ class _Meter(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.note(leaf)
         return result
-
-
-def _fill(network: nn.Module) -> None:
-    """Replace the sketch's tensors by fake ones on the CPU, shared ones by shared ones. Within a FakeTensorMode."""
-    known: dict[nn.Parameter, nn.Parameter] = {}
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if parameter not in known:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    known[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = known[parameter]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _packed_bytes(network: Network) -> float:

@@ -51,7 +51,7 @@ class Curves:
     ) -> None:
         """Begin with the points `earlier`. Raises OSError if MLflow was asked for and its store cannot be used."""
         flat = {
-            name: value if isinstance(value, str | int | float | bool) else str(value)[:200]
+            str(name): value if isinstance(value, str | int | float | bool) else str(value)[:200]
             for name, value in pd.json_normalize(dict(settings)).iloc[0].to_dict().items()
         }
         try:

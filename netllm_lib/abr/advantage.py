@@ -11,18 +11,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
+from netllm_lib.returns import episode_ends
 from netllm_lib.runs import blocks
 
 if TYPE_CHECKING:
     from netllm_lib.abr.pool import ExperiencePool
 
 HORIZON = 8  # chunks; an episode's end is too far away to know which action it comes from
-FEATURES = 73
 FLOOR = -4.3  # reward of a chunk: a stall of a second, or longer; one outage must not be what the states are judged by
 RIDGE = 1e-5
-LARGEST = 20.0  # weight, before all are divided by their mean: one lucky action must not be the whole lesson
+LARGEST = 20.0  # the largest weight, before all are divided by their mean, so that no lucky action decides alone
 
 
 def advantages(pool: ExperiencePool, horizon: int = HORIZON) -> np.ndarray:
@@ -30,14 +29,17 @@ def advantages(pool: ExperiencePool, horizon: int = HORIZON) -> np.ndarray:
 
     In reward units per chunk; near the end of an episode the mean is over the chunks that remain. Its own mean is zero.
     """
-    earned = np.empty(len(pool))
-    _mean_ahead(np.maximum(pool.rewards, FLOOR).astype(np.float64), np.asarray(pool.dones), horizon, earned)
-    products, gains = np.zeros((FEATURES, FEATURES)), np.zeros(FEATURES)
+    ends, steps = episode_ends(pool.dones), np.arange(len(pool))
+    until = np.minimum(steps + horizon, np.repeat(ends, np.diff(ends, prepend=0)))
+    sums = np.concatenate([[0.0], np.cumsum(np.maximum(pool.rewards, FLOOR), dtype=np.float64)])
+    earned = (sums[until] - sums[:-1]) / (until - steps)
+    products: np.ndarray | float = 0.0
+    gains: np.ndarray | float = 0.0
     for first, states in blocks(pool.states):
         features = _features(states)
-        products += features.T @ features
-        gains += features.T @ earned[first : first + len(states)]
-    weights = np.linalg.solve(products + RIDGE * len(pool) * np.eye(FEATURES), gains)
+        products = products + features.T @ features
+        gains = gains + features.T @ earned[first : first + len(states)]
+    weights = np.linalg.solve(products + RIDGE * len(pool) * np.eye(len(gains)), gains)  # type: ignore[arg-type]
     for first, states in blocks(pool.states):
         earned[first : first + len(states)] -= _features(states) @ weights
     return earned - earned.mean()
@@ -54,16 +56,3 @@ def _features(states: np.ndarray) -> np.ndarray:
     """Float64 [T, 73]: one, the state's numbers (none is negative, all are of the order of one), and their square roots."""
     flat = states.reshape(len(states), -1).astype(np.float64)
     return np.concatenate([np.ones((len(flat), 1)), flat, np.sqrt(np.abs(flat))], axis=1)
-
-
-@njit(cache=True)
-def _mean_ahead(rewards: np.ndarray, dones: np.ndarray, horizon: int, out: np.ndarray) -> None:
-    end = len(rewards)
-    for step in range(len(rewards) - 1, -1, -1):
-        if dones[step]:
-            end = step + 1
-        ahead = min(horizon, end - step)
-        total = 0.0
-        for i in range(step, step + ahead):
-            total += rewards[i]
-        out[step] = total / ahead

@@ -75,9 +75,7 @@ class Batch(NamedTuple):
     actions: torch.Tensor  # int64 [batch, w] levels
     returns: torch.Tensor  # float32 [batch, w] return-to-go, scaled
     timesteps: torch.Tensor  # int64 [batch, w]
-    mask: (
-        torch.Tensor | None
-    )  # bool [batch, w], False for the padding that ends a short window; None when there is none
+    mask: torch.Tensor | None  # bool [batch, w], False for the padding that ends a short window; None: there is none
     targets: torch.Tensor
     """Int64 [batch, w]: the level to predict, by cross-entropy; or float32 [batch, w, 6]: a number for every level, by the
     squared error."""
@@ -130,12 +128,8 @@ class PolicyNetwork(Network):
             self.embed_return = nn.Linear(1, hidden)
             self.embed_action = nn.Linear(1, hidden)
             self.embed_ln = nn.LayerNorm(hidden)
-            self.embed_state1 = nn.Linear(dim, hidden)
-            self.embed_state2 = nn.Linear(dim, hidden)
-            self.embed_state3 = nn.Linear(dim * positions, hidden)
-            self.embed_state4 = nn.Linear(dim * positions, hidden)
-            self.embed_state5 = nn.Linear(dim, hidden)
-            self.embed_state6 = nn.Linear(dim, hidden)
+            for number, parts in enumerate((1, 1, positions, positions, 1, 1), 1):
+                setattr(self, f"embed_state{number}", nn.Linear(dim * parts, hidden))
             self.action_head = nn.Linear(hidden, LEVELS)
             with torch.no_grad():
                 self.embed_timestep.weight.mul_(config.timestep_init)
