@@ -39,9 +39,8 @@ class Batch(NamedTuple):
 class Sines:
     """Points of sin(πx), eight a sample."""
 
-    facts: dict[str, Any] = {"points": 8}
-
     def __init__(self, count: int, seed: int):
+        self.facts: dict[str, Any] = {"points": 8}
         self.x = np.random.default_rng(seed).uniform(-1, 1, (count, 8)).astype(np.float32)
         self.key = runs.array_hash(self.x)
 
