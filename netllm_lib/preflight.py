@@ -260,7 +260,7 @@ def _trace(
     packed = _packed_bytes(network) if plm.dtype == "4bit" else 0.0
     dtype = arithmetic_dtype(config.precision, device)
     with FakeTensorMode():
-        network.to_empty(device="cpu")
+        network._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))  # `to_empty` without reading the sketch's tensors
         batch = tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), batch)
         parameters = list(network.trainable().values())
         with _Meter() as meter:
