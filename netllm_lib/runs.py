@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import mmap
 import os
 import platform
 import re
@@ -31,6 +30,8 @@ from typing import Any
 import filelock
 import numpy as np
 import psutil
+
+from netllm_lib import config
 
 PROJECT = Path(__file__).resolve().parents[1]
 """The checkout: bundled data, notebooks and the default reports folder are found from here."""
@@ -92,40 +93,6 @@ def content_hash(value: Any, digits: int = 10) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
-def array_hash(*arrays: np.ndarray, digits: int = 16) -> str:
-    """Hex digest of arrays by dtype, shape and bytes."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
-        for _, part in blocks(array):
-            digest.update(np.ascontiguousarray(part).data)
-    return digest.hexdigest()[:digits]
-
-
-def blocks(array: np.ndarray, size_bytes: int = 2**23) -> Iterator[tuple[int, np.ndarray]]:
-    """(index of the first row, rows) of an array, in blocks of about `size_bytes`.
-
-    Of a memory-mapped array, the pages of a block leave this process when the next one is asked for, so that a walk over an
-    array of any size holds one block. (They stay in the system's file cache while there is room.)
-    """
-    rows = max(1, size_bytes // max(1, array[:1].nbytes)) if array.ndim else 1
-    for first in range(0, len(array) if array.ndim else 1, rows):
-        yield first, array[first : first + rows] if array.ndim else array
-        give_back(array)
-
-
-def give_back(array: np.ndarray) -> None:
-    """Let the pages of a read-only memory-mapped array leave this process; they are read again when they are used again.
-
-    Nothing happens to an array in memory, or where the system has no such call.
-    """
-    base: Any = array
-    while isinstance(base, np.ndarray) and not array.flags.writeable:
-        base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)
-
-
 def file_hash(path: Path, digits: int = 16) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as stream:
@@ -148,10 +115,9 @@ def tree_hash(folder: Path, pattern: str = "**/*", digits: int = 16) -> str:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` to write to; it takes the place of `path` only when the block ends without an error.
 
-    The block may create a file or a folder. What it wrote is flushed to disk before the rename and the rename before this
-    returns, so a crash leaves either the old content or the new one, never a half-written one. A folder replaces an existing
-    folder. What a killed process left beside `path` is cleaned up first. Raises StorageError when the disk is full or the folder
-    cannot be written to.
+    The block may create a file, or a folder that replaces an existing one. What it wrote is flushed to disk before the rename and
+    the rename before this returns, so a crash leaves the old content or the new one, never a half-written one. What a killed
+    process left beside `path` is cleaned up first. Raises StorageError when the disk is full or the folder cannot be written to.
     """
     path = Path(path)
     with storage_errors(path.parent):
@@ -161,7 +127,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         try:
             yield aside
             for written in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
-                _flush(written)
+                flush(written)
             old = aside.with_suffix(".old")
             if aside.is_dir() and path.is_dir():
                 os.replace(path, old)
@@ -171,7 +137,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 if old.exists():
                     os.replace(old, path)
                 raise
-            _flush(path.parent)
+            flush(path.parent)
             _remove(old)
         finally:
             _remove(aside)
@@ -203,12 +169,8 @@ def clean_up(path: Path, alone: bool = False) -> None:
 _ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|old)")
 
 
-def flush_folder(folder: Path) -> None:
-    """Make what was renamed or created in a folder last through a crash."""
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Make a file, or what was renamed or created in a folder, last through a crash."""
     with (
         contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext()
     ):  # some systems cannot flush folders
@@ -289,25 +251,27 @@ def lock(path: Path) -> Iterator[int | None]:
     path = Path(path).absolute()
     beside = path.with_name(f".{path.name}.lock")
     handles: list[int] = []
+
+    def take(kind: type[filelock.BaseFileLock], place: Path, **options: Any) -> None:
+        try:
+            stack.enter_context(kind(place, timeout=LOCK_S, **options))
+        except filelock.Timeout:
+            owner = (place.read_text().split() or ["(unknown)"])[0] if place.is_file() else "(unknown)"
+            text = f"{path}: process {owner} is writing it; wait until it is done, or end that process"
+            raise Busy(text) from None
+
     with contextlib.ExitStack() as stack:
         with storage_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(filelock.FileLock(beside, LOCK_S, on_acquired=lambda it: _taken(it, handles)))
-                stack.callback(
-                    beside.unlink, missing_ok=True
-                )  # before it is released: filelock minds files that are gone
+                take(filelock.FileLock, beside, on_acquired=lambda handle: handles.append(_signed(handle)))
+                # it goes before the lock is released: filelock sees to it that nobody takes a file that is gone
+                stack.callback(beside.unlink, missing_ok=True)
             except OSError as error:
-                if isinstance(error, filelock.Timeout):
-                    raise _busy(path, beside) from None
                 if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
                     raise
                 beside.unlink(missing_ok=True)
-                beside = beside.with_suffix(".owner")
-                try:
-                    stack.enter_context(filelock.SoftFileLock(beside, LOCK_S))
-                except filelock.Timeout:
-                    raise _busy(path, beside) from None
+                take(filelock.SoftFileLock, beside.with_suffix(".owner"))
         clean_up(path, alone=True)
         if path.is_dir():
             for name in {match["name"] for entry in path.iterdir() if (match := _ASIDE.fullmatch(entry.name))}:
@@ -319,19 +283,12 @@ LOCK_S = 0.1
 """Time for two or three tries: a lock file that another process is just removing is no reason to give up."""
 
 
-def _taken(handle: int, handles: list[int]) -> None:
-    handles.append(handle)
-    with contextlib.suppress(OSError):  # on a full disk the lock holds as well, but not the number
+def _signed(handle: int) -> int:
+    """A lock file with the number of its process in it; on a full disk the lock holds without."""
+    with contextlib.suppress(OSError):
         os.truncate(handle, 0)
         os.write(handle, f"{os.getpid()}\n".encode())
-
-
-def _busy(path: Path, beside: Path) -> Busy:
-    try:
-        owner = beside.read_text().split()[0]
-    except (OSError, ValueError, IndexError):
-        owner = "(unknown)"
-    return Busy(f"{path}: process {owner} is writing it; wait until it is done, or end that process")
+    return handle
 
 
 # --- run folders --------------------------------------------------------------------------------------------------------
@@ -347,10 +304,7 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """What the manifest says; nothing where there is none. Raises ValueError for a broken one."""
         path = self.folder / MANIFEST
-        found = read_json(path) if path.is_file() else {}
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}: a JSON object is expected")
-        return found
+        return config.parse(dict[str, Any], read_json(path), str(path)) if path.is_file() else {}
 
     @property
     def done(self) -> bool:
@@ -360,13 +314,14 @@ class Run:
     @property
     def parents(self) -> dict[str, Path]:
         """The folders that this run was made from, by role: "pool", "training", "test", "sweep"."""
-        named = self.manifest.get("parents") or {}
-        if not isinstance(named, dict) or not all(isinstance(place, str) for place in named.values()):
-            raise ValueError(f"{self.folder / MANIFEST}: parents are folders by role, got {named!r:.60}")
+        where = f"{self.folder / MANIFEST}, parents"
+        named: dict[str, str] = config.parse(dict[str, str], self.manifest.get("parents", {}), where)
         return {role: Path(os.path.normpath(self.folder.resolve() / place)) for role, place in named.items()}
 
     def note(self, **facts: Any) -> None:
-        """Record facts in the manifest; a fact that is None is removed from it."""
+        """Record facts in the manifest; one that is None is removed. `parents` are folders by role, empty ones are left out."""
+        if (parents := facts.get("parents")) is not None:
+            facts["parents"] = {role: self._from_here(Path(folder)) for role, folder in parents.items() if folder}
         known = {**self.manifest, **facts}
         write_json(self.folder / MANIFEST, {name: value for name, value in known.items() if value is not None})
 
@@ -384,32 +339,32 @@ class Run:
 
 
 def run_folder(
-    kind: str, name: str, config: Any, inputs: Mapping[str, str] | None = None, root: Path | None = None
+    kind: str, name: str, settings: Any, inputs: Mapping[str, str] | None = None, root: Path | None = None
 ) -> Path:
     """Where `open_run` puts this work; it need not be there."""
-    content = content_hash({"config": config, "inputs": inputs or {}})
+    content = content_hash({"config": settings, "inputs": inputs or {}})
     return (root or reports_root()) / "runs" / kind / f"{name}-{content}"
 
 
 def open_run(
     kind: str,
     name: str,
-    config: Any,
+    settings: Any,
     inputs: Mapping[str, str] | None = None,
     parents: Mapping[str, str | Path | None] | None = None,
     root: Path | None = None,
 ) -> Run:
     """The run folder for this work, created if need be.
 
-    `config` is anything JSON-like or a dataclass; `inputs` maps the name of each input to its content hash. Both decide the
+    `settings` is anything JSON-like or a dataclass; `inputs` maps the name of each input to its content hash. Both decide the
     folder's name; parents (folders by role), versions, machine and git revision are recorded in the manifest but do not.
     """
-    run = Run(run_folder(kind, name, config, inputs, root))
+    run = Run(run_folder(kind, name, settings, inputs, root))
     if not (run.folder / MANIFEST).exists():
-        write_json(run.folder / "config.json", config)
+        write_json(run.folder / "config.json", settings)
         run.note(status="started", kind=kind, name=name, inputs=inputs or {}, started=time_text(), **environment())
     if parents:
-        run.note(parents={role: run._from_here(Path(folder)) for role, folder in parents.items() if folder})
+        run.note(parents=parents)
     return run
 
 
@@ -421,8 +376,7 @@ def notebook_run(run_dir: str, notebook: str, **parents: str | Path | None) -> R
     run = Run(Path(run_dir) if run_dir else reports_root() / "runs" / notebook / "interactive")
     if not run.manifest:
         run.note(status="started", kind=notebook, name=run.folder.name, started=time_text(), **environment())
-    named = {role: run._from_here(Path(folder)) for role, folder in parents.items() if folder}
-    run.note(status="started", finished=None, error=None, parents=named)
+    run.note(status="started", finished=None, error=None, parents=parents)
     return run
 
 
@@ -439,9 +393,6 @@ def latest(notebook: str) -> Path:
     return finished[max(finished)]
 
 
-# --- at work ------------------------------------------------------------------------------------------------------------
-
-
 def headless() -> bool:
     """True under the runner, which sets $NETLLM_HEADLESS: print lines rather than draw widgets."""
     return bool(os.environ.get("NETLLM_HEADLESS"))
@@ -453,47 +404,36 @@ PROGRESS_LINE = re.compile(r"(.+): \d+/\d+ .* s, about \d+ s left$")
 
 def progress(label: str, every_s: float = 5.0) -> Callable[..., None]:
     """A callback `(done, total, info={})` for the library's loops: a bar for a person, a line every few seconds headless."""
-    if not headless():
-        from tqdm.auto import tqdm
+    from tqdm.auto import tqdm
 
-        bar = tqdm(desc=label)
+    bar = None if headless() else tqdm(desc=label)
+    started = last = time.monotonic()
 
-        def redraw(done: int, total: int, info: Mapping[str, Any] | None = None) -> None:
+    def show(done: int, total: int, info: Mapping[str, Any] | None = None) -> None:
+        nonlocal last
+        loss = f"  loss {info['loss']:.3f}" if info and "loss" in info else ""
+        if bar is not None:
             bar.total = total
-            bar.set_postfix({k: f"{v:.3f}" for k, v in (info or {}).items() if k == "loss"}, refresh=False)
+            bar.set_postfix_str(loss.strip(), refresh=False)
             bar.update(done - bar.n)
             if done == total:
                 bar.close()
-
-        return redraw
-    started = last = time.monotonic()
-
-    def line(done: int, total: int, info: Mapping[str, Any] | None = None) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= every_s or done == total:
+        elif (now := time.monotonic()) - last >= every_s or done == total:
             last = now
             left = (now - started) / done * (total - done)
-            loss = f"  loss {info['loss']:.3f}" if info and "loss" in info else ""
             print(f"{label}: {done}/{total}{loss}  {now - started:.0f} s, about {left:.0f} s left", flush=True)
 
-    return line
+    return show
 
 
 def environment() -> dict[str, Any]:
     """Versions, machine and git revision, for a manifest. Never fails: what cannot be found is left out."""
     versions = {}
     for package in VERSIONED:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "python": platform.python_version(),
-        "versions": versions,
-        "machine": platform.machine(),
-        "git": git_revision(),
-    }
+    about = {"python": platform.python_version(), "versions": versions, "machine": platform.machine()}
+    return {**about, "git": git_revision()}
 
 
 def git_revision() -> str | None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from netllm_lib.arrays import blocks
 from netllm_lib.returns import episode_ends
-from netllm_lib.runs import blocks
 
 if TYPE_CHECKING:
     from netllm_lib.abr.pool import ExperiencePool

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from netllm_lib import runs
+from netllm_lib import arrays, runs
 from netllm_lib.abr.advantage import advantage_weights
 from netllm_lib.abr.model import FEATURES, HISTORY, Batch, PolicySettings
 from netllm_lib.abr.qoe import LEVELS
@@ -102,7 +102,7 @@ class Windows:
         index = self.starts[numbers][:, None] + np.minimum(steps, lengths - 1)  # [batch, w] transitions
         mask = torch.from_numpy(steps < lengths)
         states, rows = torch.from_numpy(self.states[index]), torch.from_numpy(index)
-        runs.give_back(self.states)  # a page of a mapped pool comes with a megabyte around it
+        arrays.give_back(self.states)  # a page of a mapped pool comes with a megabyte around it
         return Batch(
             states,
             self.actions[rows],
@@ -157,7 +157,7 @@ def make_windows(
     timesteps = np.arange(len(returns)) - np.repeat(begins, ends - begins)
     starts, lengths = _cut(config, begins, ends)
     actions = torch.from_numpy(pool.actions.astype(np.int64))
-    worth = [] if values is None else [runs.array_hash(np.asarray(values, dtype=np.float32))]
+    worth = [] if values is None else [arrays.array_hash(np.asarray(values, dtype=np.float32))]
     return Windows(
         states=pool.states,
         actions=actions,

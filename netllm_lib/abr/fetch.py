@@ -140,7 +140,7 @@ def _move(files: Path, folder: Path, names: list[str]) -> None:
             if name.split("/")[0] == top:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(files / name, folder / name)
-    runs.flush_folder(folder)
+    runs.flush(folder)
 
 
 def _checkout(repository: str, commit: str, clone: Path) -> Path:

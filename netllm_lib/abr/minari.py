@@ -18,7 +18,8 @@ import numpy as np
 from netllm_lib.abr.pool import ExperiencePool, PoolError, concatenate
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.abr.traces import find_registry
-from netllm_lib.runs import atomic_path, blocks, plain
+from netllm_lib.arrays import blocks
+from netllm_lib.runs import atomic_path, plain
 
 if TYPE_CHECKING:
     import gymnasium

@@ -23,12 +23,11 @@ from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import CHUNKS, TraceSet, Video
+from netllm_lib.arrays import array_hash, blocks
 from netllm_lib.runs import (
-    array_hash,
     atomic_path,
-    blocks,
     content_hash,
-    flush_folder,
+    flush,
     lock,
     read_json,
     storage_errors,
@@ -387,7 +386,7 @@ def _generate_on_disk(plan: _Plan, path: Path) -> ExperiencePool:
     write_json(beside / CONFIG, pool._facts() | {"made_from": key, "blocks": there})
     shutil.rmtree(path, ignore_errors=True)  # killed after this, the next call finds the whole pool beside
     os.replace(beside, path)
-    flush_folder(path.parent)
+    flush(path.parent)
     return load_pool(path)
 
 

@@ -25,7 +25,8 @@ import scipy.sparse.csgraph
 
 from netllm_lib import safe_pickle
 from netllm_lib.abr.qoe import LEVELS
-from netllm_lib.runs import PROJECT, array_hash
+from netllm_lib.arrays import array_hash
+from netllm_lib.runs import PROJECT
 
 CHUNKS = 48  # chunks played per episode; size files may list more
 POINTER_FILE = "mahimahi_ptrs.pkl"
