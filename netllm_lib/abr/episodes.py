@@ -40,13 +40,8 @@ class Episodes:
     def rows(self, index: Sequence[int]) -> Episodes:
         """The episodes at `index`, in that order."""
         noise = None if self.noise is None else self.noise[index]
-        return replace(
-            self,
-            trace_index=self.trace_index[index],
-            start_ptr=self.start_ptr[index],
-            noise=noise,
-            action_draws=self.action_draws[index],
-        )
+        trace, start, draws = self.trace_index[index], self.start_ptr[index], self.action_draws[index]
+        return replace(self, trace_index=trace, start_ptr=start, noise=noise, action_draws=draws)
 
 
 @dataclass(frozen=True)
@@ -68,27 +63,17 @@ def sound_episodes(traces: TraceSet, *, seed: int = 0, repeats: int = 1, noise: 
     The first repeat starts at the pointer file's positions where there is one; all other starts are random.
     """
     count = len(traces)
-    start = np.empty(repeats * count, dtype=np.int64)
-    noises = np.empty((repeats * count, CHUNKS)) if noise else None
-    draws = np.empty((repeats * count, CHUNKS), dtype=np.int64)
-    for row in range(repeats * count):
-        repeat, index = divmod(row, count)
-        rng = np.random.default_rng([seed, repeat, index])
-        fixed = traces.start_ptrs[index] if traces.start_ptrs is not None and repeat == 0 else None
-        pointer = int(rng.integers(1, len(traces.traces[index].mbps)))
-        start[row] = pointer if fixed is None else int(fixed)
-        noise_of_episode = rng.uniform(NOISE_LOW, NOISE_HIGH, CHUNKS)
-        if noises is not None:
-            noises[row] = noise_of_episode
+    trace_index = np.tile(np.arange(count), repeats)
+    start = np.empty(len(trace_index), dtype=np.int64)
+    factors, draws = np.empty((len(start), CHUNKS)), np.empty((len(start), CHUNKS), dtype=np.int64)
+    for row, index in enumerate(trace_index):
+        rng = np.random.default_rng([seed, row // count, index])
+        start[row] = rng.integers(1, len(traces.traces[index].mbps))
+        factors[row] = rng.uniform(NOISE_LOW, NOISE_HIGH, CHUNKS)
         draws[row] = rng.integers(1, DRAWS, CHUNKS)
-    return Episodes(
-        trace_index=np.tile(np.arange(count), repeats),
-        start_ptr=start,
-        noise=noises,
-        action_draws=draws,
-        seed=seed,
-        fixed=not noise,
-    )
+    if traces.start_ptrs is not None:
+        start[:count] = traces.start_ptrs
+    return Episodes(trace_index, start, factors if noise else None, draws, seed=seed, fixed=not noise)
 
 
 def upstream_episodes(
@@ -120,10 +105,8 @@ def upstream_episodes(
     order = list(range(count))
     if not fixed:
         rng.shuffle(order)
-    if traces.start_ptrs is not None:
-        start = [int(traces.start_ptrs[index]) for index in order]
-    else:
-        start = [int(rng.randint(1, len(traces.traces[index].mbps))) for index in order]
+    pointers = traces.start_ptrs
+    start = [rng.randint(1, len(traces.traces[i].mbps)) if pointers is None else int(pointers[i]) for i in order]
     if not pool:
         rng = np.random.RandomState(seed)
 

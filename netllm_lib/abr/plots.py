@@ -134,14 +134,8 @@ def plot_steps(rewards: Mapping[str, float], axes: Axes | None = None) -> Axes:
             ax.bar(place, gain, bottom=before, width=0.7, facecolor=color, edgecolor="k", linewidth=0.5, hatch=hatch)
             ax.plot([place - 1, place + 0.35], [before, before], color="0.6", linewidth=0.8, zorder=0)
         text = f"{reward:.3f}" if before is None else f"{reward:.3f}\n({reward - before:+.3f})"
-        ax.annotate(
-            text,
-            (place, max(reward, before or reward)),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-        )
+        top = (place, max(reward, before or reward))
+        ax.annotate(text, top, xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9)
         before = reward
     ax.set_xticks(range(len(rewards)), list(rewards))
     low, high = ax.get_ylim()

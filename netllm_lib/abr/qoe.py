@@ -42,12 +42,8 @@ def chosen(table: pd.DataFrame) -> pd.DataFrame:
 def summarise(table: pd.DataFrame) -> Quality:
     """Mean reward and its three parts of a table of chunks. The reward is the figure that the original prints."""
     rows = chosen(table)
-    return Quality(
-        float(rows["reward"].mean()),
-        float(rows["bitrate_kbps"].mean() / 1000),
-        float(rows["rebuffer_s"].mean()),
-        float(rows["smoothness_mbps"].mean()),
-    )
+    reward, kbps, rebuffer_s, smoothness_mbps = rows[["reward", "bitrate_kbps", "rebuffer_s", "smoothness_mbps"]].mean()
+    return Quality(float(reward), float(kbps / 1000), float(rebuffer_s), float(smoothness_mbps))
 
 
 def by_trace(table: pd.DataFrame) -> pd.DataFrame:
@@ -63,13 +59,9 @@ def per_trace(table: pd.DataFrame) -> pd.DataFrame:
     reward = quality - rebuffering - smoothness. Index: trace.
     """
     rows = chosen(table)
-    parts = pd.DataFrame(
-        {
-            "trace": rows["trace"],
-            "reward": rows["reward"],
-            "quality": rows["bitrate_kbps"] / 1000,
-            "rebuffering": REBUFFER_PENALTY * rows["rebuffer_s"],
-            "smoothness": rows["smoothness_mbps"],
-        }
+    parts = rows[["trace", "reward"]].assign(
+        quality=rows["bitrate_kbps"] / 1000,
+        rebuffering=REBUFFER_PENALTY * rows["rebuffer_s"],
+        smoothness=rows["smoothness_mbps"],
     )
     return parts.groupby("trace", sort=False).mean()

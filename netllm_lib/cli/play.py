@@ -67,16 +67,10 @@ def play(
     print(f"  rebuffering   {quality.rebuffer_s:.5f} s per chunk")
     print(f"  smoothness    {quality.smoothness_mbps:.4f} Mbps")
     if as_json:
-        result = {
-            "mean_reward": quality.reward,
-            "mean_all48": float(table["reward"].mean()),
-            "traces": len(episodes),
-            "fixed": episodes.fixed,
-            "seed": seed,
-            "bitrate_mbps": quality.bitrate_mbps,
-            "rebuffer_s": quality.rebuffer_s,
-            "smoothness_mbps": quality.smoothness_mbps,
-            # named as the original names its result files
-            "per_trace": {f"{trace_set.name}_{name}": mean for name, mean in qoe.per_trace(table)["reward"].items()},
-        }
-        print(json.dumps(result))
+        result = quality._asdict()
+        result = {"mean_reward": result.pop("reward"), "mean_all48": float(table["reward"].mean()), **result}
+        result |= {"traces": len(episodes), "fixed": episodes.fixed, "seed": seed}
+        by_trace = qoe.by_trace(table)["reward"]  # named as the original names its result files
+        print(
+            json.dumps({**result, "per_trace": {f"{trace_set.name}_{name}": mean for name, mean in by_trace.items()}})
+        )

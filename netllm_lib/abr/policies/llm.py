@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -65,17 +65,26 @@ class EvalConfig:
     @classmethod
     def upstream(cls, in_training: bool = False, **changes: object) -> EvalConfig:
         """As the original tests (`--test`); `in_training`: as it evaluates while training (`--adapt`), with dropout on."""
-        original: dict[str, object] = {
-            "choose": "sample",
-            "draws": "stream",
-            "dropout": in_training,
-            "context": "leak",
-            "context_window": "rolling",
-            "cut_to_hidden": True,
-            "extra_step": True,
-            "merge_lora": False,
-        }
-        return cls(**(original | changes))  # type: ignore[arg-type]
+        original = cls(
+            choose="sample",
+            draws="stream",
+            dropout=in_training,
+            context="leak",
+            context_window="rolling",
+            cut_to_hidden=True,
+            extra_step=True,
+            merge_lora=False,
+        )
+        return replace(original, **changes)  # type: ignore[arg-type]
+
+
+class _Step(NamedTuple):
+    """A decision in the context, of N episodes."""
+
+    state: torch.Tensor  # [N, 6, 6]
+    action: torch.Tensor  # [N]
+    return_to_go: torch.Tensor  # [N]
+    timestep: torch.Tensor  # [N]
 
 
 class LLMPolicy(Policy):
@@ -136,12 +145,12 @@ class LLMPolicy(Policy):
         self.logits = logits.float().cpu().numpy()
         self.probabilities = torch.softmax(torch.from_numpy(self.logits), dim=-1).numpy()
         levels = self._choose(observation)
-        self._actions[-1] = torch.from_numpy(levels)
+        self.played(levels)
         return levels
 
     def played(self, levels: np.ndarray) -> None:
         """What the next decision remembers as the last action."""
-        self._actions[-1] = torch.from_numpy(np.asarray(levels, dtype=np.int64))
+        self._steps[-1].action[:] = torch.from_numpy(np.asarray(levels, dtype=np.int64))
 
     def extras(self) -> Mapping[str, np.ndarray]:
         """Probabilities p0 … p5 and the return-to-go that the decision was conditioned on."""
@@ -171,10 +180,7 @@ class LLMPolicy(Policy):
         self.network.plm.check_length(tokens, remedy)
 
     def _clear(self) -> None:
-        self._states: list[torch.Tensor] = []  # [N, 6, 6] each, oldest first
-        self._actions: list[torch.Tensor] = []  # [N]
-        self._returns: list[torch.Tensor] = []  # [N]
-        self._timesteps: list[int] = []
+        self._steps: list[_Step] = []  # oldest first
         self._cache: TokenCache | None = None
 
     def _begin(self, episodes: int) -> None:
@@ -194,22 +200,17 @@ class LLMPolicy(Policy):
                 f"decision {observation.chunk} of an episode; the policy was trained on episodes of "
                 f"{self.network.config.max_timestep + 1} decisions"
             )
-        self._states.append(torch.from_numpy(np.asarray(observation.state, dtype=np.float32)))
-        self._actions.append(torch.zeros(len(observation.episode), dtype=torch.int64))
-        self._returns.append(torch.from_numpy(self._target.astype(np.float32)))
-        self._timesteps.append(timestep)
-        keep = 2 if self._cache is not None else self.w + 1
-        for memory in (self._states, self._actions, self._returns, self._timesteps):
-            del memory[:-keep]
+        state, target = (torch.from_numpy(np.asarray(x, dtype=np.float32)) for x in (observation.state, self._target))
+        self._steps.append(
+            _Step(state, torch.zeros(len(target), dtype=torch.int64), target, torch.full((len(target),), timestep))
+        )
+        del self._steps[: -2 if self._cache is not None else -self.w - 1]
 
     def _logits(self) -> torch.Tensor:  # [N, 6]
-        network, steps = self.network, len(self._states)
-        tokens = network.embed(
-            torch.stack(self._states, dim=1).to(network.device),
-            torch.stack(self._actions, dim=1).to(network.device),
-            torch.stack(self._returns, dim=1).to(network.device),
-            torch.tensor([self._timesteps], device=network.device).expand(len(self._states[0]), steps),
-        )[:, : network.context_tokens(steps)]  # the action of the current step is what is asked for
+        network = self.network
+        parts = (torch.stack(part, dim=1).to(network.device) for part in zip(*self._steps, strict=True))
+        # the action of the current step is what is asked for
+        tokens = network.embed(*parts)[:, : network.context_tokens(len(self._steps))]
         if self._cache is not None:  # the previous action, then the current step
             return network.decide(tokens[:, -network.tokens_per_step :], self._cache)
         if self.config.cut_to_hidden:
