@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from netllm_lib import gate, runs
+from netllm_lib import arrays, gate
 from netllm_lib.abr.model import load_policy
 from netllm_lib.checkpoint import load_checkpoint, read_meta
 from netllm_lib.measure import Measure, Scores
@@ -42,7 +42,7 @@ class Sines:
     def __init__(self, count: int, seed: int):
         self.facts: dict[str, Any] = {"points": 8}
         self.x = np.random.default_rng(seed).uniform(-1, 1, (count, 8)).astype(np.float32)
-        self.key = runs.array_hash(self.x)
+        self.key = arrays.array_hash(self.x)
 
     def __len__(self) -> int:
         return len(self.x)
