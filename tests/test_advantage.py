@@ -1,8 +1,9 @@
-"""What a pool can teach: advantages of its actions, their weights in the loss, and what a clone earns."""
+"""What is learnt of a pool: its actions, weighted by their advantages, or the values of all levels."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +12,15 @@ from torch.nn.functional import cross_entropy
 
 from llm_fixtures import batch_loss, train_on
 from netllm_lib import notebooks, runs
-from netllm_lib.abr import advantage, qoe
+from netllm_lib.abr import advantage
 from netllm_lib.abr.advantage import advantage_weights, advantages
-from netllm_lib.abr.batches import Batch, WindowConfig, make_windows
+from netllm_lib.abr.batches import Batch, WindowConfig, make_targets, make_windows
 from netllm_lib.abr.episodes import sound_episodes
-from netllm_lib.abr.improve import cloning_estimate, small_network
+from netllm_lib.abr.improve import small_network
 from netllm_lib.abr.model import load_policy
-from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Random
-from netllm_lib.abr.pool import ExperiencePool, generate_mix, generate_pool, load_pool
-from netllm_lib.abr.simulator import Simulator
+from netllm_lib.abr.pool import ExperiencePool, generate_mix, load_pool
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import SAMPLE
 from netllm_lib.pipelines import read_pipeline
@@ -71,20 +70,28 @@ def test_a_pool_on_disk_gives_the_same_advantages(mixed: ExperiencePool, tmp_pat
     np.testing.assert_allclose(advantages(mapped), advantages(mixed), rtol=0, atol=1e-12)
 
 
-def test_the_loss_counts_each_action_by_its_weight() -> None:
-    network = small_network().eval()
+def test_the_loss_by_hand() -> None:
+    """Actions by their weights, the distance of all levels' values to the best one's, or the best level."""
+    network, steps = small_network().eval(), torch.arange(3).expand(2, 3)
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    actions = torch.tensor([[0, 3, 5], [2, 1, 1]])
-    weights = torch.tensor([[0.0, 2.0, 0.5], [3.0, 9.0, 9.0]])
-    steps = torch.arange(3).expand(2, 3)
+    actions, weights = torch.tensor([[0, 3, 5], [2, 1, 1]]), torch.tensor([[0.0, 2.0, 0.5], [3.0, 9.0, 9.0]])
     batch = Batch(torch.rand(2, 3, 6, 6), actions, torch.zeros(2, 3), steps, mask, actions, weights)
-    each = cross_entropy(network(batch)[mask], actions[mask], reduction="none")
-    expected = (each * torch.tensor([0.0, 2.0, 0.5, 3.0])).mean().item()
-    assert batch_loss(network, batch).item() == pytest.approx(expected, rel=1e-5)
-    whole = batch._replace(mask=None)
-    each = cross_entropy(network(whole).flatten(0, 1), actions.flatten(), reduction="none")
+    logits = network(batch)
+    each = cross_entropy(logits[mask], actions[mask], reduction="none")
+    assert batch_loss(network, batch).item() == pytest.approx((each * weights[mask]).mean().item(), rel=1e-5)
+    each = cross_entropy(logits.flatten(0, 1), actions.flatten(), reduction="none")
     expected = (each * weights.flatten()).mean().item()
-    assert batch_loss(network, whole).item() == pytest.approx(expected, rel=1e-5)
+    assert batch_loss(network, batch._replace(mask=None)).item() == pytest.approx(expected, rel=1e-5)
+
+    values = torch.randn(2, 3, 6) * 10
+    distances, best = (make_targets(values.flatten(0, 1).numpy(), learn) for learn in ("values", "best"))
+    wanted = (values - values.max(dim=-1, keepdim=True).values).clamp(min=-8.0)
+    by_value = batch._replace(targets=distances.view(2, 3, 6), weights=None)
+    expected = ((logits - wanted)[mask] ** 2).mean().item()
+    assert batch_loss(network, by_value).item() == pytest.approx(expected, rel=1e-5)
+    expected = cross_entropy(logits[mask], values.argmax(dim=-1)[mask]).item()
+    by_best = by_value._replace(targets=best.view(2, 3))
+    assert batch_loss(network, by_best).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_weights_change_what_is_learnt_and_the_run_knows_it(mixed: ExperiencePool, tmp_path: Path) -> None:
@@ -96,24 +103,21 @@ def test_weights_change_what_is_learnt_and_the_run_knows_it(mixed: ExperiencePoo
     assert not torch.equal(plain.action_head.weight, weighted.action_head.weight)
     with pytest.raises(ValueError, match="another configuration"):
         train_on(weighted, choosy, config, tmp_path / "plain")
-    with pytest.raises(ValueError, match="for actions only"):
-        make_windows(mixed, advantage=0.0)
-    with pytest.raises(ValueError, match="for actions only"):
-        make_windows(mixed, advantage=1.0, learn="values", values=np.zeros((len(mixed), 6)))
 
 
-def test_an_estimate_tells_a_good_pool_from_a_bad_one() -> None:
-    held = generate_traces("h", 12, 9)
-    simulator = Simulator(held, VIDEO, sound_episodes(held))
-    told: list[int] = []
-    rewards = {}
-    for player in (RobustMPC(VIDEO), Random()):
-        pool = generate_pool(player, TRACES, VIDEO, EPISODES)
-        table = cloning_estimate(pool, simulator, 60, progress=lambda done, total, info: told.append(total))
-        assert len(table) == len(play(player, simulator))
-        rewards[player.name] = qoe.summarise(table).reward
-    assert told == [60] * 120
-    assert rewards["mpc"] > rewards["random"] + 0.3
+def test_values_and_weights_are_asked_for_and_given_together(mixed: ExperiencePool) -> None:
+    values = np.zeros((len(mixed), 6), np.float32)
+    wrong: list[dict[str, Any]] = [
+        {"learn": "actions", "values": values},
+        {"learn": "values", "values": None},
+        {"learn": "values", "values": values[1:]},
+        {"advantage": 0.0},
+        {"advantage": 1.0, "learn": "values", "values": values},
+    ]
+    for options in wrong:
+        match = "for actions only" if "advantage" in options else f'learn="{options["learn"]}" with'
+        with pytest.raises(ValueError, match=match):
+            make_windows(mixed, **options)
 
 
 @pytest.mark.parametrize("name", ["improve-small", "improve-smollm2", "cloning", "mixed-pool"])

@@ -1,39 +1,40 @@
-"""Improving a policy: perturbed traces, exploration, values as targets, rounds that go on after an interruption."""
+"""Improving a policy: perturbed traces, rounds that go on after an interruption, pools to clone and what a clone earns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from llm_fixtures import batch_loss
 from netllm_lib import notebooks, runs
-from netllm_lib.abr import improve as improving
 from netllm_lib.abr import qoe
-from netllm_lib.abr.batches import WindowConfig, make_targets, make_windows
+from netllm_lib.abr.batches import Batch, WindowConfig, make_windows
 from netllm_lib.abr.episodes import Observation, sound_episodes
 from netllm_lib.abr.hindsight import Grid
 from netllm_lib.abr.improve import (
+    SMALL_TRAINING,
     ImproveConfig,
     Improved,
     chosen_round,
+    cloning_estimate,
     improve,
     leak_free,
     perturbed,
     roll_pool,
     small_network,
 )
-from netllm_lib.abr.model import Batch, NetworkConfig, PolicyNetwork, PolicySettings, load_policy
+from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, load_policy
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.catalogue import load_llm_policy
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
-from netllm_lib.abr.policies.simple import Constant, Exploring
+from netllm_lib.abr.policies.mpc import RobustMPC
+from netllm_lib.abr.policies.simple import Constant, Exploring, Random
 from netllm_lib.abr.pool import generate_pool, load_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
@@ -59,24 +60,22 @@ def test_perturbed_traces_stay_within_their_limits() -> None:
     made = perturbed(TRACES, 20, (0.6, 1.6), (0.8, 2.0), seed=1)
     assert len(set(made.names)) == len(made) == 20
     originals = {trace.name: trace for trace in TRACES.traces}
-    counts = dict.fromkeys(originals, 0)
     for trace in made.traces:
         original = originals[trace.name.partition("-")[2]]
-        counts[original.name] += 1
         np.testing.assert_array_equal(trace.time_s, original.time_s)
         factors = trace.mbps / original.mbps
         assert np.ptp(factors) < 1e-12
         assert 0.6 <= factors[0] <= 1.6 or trace.mean_mbps == pytest.approx(np.clip(trace.mean_mbps, 0.8, 2.0))
         assert 0.8 - 1e-9 <= trace.mean_mbps <= 2.0 + 1e-9
-    assert max(counts.values()) - min(counts.values()) <= 1
+    counts = pd.Series(made.names).str.partition("-")[2].value_counts()
+    assert counts.max() - counts.min() <= 1
     assert perturbed(TRACES, 20, (0.6, 1.6), (0.8, 2.0), seed=1).content_hash == made.content_hash
     assert perturbed(TRACES, 20, (0.6, 1.6), (0.8, 2.0), seed=2).content_hash != made.content_hash
 
 
 def test_exploring_replaces_a_share_of_the_levels() -> None:
     episodes = sound_episodes(TRACES, repeats=20)
-    simulator = Simulator(TRACES, VIDEO, episodes)
-    share = np.where(np.arange(len(episodes)) % 2 == 0, 0.3, 0.0)
+    simulator, share = Simulator(TRACES, VIDEO, episodes), np.where(np.arange(120) % 2 == 0, 0.3, 0.0)
     levels = rollout(Exploring(Constant(2), share), simulator).level[:, 1:]
     assert (levels[1::2] == 2).all()
     assert (levels[::2] != 2).mean() == pytest.approx(0.3 * 5 / 6, abs=0.03)
@@ -99,38 +98,9 @@ def test_no_training_trace_shares_content_with_a_test_trace() -> None:
     assert not overlapping(split.training, split.held).any()
     assert sorted([*split.training.names[:-3], *split.held.names]) == sorted([*TRACES.names[1:], *others.names[:1]])
     assert split.training.names[-3:] == ["synthetic_000", "synthetic_001", "synthetic_002"]
-    assert [name.partition("-")[2] for name in sorted(split.validation.names)] != []
     assert all(1.0 - 1e-9 <= trace.mean_mbps <= 1.5 + 1e-9 for trace in split.validation.traces)
     with pytest.raises(ValueError, match="7 of 7 traces of train share content with train"):
         leak_free(leaking, leaking)
-
-
-# --- what is learnt
-
-
-def test_the_loss_is_the_distance_to_the_best_level() -> None:
-    network = tiny_network().eval()
-    states, zeros = torch.randn(2, 3, 6, 6), torch.zeros(2, 3)
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    values = torch.randn(2, 3, 6) * 10
-    distances, best = (make_targets(values.flatten(0, 1).numpy(), learn) for learn in ("values", "best"))
-    batch = Batch(states, zeros.long(), zeros, torch.arange(3).expand(2, 3), mask, distances.view(2, 3, 6))
-    logits, worth = network(batch)[mask].detach().numpy(), values[mask].numpy()
-    wanted = np.maximum(worth - worth.max(axis=1, keepdims=True), -8.0)
-    assert wanted.min() == -8.0
-    assert batch_loss(network, batch).item() == pytest.approx(((logits - wanted) ** 2).mean(), rel=1e-5)
-    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    entropy = -np.log(shares[np.arange(4), worth.argmax(axis=1)]).mean()
-    assert batch_loss(network, batch._replace(targets=best.view(2, 3))).item() == pytest.approx(entropy, rel=1e-5)
-
-
-def test_values_are_asked_for_and_given_together() -> None:
-    pool = generate_pool(BBA(), TRACES, VIDEO, sound_episodes(TRACES))
-    values = np.zeros((len(pool), 6), np.float32)
-    asked: list[tuple[Any, Any]] = [("actions", values), ("values", None), ("values", values[1:])]
-    for learn, given in asked:
-        with pytest.raises(ValueError, match=f'learn="{learn}" with'):
-            make_windows(pool, learn=learn, values=given)
 
 
 @pytest.mark.parametrize("tokens", ["step", "parts"])
@@ -138,10 +108,7 @@ def test_a_cached_test_is_the_trained_function(tokens: str) -> None:
     """All 47 decisions of an episode, computed in one pass and one after the other."""
     network = tiny_network(tokens).eval()
     simulator = Simulator(TRACES, VIDEO, sound_episodes(TRACES))
-    pool = generate_pool(BBA(), TRACES, VIDEO, simulator.episodes)
-    policy = LLMPolicy(
-        network, describe(network, make_windows(pool, WindowConfig(w=47)).settings), EvalConfig(merge_lora=False)
-    )
+    settings = make_windows(generate_pool(BBA(), TRACES, VIDEO, simulator.episodes), WindowConfig(w=47)).settings
     seen: list[np.ndarray] = []
 
     class Recording(LLMPolicy):
@@ -150,30 +117,27 @@ def test_a_cached_test_is_the_trained_function(tokens: str) -> None:
             seen.append(self.logits.copy())
             return levels
 
-    played = rollout(
-        Recording(network, describe(network, PolicySettings(47, policy.scale))), simulator, keep_states=True
-    )
-    returns = np.array(played.extras["return_to_go"][:, 1:], dtype=np.float32)
+    policy = Recording(network, describe(network, settings), EvalConfig(merge_lora=False))
+    played = rollout(policy, simulator, keep_states=True)
+    returns = torch.from_numpy(np.array(played.extras["return_to_go"][:, 1:], dtype=np.float32))
     assert played.states is not None
+    states, levels = torch.from_numpy(played.states[:, :-1]), torch.from_numpy(played.level[:, 1:])
     with torch.inference_mode():
-        states, levels = torch.from_numpy(played.states[:, :-1]), torch.from_numpy(played.level[:, 1:])
-        steps = torch.arange(47).expand(len(TRACES), 47)
-        logits = network(Batch(states, levels, torch.from_numpy(returns), steps, None, levels))
+        logits = network(Batch(states, levels, returns, torch.arange(47).expand(len(TRACES), 47), None, levels))
     np.testing.assert_allclose(np.stack(seen, axis=1), logits.numpy(), atol=1e-4)
 
 
 # --- rounds
+
+HELD = Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=9))
 
 
 class Killed(Exception):
     pass
 
 
-def run(
-    folder: Path, network: PolicyNetwork | None = None, die: tuple[str, int] | None = None
-) -> tuple[PolicyNetwork, Improved]:
+def run(folder: Path, die: tuple[str, int] | None = None) -> tuple[PolicyNetwork, Improved]:
     """Improve a small network; `die`: raise at the so-manieth call of a stage's progress callback."""
-    network = network or tiny_network()
 
     def progress(label: str) -> Callable[..., None]:
         calls = 0
@@ -186,41 +150,58 @@ def run(
 
         return report
 
-    held = Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=9))
-    return network, improve(network, TRACES, VIDEO, SMALL, folder=folder, held=held, progress=progress)
+    network = tiny_network()
+    return network, improve(network, TRACES, VIDEO, SMALL, folder=folder, held=HELD, progress=progress)
 
 
-def test_rounds_leave_pools_values_and_a_policy(tmp_path: Path) -> None:
-    _, improved = run(tmp_path)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PolicyNetwork, Improved]:
+    """Two rounds without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, *run(folder)
+
+
+def test_rounds_leave_pools_values_and_a_policy(whole: tuple[Path, PolicyNetwork, Improved]) -> None:
+    folder, _, improved = whole
     assert list(improved.rounds["episodes"]) == [8, 8]
     assert (improved.rounds["regret"] > 0).all()
-    pools = [load_pool(path) for path in improved.pools]
-    assert pools[0].source["policies"] == ["mpc exploring"]
-    assert pools[1].source["policies"] == ["llm exploring"]
-    for number, pool in enumerate(pools):
-        (path,) = (tmp_path / f"round-{number + 1}").glob("values-*.npy")
-        values = np.load(path)
+    for path, player in zip(improved.pools, ("mpc exploring", "llm exploring"), strict=True):
+        pool = load_pool(path)
+        assert pool.source["policies"] == [player]
+        (values_path,) = path.parent.glob("values-*.npy")
+        values = np.load(values_path)
         assert values.shape == (len(pool), 6)
         assert np.isfinite(values).all()
         # the value of a state's last level is its reward: nothing comes after it
         last = pool.dones
         np.testing.assert_allclose(values[last, pool.actions[last]], pool.rewards[last], atol=1e-5)
-    simulator = Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=9))
-    tables = [play(load_llm_policy(tmp_path / f"round-{n}" / "training" / "final"), simulator) for n in (1, 2)]
-    scores = [qoe.summarise(table).reward for table in tables]
-    np.testing.assert_allclose(scores, improved.rounds["score"], atol=1e-6)
-    assert improved.policy == tmp_path / f"round-{chosen_round(tables) + 1}" / "training" / "final"
+    finals = [folder / f"round-{number}" / "training" / "final" for number in improved.rounds["round"]]
+    tables = [play(load_llm_policy(final), HELD) for final in finals]
+    np.testing.assert_allclose([qoe.summarise(table).reward for table in tables], improved.rounds["score"], atol=1e-6)
+    assert improved.policy == finals[chosen_round(tables)]
     meta = load_policy(improved.policy)[1]
     assert meta.network.tokens == "step"
     assert meta.train is not None
     assert meta.train["data"]["learn"] == "values"
+    with pytest.raises(ValueError, match="another configuration"):
+        improve(tiny_network(), TRACES, VIDEO, replace(SMALL, learn="best"), folder=folder)
+
+
+def test_an_interrupted_improvement_ends_the_same(whole: tuple[Path, PolicyNetwork, Improved], tmp_path: Path) -> None:
+    for stage, calls in (("1 of 2, play", 3), ("1 of 2, train", 3), ("2 of 2, play", 20), ("2 of 2, train", 2)):
+        with pytest.raises(Killed):
+            run(tmp_path, (f"round {stage}", calls))
+    resumed, improved = run(tmp_path)
+    for name, weight in whole[1].state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    columns = ["pool_reward", "regret", "loss", "score"]
+    np.testing.assert_array_equal(improved.rounds[columns], whole[2].rounds[columns])
 
 
 def test_an_earlier_round_is_kept_only_if_it_was_surely_better() -> None:
     def table(rewards: np.ndarray) -> pd.DataFrame:
-        names = [f"t{i}" for i in range(len(rewards))]
         parts = dict.fromkeys(("bitrate_kbps", "rebuffer_s", "smoothness_mbps"), 0.0)
-        return pd.DataFrame({"trace": names, "chunk": 1, "reward": rewards, **parts})
+        return pd.DataFrame({"trace": range(len(rewards)), "chunk": 1, "reward": rewards, **parts})
 
     last = np.random.default_rng(1).normal(1.0, 0.5, 20)
     lucky = last - 0.05
@@ -231,45 +212,10 @@ def test_an_earlier_round_is_kept_only_if_it_was_surely_better() -> None:
     assert chosen_round([table(last)]) == 0
 
 
-def test_a_rolled_pool_is_as_long_as_asked_and_of_other_episodes_than_the_rounds(tmp_path: Path) -> None:
-    rolled = roll_pool(BBA(), TRACES, VIDEO, 7, SMALL, path=tmp_path / "pool")
-    assert len(rolled.episode_starts) == 7
-    assert rolled.source["policies"] == ["bba"]
-    assert roll_pool(BBA(), TRACES, VIDEO, 7, SMALL).content_hash() == rolled.content_hash()
-    first = perturbed(TRACES, SMALL.groups, SMALL.scale, SMALL.mean_mbps, SMALL.seed * 1000)
-    round_0 = generate_pool(BBA(), first, VIDEO, sound_episodes(first, seed=SMALL.seed * 1000, repeats=SMALL.starts))
-    assert not np.isin(rolled.rewards, round_0.rewards).all()
-
-
-def test_an_interrupted_improvement_ends_the_same(tmp_path: Path) -> None:
-    whole, expected = run(tmp_path / "whole")
-    resumed = tiny_network()
-    for stage, calls in (("1 of 2, play", 3), ("1 of 2, train", 3), ("2 of 2, play", 20), ("2 of 2, train", 2)):
-        with pytest.raises(Killed):
-            run(tmp_path / "parts", tiny_network(), (f"round {stage}", calls))
-    _, improved = run(tmp_path / "parts", resumed)
-    for name, weight in whole.state_dict().items():
-        assert torch.equal(weight, resumed.state_dict()[name]), name
-    columns = ["pool_reward", "regret", "loss", "score"]
-    np.testing.assert_array_equal(improved.rounds[columns], expected.rounds[columns])
-
-
-def test_other_arguments_do_not_take_up_a_folder(tmp_path: Path) -> None:
-    run(tmp_path)
-    other = runs.plain(SMALL)
-    assert other["learn"] == "values"
-    with pytest.raises(ValueError, match="another configuration"):
-        improve(tiny_network(), TRACES, VIDEO, improving.dataclasses.replace(SMALL, learn="best"), folder=tmp_path)
-
-
 def test_a_lora_of_the_original_shape_can_be_improved_too(tmp_path: Path) -> None:
-    network = tiny_network("parts", rank=4)
-    improved = improve(network, TRACES, VIDEO, improving.dataclasses.replace(SMALL, epochs=(1,)), folder=tmp_path)
+    improved = improve(tiny_network("parts", 4), TRACES, VIDEO, replace(SMALL, epochs=(1,)), folder=tmp_path)
     assert improved.rounds["score"].isna().all()
     assert (improved.policy / "adapter_model.safetensors").is_file()
-
-
-def test_a_config_says_what_is_wrong_with_it() -> None:
     with pytest.raises(ValueError, match="at least one round"):
         ImproveConfig(epochs=())
     with pytest.raises(ValueError, match="both positive"):
@@ -280,34 +226,51 @@ def test_a_config_says_what_is_wrong_with_it() -> None:
 def test_it_learns_above_bba(tmp_path: Path) -> None:
     """A minute of rounds on synthetic traces, tested on others."""
     training, test = generate_traces("a", 40, 21), generate_traces("b", 40, 22)
-    config = ImproveConfig(groups=40, starts=4, epochs=(12, 8), train=improving.SMALL_TRAINING)
+    config = ImproveConfig(groups=40, starts=4, epochs=(12, 8), train=SMALL_TRAINING)
     improved = improve(tiny_network(), training, VIDEO, config, folder=tmp_path)
     simulator = Simulator(test, VIDEO, sound_episodes(test))
     ours = qoe.summarise(play(load_llm_policy(improved.policy), simulator)).reward
     assert ours > qoe.summarise(play(BBA(), simulator)).reward + 0.05
 
 
+# --- cloning
+
+
+def test_a_rolled_pool_is_as_long_as_asked_and_of_other_episodes_than_the_rounds(tmp_path: Path) -> None:
+    rolled = roll_pool(BBA(), TRACES, VIDEO, 7, SMALL, path=tmp_path / "pool")
+    assert len(rolled.episode_starts) == 7
+    assert rolled.source["policies"] == ["bba"]
+    assert roll_pool(BBA(), TRACES, VIDEO, 7, SMALL).content_hash() == rolled.content_hash()
+    first = perturbed(TRACES, SMALL.groups, SMALL.scale, SMALL.mean_mbps, SMALL.seed * 1000)
+    round_1 = generate_pool(BBA(), first, VIDEO, sound_episodes(first, seed=SMALL.seed * 1000, repeats=SMALL.starts))
+    assert not np.isin(rolled.rewards, round_1.rewards).all()
+
+
+def test_an_estimate_tells_a_good_pool_from_a_bad_one() -> None:
+    told: list[int] = []
+    rewards = {}
+    for player in (RobustMPC(VIDEO), Random()):
+        pool = generate_pool(player, TRACES, VIDEO, sound_episodes(TRACES, repeats=4))
+        table = cloning_estimate(pool, HELD, 40, progress=lambda done, total, info: told.append(total))
+        rewards[player.name] = qoe.summarise(table).reward
+    assert told == [40] * 80
+    assert rewards["mpc"] > rewards["random"] + 0.3
+
+
 def test_notebook_07(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Headless on the sample, at the smallest size; its pool is what notebook 04 takes."""
     monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path))
     network = tiny_network("parts", rank=4)
-    scale = make_windows(generate_pool(BBA(), TRACES, VIDEO, sound_episodes(TRACES))).scale
-    before = save_checkpoint(tmp_path / "before", network, describe(network, PolicySettings(20, scale)))
-    small = {
-        "before": str(before),
-        "groups": 4,
-        "starts": 2,
-        "epochs": [1, 1],
-        "batch": 8,
-        "synthetic": 5,
-        "pool_episodes": 4,
-    }
-    done = notebooks.run_notebook("07_improve", {**small, "data": str(SAMPLE)}, echo=lambda line: None)
+    settings = make_windows(generate_pool(BBA(), TRACES, VIDEO, sound_episodes(TRACES))).settings
+    before = save_checkpoint(tmp_path / "before", network, describe(network, settings))
+    small = {"groups": 4, "starts": 2, "epochs": [1, 1], "batch": 8, "synthetic": 5, "pool_episodes": 4}
+    asked = {**small, "before": str(before), "data": str(SAMPLE)}
+    done = notebooks.run_notebook("07_improve", asked, echo=lambda line: None)
     assert set(done.metrics["policies"]) == {"llm", "before", "mpc", "mpc (strong)", "mpc (original)", "bba"}
     assert [row["episodes"] for row in done.metrics["rounds"]] == [8, 8]
     card = runs.read_json(done.folder / "model_card.json")
     assert card["trained_parameters"] == sum(p.numel() for p in small_network().trainable().values())
     split = runs.read_json(done.folder / "split.json")
     assert set(split["train"]).isdisjoint(split["validation"])
-    assert len(load_pool(done.folder / "pool").episode_starts) == 4
+    assert len(load_pool(done.folder).episode_starts) == 4
     assert load_llm_policy(done.folder).name == "llm"
