@@ -39,7 +39,6 @@ ELSEWHERE = {
     r".*netllm sweep \S+ --workers.*": "tests/test_sweeps.py: def test_command",
     r".*netllm sweep .*--(scheduler|slurm) .*": "tests/test_sweeps.py: def test_existing_cluster",
     r"dask (scheduler|worker) .*": "tests/test_sweeps.py: def test_existing_cluster",
-    r"accelerate launch .*": "tests/test_finetune.py: def test_accelerate_launches_it",
     r".*python docs/examples/ppo\.py.*": "tests/test_ppo_example.py: def test_it_runs_as_documented",
 }
 """Commands (a pattern for the whole line) that another test or CI line runs: file, and a part of its text."""

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measured import publish
 
 GB = 1e9
+EPISODES = 100  # of a test, in lock-step, as the prediction has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,6 @@ class Case:
     batch: int = 8
     precision: str = "float32"
     checkpointing: bool = False
-    episodes: int = 100  # of a test, in lock-step
 
 
 def cases() -> list[Case]:
@@ -52,23 +52,17 @@ def cases() -> list[Case]:
         Case("SmolLM2, 30 layers, bf16 weights", {**smol, "dtype": "bfloat16"}, precision="bfloat16"),
         Case("llama 6 × 1536, rank 32", {"source": "wide", "random_weights": True, "rank": 32}, batch=4),
         Case("SmolLM2, 4 layers", {**smol, "layers": 4}, "test"),
-        Case("SmolLM2, 30 layers", smol, "test", episodes=30),
-        Case("SmolLM2, 30 layers, bf16 weights", {**smol, "dtype": "bfloat16"}, "test", episodes=30),
-        Case("llama 6 × 1536, rank 32", {"source": "wide", "random_weights": True, "rank": 32}, "test", episodes=30),
+        Case("SmolLM2, 30 layers", smol, "test"),
+        Case("SmolLM2, 30 layers, bf16 weights", {**smol, "dtype": "bfloat16"}, "test"),
+        Case("llama 6 × 1536, rank 32", {"source": "wide", "random_weights": True, "rank": 32}, "test"),
     ]
 
 
 def write_wide(folder: Path) -> None:
     from transformers import LlamaConfig
 
-    LlamaConfig(
-        vocab_size=1000,
-        hidden_size=1536,
-        intermediate_size=4096,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-    ).save_pretrained(folder)
+    shape = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 12}
+    LlamaConfig(vocab_size=1000, num_key_value_heads=4, **shape).save_pretrained(folder)  # type: ignore[arg-type]
 
 
 def measure(case: Case) -> float:
@@ -93,7 +87,7 @@ def measure(case: Case) -> float:
     windows = make_windows(toy_pool(max(2, case.batch)))
     steps = tuple(range(3 * case.batch))
     config = TrainConfig(epochs=1, batch=case.batch, precision=case.precision, order=(steps,))  # type: ignore[arg-type]
-    traces = generate_traces("memory", case.episodes, seed=1)
+    traces = generate_traces("memory", EPISODES, seed=1)
     simulator = Simulator(traces, generate_video("clip", seed=1), sound_episodes(traces))
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -134,23 +128,19 @@ def main() -> None:
                 command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
             measured = float(done.stdout.split()[-1])
-            part = f"batch {case.batch}" if case.what == "train" else f"{case.episodes} episodes"
+            part = f"batch {case.batch}" if case.what == "train" else f"{EPISODES} episodes"
             gb = f"{predicted / GB:.2f} | {measured / GB:.2f} | {predicted / measured - 1:+.0%}"
             lines.append(f"| {case.what} | {case.name} | {part} | {gb} |")
             print(lines[-1], flush=True)
-    text = "\n".join(
-        [
-            "# Memory: predicted before loading, and measured",
-            "",
-            f"Peak resident memory in GB (10⁹ bytes) on the CPU, one process a case, {platform.machine()}. "
-            "w 20, LoRA rank 128 unless said. "
-            f"Command: `python tests/bench/bench_memory.py` ({time.perf_counter() - started:.0f} s).",
-            "",
-            "| | PLM | | predicted | measured | |",
-            "|---|---|---|---|---|---|",
-            *lines,
-        ]
-    )
+    text = f"""# Memory: predicted before loading, and measured
+
+Peak resident memory in GB (10⁹ bytes) on the CPU, one process a case, {platform.machine()}. w 20, LoRA rank 128 unless said.
+Command: `python tests/bench/bench_memory.py` ({time.perf_counter() - started:.0f} s).
+
+| | PLM | | predicted | measured | |
+|---|---|---|---|---|---|
+{chr(10).join(lines)}
+"""
     publish("memory", text)
 
 

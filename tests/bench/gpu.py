@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import sys
 import tempfile
@@ -84,56 +85,38 @@ def training_flop(size: Size, w: int) -> float:
     return matrix_flop(size, w) + 3 * size.layers * 2 * 2 * size.hidden * tokens * (tokens + 1) / 2
 
 
-class Clock:
-    """Seconds and peak memory of a piece of work on the device."""
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
-    def __init__(self, device: torch.device):
-        self.device = device
 
-    def __call__(self, work: Callable[[], Any]) -> float:
-        self.wait()
-        start = time.perf_counter()
-        work()
-        self.wait()
-        return time.perf_counter() - start
+def seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    wait(device)
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - start
 
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
-    def reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak_gib(self) -> float | None:
-        return torch.cuda.max_memory_allocated(self.device) / GIB if self.device.type == "cuda" else None
+def peak_gib(device: torch.device) -> float:
+    """Since it was last asked; not a number on a CPU."""
+    if device.type != "cuda":
+        return math.nan
+    peak = torch.cuda.max_memory_allocated(device) / GIB
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def make(size: Size, device: torch.device, folder: Path, attention: str = "fast") -> PolicyNetwork:
     """A PLM of this size with random weights, made where it will lie."""
     from transformers import MistralConfig
 
-    shape: dict[str, Any] = {
-        "hidden_size": size.hidden,
-        "intermediate_size": size.intermediate,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "vocab_size": 1000,  # the token embeddings are not kept
-    }
-    MistralConfig(**shape).save_pretrained(folder)
-    dtype: Any = "bfloat16"
-    config = PLMConfig(
-        str(folder),
-        random_weights=True,
-        rank=size.rank,
-        dtype=dtype,
-        device=str(device),
-        attention=attention,  # type: ignore[arg-type]
-    )
+    shape = {"hidden_size": size.hidden, "intermediate_size": size.intermediate, "num_hidden_layers": size.layers}
+    shape |= {"num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads, "vocab_size": 1000}
+    MistralConfig(**shape).save_pretrained(folder)  # type: ignore[arg-type]
+    asked: dict[str, Any] = {"rank": size.rank, "dtype": "bfloat16", "device": str(device), "attention": attention}
     with device:
-        plm = load_plm(config)
-        return stir(PolicyNetwork(plm, NetworkConfig()))
+        return stir(PolicyNetwork(load_plm(PLMConfig(str(folder), random_weights=True, **asked)), NetworkConfig()))
 
 
 class Bench:
@@ -142,7 +125,6 @@ class Bench:
     def __init__(self, size: Size, device: torch.device, folder: Path):
         self.size, self.device, self.folder = size, device, folder
         self.started = time.perf_counter()
-        self.clock = Clock(device)
         self.rows: list[str] = []
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.traces, self.video = generate_traces("bench", size.traces, seed=1), generate_video("clip", seed=1)
@@ -161,13 +143,15 @@ class Bench:
         """100 traces in lock-step; the original's loop on one of them, times their number."""
         policy = LLMPolicy(network, describe(network, self.windows.settings), EvalConfig())
         rollout(policy, self.simulator(2))
-        self.clock.reset_peak()
+        peak_gib(self.device)
         whole = self.simulator(self.size.traces)
-        ours = statistics.median(self.clock(lambda: rollout(policy, whole)) for _ in range(3))
-        self.say(f"test of {self.size.traces} traces", f"{ours:.2f} s" + _gib(self.clock.peak_gib()))
+        ours = statistics.median(seconds(self.device, lambda: rollout(policy, whole)) for _ in range(3))
+        self.say(
+            f"test of {self.size.traces} traces", f"{ours:.2f} s" + f", peak {peak_gib(self.device):.1f} GiB allocated"
+        )
         theirs = OriginalPolicy(network, self.windows.scale, clear=True)
         rollout(theirs, self.simulator(1))
-        loop = self.clock(lambda: rollout(theirs, self.simulator(1))) * self.size.traces
+        loop = seconds(self.device, lambda: rollout(theirs, self.simulator(1))) * self.size.traces
         self.say("the original's loop, one trace scaled", f"{loop:.0f} s: {loop / ours:.1f} × as long")
 
     def train(self, network: PolicyNetwork) -> float:
@@ -180,20 +164,20 @@ class Bench:
             ticks: list[float] = []
 
             def tick(*_: Any, ticks: list[float] = ticks) -> None:
-                self.clock.wait()
+                wait(self.device)
                 ticks.append(time.perf_counter())
 
-            self.clock.reset_peak()
+            peak_gib(self.device)
             folder, settings = self.folder / f"train{batch}", self.windows.settings
             train(network, self.windows, config, folder=folder, settings=settings, progress=tick)
-            peak = self.clock.peak_gib()
+            peak = peak_gib(self.device)
             rates.append((len(ticks) - 2) * batch / (ticks[-1] - ticks[1]))
             tflops = training_flop(self.size, self.windows.config.w) * rates[-1] / 1e12
             share = "" if peak_tflops is None else f" = {tflops / peak_tflops:.0%} of {peak_tflops} TFLOP/s"
-            fits = "" if peak is None else f", {'within' if peak <= LIMIT_GIB else 'ABOVE'} {LIMIT_GIB} GiB"
+            fits = f", peak {peak:.1f} GiB allocated, {'within' if peak <= LIMIT_GIB else 'not within'} {LIMIT_GIB} GiB"
             speed = f"{rates[-1]:.1f} windows/s, {tflops:.2f} TFLOP/s"
-            self.say(f"training, batch {batch}", speed + share + _gib(peak) + fits)
-            memory = estimate_memory(network, self.windows.batch(order[:batch]), config)
+            self.say(f"training, batch {batch}", speed + share + fits)
+            memory = estimate_memory(network, self.windows.batch(list(order[:batch])), config)
             predicted = f"{memory.train_peak / GIB:.1f} GiB to train, {memory.test_peak / GIB:.1f} GiB to test"
             self.say(f"predicted peak, batch {batch}", predicted)
         return max(rates)
@@ -202,7 +186,7 @@ class Bench:
         """The original's loop, with its attention, on the same bfloat16 weights."""
         windows = make_windows(self.pool, WindowConfig.upstream())
         train_windows(network, windows, range(1))
-        loop = self.clock(lambda: train_windows(network, windows, range(self.size.their_windows)))
+        loop = seconds(self.device, lambda: train_windows(network, windows, range(self.size.their_windows)))
         rate = self.size.their_windows / loop
         self.say("the original's loop, training", f"{rate:.1f} windows/s; ours {fastest / rate:.1f} × as fast")
 
@@ -229,8 +213,8 @@ def main(arguments: list[str] | None = None) -> list[str]:
         fastest = bench.train(network)
         del network  # before there is another one
         bench.train_theirs(make(size, device, bench.folder / "plm", attention="eager"), fastest)
-    seconds = time.perf_counter() - bench.started
-    table = ["| what | measured |", "|---|---|", *bench.rows, f"| all of this | {seconds:.0f} s |"]
+    took = time.perf_counter() - bench.started
+    table = ["| what | measured |", "|---|---|", *bench.rows, f"| all of this | {took:.0f} s |"]
     print("\n" + "\n".join(table))
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -238,10 +222,6 @@ def main(arguments: list[str] | None = None) -> list[str]:
             "# One GPU, 7B-shaped\n\nCommand: `python tests/bench/gpu.py`\n\n" + "\n".join(table) + "\n"
         )
     return table
-
-
-def _gib(peak: float | None) -> str:
-    return "" if peak is None else f", peak {peak:.1f} GiB allocated"
 
 
 if __name__ == "__main__":
