@@ -62,7 +62,7 @@ def pool_import(dataset_id: IdArgument, out: OutArgument, as_json: JsonOption = 
     _end(found, as_json, pool=folder)
 
 
-def _end(pool: Any, as_json: bool, **more: Any) -> None:
+def _end(found: Any, as_json: bool, **more: Any) -> None:
     if as_json:
-        about = {"transitions": len(pool), "episodes": len(pool.episode_starts), "hash": pool.content_hash()}
+        about = {"transitions": len(found), "episodes": len(found.episode_starts), "hash": found.content_hash()}
         print(json.dumps(about | more, default=str))
