@@ -114,7 +114,7 @@ class _Run:
         plm = [network.plm.identity, network.plm.layers, dataclasses.replace(network.plm.config, **free)]
         self.key = runs.content_hash([config, data.key, settings, network.task, network.config, plm])
         self.parameters: dict[str, nn.Parameter] = network.trainable()
-        sides = [[p for n, p in self.parameters.items() if n.startswith("plm.") == plm] for plm in (False, True)]
+        sides = [[p for n, p in self.parameters.items() if n.startswith("plm.") == inside] for inside in (False, True)]
         rates = zip(sides, (config.lr_around, config.lr), strict=True)
         groups = [{"params": side, "peak": peak} for side, peak in rates if side]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)

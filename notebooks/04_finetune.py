@@ -111,6 +111,7 @@ plt.show()
 print(f"held-out cross-entropy {result.held_out_loss:.3f} nats on {held_out.labels()} actions")
 with runs.atomic_path(out / "policy") as aside:
     shutil.copytree(result.best, aside)
+result.save(out)
 
 # %%
 metrics = {"steps": flight.steps, "warmup_steps": flight.warmup_steps, "lr": flight.lr, "lr_peak": flight.lr_peak}

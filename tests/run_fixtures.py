@@ -53,7 +53,9 @@ def prepare_run(root: Path, test_traces: int = 6, epochs: int = 2) -> SmallRun:
     loss = None
     if epochs:
         once = folder / "training" / "once"
-        loss = train(network, windows, config, folder=once, settings=windows.settings).final_loss
+        result = train(network, windows, config, folder=once, settings=windows.settings)
+        result.save(folder)
+        loss = result.final_loss
     else:
         stir(network)
     save_checkpoint(folder / "policy", network, describe(network, windows.settings))
