@@ -11,10 +11,8 @@ the encoder's output, so it is not causal and cannot use a cache.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import inspect
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,52 +24,24 @@ from torch import nn
 from netllm_lib import runs
 from netllm_lib.attention import TokenCache, choose_attention, last_layer
 from netllm_lib.placement import device_map, devices_of, dispatch
-from netllm_lib.plm_files import (
-    FAMILIES,
-    SMOLLM2_SIZES,
-    FolderReport,
-    check_plm,
-    describe_folder,
-    find_plm,
-    quiet_transformers,
-    smollm2_is_unpacked,
-)
-
-__all__ = [
-    "PLM",
-    "FolderReport",
-    "InferenceWeights",
-    "PLMConfig",
-    "TokenCache",
-    "arithmetic_dtype",
-    "check_plm",
-    "describe_folder",
-    "fast_dtype",
-    "find_plm",
-    "load_plm",
-    "sketch_plm",
-]
+from netllm_lib.plm_files import FAMILIES, describe_folder, find_plm, quiet_transformers
+from netllm_lib.plm_parts import add_lora, check_decoder, drop_embeddings, fingerprint, position_table
 
 EARLY_STOP_IGNORED_UPSTREAM = ("mistral", "opt", "t5-lm")
 """Families for which the original accepts an early stop and runs all layers nevertheless."""
-LORA_TARGETS = {
-    "llama": ("q_proj", "v_proj"),
-    "mistral": ("q_proj", "v_proj"),
-    "opt": ("q_proj", "v_proj"),
-    "gpt2": ("c_attn",),  # the original names q_proj and v_proj, which gpt2 does not have
-    "t5-lm": ("q", "v"),
-    "phi3": ("qkv_proj",),
+TINY_LLAMA: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.06,
 }
-ARCHITECTURE_KEYS = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "head_dim",
-    "vocab_size",
-)
+SHAPE = "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size head_dim"
+IDENTITY_KEYS = (*SHAPE.split(), "vocab_size")
+"""Fields of a model's config that an identity knows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +85,17 @@ class PLMConfig:
     if the device would be too small without."""
     device: str = "cpu"
     """"cpu", "cuda", "cuda:1", …, several separated by commas, over which the layers are split in order, or "auto": all GPUs,
-    or the CPU if there is none. See `placement.upstream_devices` for the original's --device, --device-mid and --device-out."""
+    or the CPU if there is none."""
     placement: tuple[int, ...] | None = None
     """How many layers each of several devices takes; None: as many each."""
+
+    def __post_init__(self) -> None:
+        if self.rank < -1:
+            raise ValueError(f"LoRA rank {self.rank}: use a positive rank, 0 (frozen PLM) or -1 (train all of it)")
+        if self.dtype == "4bit" and (self.rank < 0 or self.random_weights or self.source == "tiny-llama"):
+            raise ValueError(
+                'dtype="4bit" is for pre-trained weights that stay as they are: not for random weights or rank -1'
+            )
 
     @classmethod
     def upstream(cls, source: str, **changes: Any) -> PLMConfig:
@@ -133,23 +111,25 @@ class PLM(nn.Module):
     """A loaded PLM. `hidden_size` is the width of its inputs and outputs, `layers` how many it has, `causal` whether
     position i sees positions up to i only, `family` its name, `identity` what a checkpoint must find again."""
 
-    def __init__(self, model: nn.Module, config: PLMConfig, family: str, hidden_size: int, layers: int, identity: str):
+    def __init__(self, model: nn.Module, config: PLMConfig, identity: str = ""):
         super().__init__()
         self.model: Any = model
         self.config = config
-        self.family = family
-        self.hidden_size = hidden_size
-        self.layers = layers
         self.identity = identity
-        self.causal = family != "t5-lm"
-        self.max_tokens = _position_table(self.base) if self.causal else None
+        kind = self.base.config.model_type
+        self.family = FAMILIES.get(kind, kind)
+        self.hidden_size: int = self.base.get_input_embeddings().embedding_dim
+        self.layers: int = self.base.config.num_hidden_layers
+        self.causal = self.family != "t5-lm"
+        self.max_tokens = position_table(self.base) if self.causal else None
         """How many tokens a sequence can have; None: any number."""
         self.checkpointing = False
         """Is gradient checkpointing on, see `set_checkpointing`."""
-        self._last_layer = (
-            None if config.attention == "eager" else last_layer(self.base)
-        )  # "eager" computes as the original
-        self._cache_argument = _cache_argument(self.base)
+        # "eager" computes as the original does
+        self._last_layer = None if config.attention == "eager" else last_layer(self.base)
+        # transformers 5.24 calls it `cache` and warns of the older name
+        parameters = inspect.signature(self.base.forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self.set_checkpointing(config.gradient_checkpointing is True)
 
     @property
@@ -179,36 +159,32 @@ class PLM(nn.Module):
         read: slice | None = None,  # the tokens whose hidden states are wanted; None: all
     ) -> torch.Tensor:  # [batch, tokens that are read, hidden], after the final norm
         """Hidden states of the last layer. Padding may only follow the tokens that count."""
-        model = self.base
-        x = inputs_embeds.to(self._weight_dtype())
+        x = inputs_embeds.to(self.base.dtype)
+        hidden = self._decode(x, cache, read) if self.causal else self._encode_and_decode(x, token_mask)
+        return hidden.to(inputs_embeds.device, inputs_embeds.dtype)[:, read or slice(None)]
+
+    def _decode(self, x: torch.Tensor, cache: TokenCache | None, read: slice | None) -> torch.Tensor:
+        """A causal model needs no mask: trailing padding changes nothing before it, and without one attention is faster."""
+        cached: dict[str, Any] = {"use_cache": False}
+        if cache is not None:
+            cached = {self._cache_argument: cache.states, "use_cache": True}
+            cache.tokens += x.shape[1]
+        self.check_length(x.shape[1] if cache is None else cache.tokens)
+        if self._last_layer is not None:
+            # with checkpointing the backward pass runs the layer again, when something else may be read
+            self._last_layer.read = None if self.checkpointing and self.training else read
+        return self.base(inputs_embeds=x, **cached).last_hidden_state
+
+    def _encode_and_decode(self, x: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
         mask = None if token_mask is None else token_mask.to(x.device, torch.long)
-        if self.causal:
-            cached: dict[str, Any] = {"use_cache": False}
-            if cache is not None:
-                cached = {self._cache_argument: cache.states, "use_cache": True}
-                cache.tokens += x.shape[1]
-            self.check_length(x.shape[1] if cache is None else cache.tokens)
-            if self._last_layer is not None:
-                # with checkpointing the backward pass runs the layer again, when something else may be read
-                self._last_layer.read = None if self.checkpointing and self.training else read
-            # under a causal mask trailing padding changes nothing before it, and without a mask attention is faster
-            hidden = model(inputs_embeds=x, **cached).last_hidden_state
-        else:
-            if cache is not None:
-                raise ValueError(
-                    f"{self.family} is not causal: its hidden states cannot be cached; use the rolling window"
-                )
-            encoded = model.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
-            hidden = model.decoder(
-                inputs_embeds=encoded,
-                attention_mask=mask,
-                encoder_hidden_states=encoded,
-                encoder_attention_mask=mask,
-                use_cache=False,
-            ).last_hidden_state
-        if read is not None:
-            hidden = hidden[:, read]
-        return hidden.to(inputs_embeds.device, inputs_embeds.dtype)
+        encoded = self.base.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
+        return self.base.decoder(
+            inputs_embeds=encoded,
+            attention_mask=mask,
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state
 
     def new_cache(self, max_tokens: int, attend_tokens: int | None = None) -> TokenCache:
         """An empty cache for up to `max_tokens` tokens a sequence; see `TokenCache`. Raises ValueError for t5-lm."""
@@ -220,16 +196,15 @@ class PLM(nn.Module):
         """Turn gradient checkpointing on or off; it acts in training mode only. Raises ValueError for a family that has none."""
         if on == self.checkpointing:
             return
+        if on and not getattr(self.base, "supports_gradient_checkpointing", True):
+            raise ValueError(f"{self.family} has no gradient checkpointing: use gradient_checkpointing=False")
+        # transformers 5.24 has a new name for it and warns of the old one
+        kind = "activation" if hasattr(self.base, "activation_checkpointing_enable") else "gradient"
         if on:
-            if not getattr(self.base, "supports_gradient_checkpointing", True):
-                raise ValueError(f"{self.family} has no gradient checkpointing: use gradient_checkpointing=False")
-            # transformers 5.24 has a new name for it and warns of the old one
-            enable = getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)
-            word = next(name for name in inspect.signature(enable).parameters if name.endswith("checkpointing_kwargs"))
-            enable(**{word: {"use_reentrant": False}})
+            arguments = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+            getattr(self.base, f"{kind}_checkpointing_enable")(**arguments)
         else:
-            disable = getattr(self.base, "activation_checkpointing_disable", self.base.gradient_checkpointing_disable)
-            disable()
+            getattr(self.base, f"{kind}_checkpointing_disable")()
         self.checkpointing = on
 
     def check_length(self, tokens: int, remedy: str = "use a shorter window or another PLM") -> None:
@@ -243,9 +218,6 @@ class PLM(nn.Module):
         """What training changes in the PLM, by name: LoRA matrices, or everything for rank -1."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def _weight_dtype(self) -> torch.dtype:
-        return self.base.dtype
-
     # --- inference with other weights
 
     @torch.no_grad()
@@ -254,13 +226,10 @@ class PLM(nn.Module):
 
         Used as `with plm.using(weights): …`; the weights that training sees are not touched, to the last bit.
         """
-        lora: list[Any] = []
+        layers = [m for m in self.model.modules() if hasattr(m, "get_delta_weight")] if merge and self.has_lora else []
+        # 4-bit weights stay beside LoRA
+        lora: list[Any] = [layer for layer in layers if layer.base_layer.weight.is_floating_point()]
         merged: dict[nn.Parameter, torch.Tensor] = {}
-        if merge and self.has_lora:
-            lora = [module for module in self.model.modules() if hasattr(module, "get_delta_weight")]
-            lora = [
-                layer for layer in lora if layer.base_layer.weight.is_floating_point()
-            ]  # 4-bit weights stay beside LoRA
         for layer in lora:
             weight = layer.base_layer.weight
             delta = torch.stack([layer.get_delta_weight(name).float() for name in layer.active_adapters]).sum(0)
@@ -299,18 +268,6 @@ class InferenceWeights:
     merged_layers: list[Any]
 
 
-def _cache_argument(model: nn.Module) -> str:
-    """transformers 5.24 calls it `cache` and warns of the older `past_key_values`."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-class _SilentEmbedding(nn.Embedding):
-    """Adds nothing: gpt2's positions, which the original leaves out when it feeds embeddings."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.weight.new_zeros(*input.shape, self.embedding_dim)
-
-
 # --- loading ------------------------------------------------------------------------------------------------------------
 
 
@@ -322,50 +279,28 @@ def load_plm(config: PLMConfig) -> PLM:
     """
     from transformers import AutoModel
 
-    hf_config, source = _read_config(config)
-    architecture = {key: getattr(hf_config, key, None) for key in ARCHITECTURE_KEYS}
-    family, layers, attention = _shape(hf_config, config)
+    hf_config, source = _read_config(config.source, weights=not config.random_weights)
+    architecture = {key: getattr(hf_config, key, None) for key in IDENTITY_KEYS}
+    options = _options(hf_config, config)
     devices = devices_of(config.device)
-    quantise = _quantisation(config, source)
-
+    with torch.device("meta"):
+        places = device_map(AutoModel.from_config(hf_config), devices, config.placement)
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if source is None or config.random_weights:
-            model = AutoModel.from_config(hf_config, dtype=weight_dtype(config), attn_implementation=attention)
-        else:
-            # several devices, and quantising, load each weight to where it belongs; one device takes all after loading
-            several = len(devices) > 1 and torch.device(devices[0]).type != "cpu"
-            places = _placed(hf_config, config, devices) if several or quantise else None
-            model, info = AutoModel.from_pretrained(
-                source,
-                config=hf_config,
-                dtype=weight_dtype(config),
-                attn_implementation=attention,
-                device_map=places,
-                quantization_config=quantise,
-                trust_remote_code=False,
-                local_files_only=source.is_dir() if isinstance(source, Path) else False,
-                output_loading_info=True,
-            )
-            if info["missing_keys"]:
-                missing = sorted(info["missing_keys"])
-                raise ValueError(
-                    f"{source}: {len(missing)} weights are missing, {missing[0]} first; download the model again"
-                )
-        hidden_size = model.get_input_embeddings().embedding_dim
-        _drop_embeddings(model, family, keep_tokens=config.rank < 0)
-        if family != "t5-lm":
-            _check_decoder(model, hidden_size, config.source)
-        identity = runs.content_hash(architecture | {"weights": _fingerprint(model)}, 16)
-        if config.rank > 0:
-            model = _add_lora(model, config, family)
-        elif config.rank == 0:
-            model.requires_grad_(False)
-        elif config.rank != -1:
-            raise ValueError(f"LoRA rank {config.rank}: use a positive rank, 0 (frozen PLM) or -1 (train all of it)")
-    if getattr(model, "hf_device_map", None) is None:
-        dispatch(model.get_base_model() if config.rank > 0 else model, devices, config.placement)
-    return PLM(model.eval(), config, family, hidden_size, layers, identity)
+            model = AutoModel.from_config(hf_config, **options)
+        elif torch.device(devices[0]).type == "cpu" and config.dtype != "4bit":
+            model = _read_weights(source, config=hf_config, **options)
+        else:  # each weight is loaded to where it belongs
+            options |= {"device_map": places, "quantization_config": _quantisation(config)}
+            model = _read_weights(source, config=hf_config, **options)
+        if not getattr(model, "hf_device_map", None):
+            dispatch(model, places)
+        drop_embeddings(model, keep_tokens=config.rank < 0)
+        if hf_config.model_type != "t5":
+            check_decoder(model, config.source)
+        identity = runs.content_hash(architecture | {"weights": fingerprint(model)}, 16)
+        return PLM(_trained(model, config), config, identity)
 
 
 def sketch_plm(config: PLMConfig) -> PLM:
@@ -375,44 +310,76 @@ def sketch_plm(config: PLMConfig) -> PLM:
     """
     from transformers import AutoModel
 
-    hf_config = _sketch_config(config)
-    family, layers, attention = _shape(hf_config, config)
+    hf_config, _ = _read_config(config.source, weights=False)
+    options = _options(hf_config, config)
     with quiet_transformers(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = AutoModel.from_config(hf_config, dtype=weight_dtype(config), attn_implementation=attention)
-        hidden_size = model.get_input_embeddings().embedding_dim
-        _drop_embeddings(model, family, keep_tokens=config.rank < 0)
-        if config.rank > 0:
-            model = _add_lora(model, config, family)
-        elif config.rank == 0:
-            model.requires_grad_(False)
-        return PLM(model.eval(), config, family, hidden_size, layers, identity="")
+        model = AutoModel.from_config(hf_config, **options)
+        drop_embeddings(model, keep_tokens=config.rank < 0)
+        return PLM(_trained(model, config), config)
 
 
-def _sketch_config(config: PLMConfig) -> Any:
-    if config.source == "smollm2" and not smollm2_is_unpacked():
-        from transformers import LlamaConfig
+def _read_config(source: str, weights: bool) -> tuple[Any, Path | str | None]:
+    """The Hugging Face config and where the weights are (None: nowhere, they are random)."""
+    from transformers import AutoConfig, LlamaConfig
 
-        return LlamaConfig(**SMOLLM2_SIZES)  # unpacking it for its shape would take half a minute
-    return _read_config(dataclasses.replace(config, random_weights=True))[0]
+    if source == "tiny-llama":
+        return LlamaConfig(**TINY_LLAMA), None
+    found = find_plm(source)
+    if isinstance(found, Path) and (problems := describe_folder(found, weights).problems):
+        raise ValueError("; ".join(problems))
+    with quiet_transformers():
+        try:
+            hf_config = AutoConfig.from_pretrained(found, trust_remote_code=False)
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(f"{found}: transformers cannot read this model's config.json: {error}") from error
+    if not getattr(hf_config, "hidden_size", None):
+        raise ValueError(
+            f"{found}: a {hf_config.model_type} is no plain language model (its config has no hidden_size)"
+        )
+    return hf_config, found
 
 
-def weight_dtype(config: PLMConfig) -> torch.dtype:
-    """Of the PLM's weights as they compute."""
-    return torch.bfloat16 if config.dtype == "4bit" else getattr(torch, config.dtype)
-
-
-def _shape(hf_config: Any, config: PLMConfig) -> tuple[str, int, str | None]:
-    """Change `hf_config` to what `config` asks for; returns family, number of layers and the attention to load with."""
-    family = FAMILIES.get(hf_config.model_type, hf_config.model_type)
-    layers = _cut_layers(hf_config, config, family)
-    if family == "mistral" and config.sliding_window == "upstream" and hf_config.sliding_window is not None:
+def _options(hf_config: Any, config: PLMConfig) -> dict[str, Any]:
+    """Change `hf_config` to what `config` asks for; returns how to make the model."""
+    _cut_layers(hf_config, config)
+    window = getattr(hf_config, "sliding_window", None)
+    if hf_config.model_type == "mistral" and config.sliding_window == "upstream" and window is not None:
         hf_config.sliding_window += 1
     if config.plm_dropout is not None:
-        _set_dropout(hf_config, config.plm_dropout)
-    return family, layers, choose_attention(hf_config, config.attention)
+        for name in hf_config.to_dict():
+            if name.endswith(("_dropout", "_pdrop", "dropout_rate")) or name == "dropout":
+                setattr(hf_config, name, config.plm_dropout)
+    dtype = torch.bfloat16 if config.dtype == "4bit" else getattr(torch, config.dtype)
+    return {"dtype": dtype, "attn_implementation": choose_attention(hf_config, config.attention)}
 
 
-def _quantisation(config: PLMConfig, source: Path | str | None) -> Any:
+def _cut_layers(hf_config: Any, config: PLMConfig) -> None:
+    """Cut `hf_config` to the layers that are kept, so that the others are never read."""
+    family, total = FAMILIES.get(hf_config.model_type), hf_config.num_hidden_layers
+    if config.layers is None or (config.early_stop == "upstream" and family in EARLY_STOP_IGNORED_UPSTREAM):
+        return
+    if not 1 <= config.layers <= total:
+        raise ValueError(f"layers={config.layers}: {config.source} has layers 1 to {total}")
+    if isinstance(getattr(hf_config, "layer_types", None), list):
+        hf_config.layer_types = hf_config.layer_types[: config.layers]
+    hf_config.num_hidden_layers = config.layers
+    if family == "t5-lm":
+        hf_config.num_decoder_layers = config.layers
+
+
+def _read_weights(source: Path | str, **options: Any) -> Any:
+    from transformers import AutoModel
+
+    local = isinstance(source, Path)
+    model, info = AutoModel.from_pretrained(
+        source, trust_remote_code=False, local_files_only=local, output_loading_info=True, **options
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{source}: {len(missing)} weights are missing, {missing[0]} first; download the model again")
+    return model
+
+
+def _quantisation(config: PLMConfig) -> Any:
     """What transformers needs to load in 4 bits; None for other dtypes."""
     if config.dtype != "4bit":
         return None
@@ -420,12 +387,6 @@ def _quantisation(config: PLMConfig, source: Path | str | None) -> Any:
         raise ValueError(
             'dtype="4bit" needs the package bitsandbytes: pip install bitsandbytes, or use dtype="bfloat16"'
         )
-    if source is None or config.random_weights:
-        raise ValueError(
-            'dtype="4bit" quantises weights as it loads them: not for random weights, use dtype="bfloat16"'
-        )
-    if config.rank < 0:
-        raise ValueError('dtype="4bit" cannot be trained as a whole (rank -1): use a LoRA rank')
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -436,174 +397,17 @@ def _quantisation(config: PLMConfig, source: Path | str | None) -> Any:
     )
 
 
-def _placed(hf_config: Any, config: PLMConfig, devices: list[str]) -> dict[str, str]:
-    """Where each part of the model is loaded to, by its name."""
-    from transformers import AutoModel
-
-    if len(devices) == 1:
-        return {"": devices[0]}
-    with torch.device("meta"):
-        return device_map(AutoModel.from_config(hf_config), devices, config.placement)
-
-
-def _read_config(config: PLMConfig) -> tuple[Any, Path | str | None]:
-    """The Hugging Face config and where the weights are (None: nowhere, they are random)."""
-    from transformers import AutoConfig, LlamaConfig
-
-    if config.source == "tiny-llama":
-        tiny = LlamaConfig(
-            vocab_size=64,
-            hidden_size=192,
-            intermediate_size=384,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=3,
-            max_position_embeddings=512,
-            initializer_range=0.06,
-        )
-        return tiny, None
-    found = find_plm(config.source)
-    if isinstance(found, Path):
-        problems = describe_folder(found, weights=not config.random_weights).problems
-        if problems:
-            raise ValueError("; ".join(problems))
-    with quiet_transformers():
-        try:
-            hf_config = AutoConfig.from_pretrained(found, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"{found}: transformers cannot read this model's config.json: {error}") from error
-    if not getattr(hf_config, "hidden_size", None):
-        raise ValueError(
-            f"{found}: a {hf_config.model_type} is not a plain language model (its config has no hidden_size)"
-        )
-    return hf_config, found
-
-
-def _cut_layers(hf_config: Any, config: PLMConfig, family: str) -> int:
-    """Cut `hf_config` to the layers that are kept, so that the others are never read; returns their number."""
-    total = hf_config.num_hidden_layers
-    if config.layers is None or (config.early_stop == "upstream" and family in EARLY_STOP_IGNORED_UPSTREAM):
-        return total
-    if not 1 <= config.layers <= total:
-        raise ValueError(f"layers={config.layers}: {config.source} has layers 1 to {total}")
-    if isinstance(getattr(hf_config, "layer_types", None), list):
-        hf_config.layer_types = hf_config.layer_types[: config.layers]
-    hf_config.num_hidden_layers = config.layers
-    if family == "t5-lm":
-        hf_config.num_decoder_layers = config.layers
-    return config.layers
-
-
-def _set_dropout(hf_config: Any, rate: float) -> None:
-    for name in hf_config.to_dict():
-        if name.endswith(("_dropout", "_pdrop", "dropout_rate")) or name == "dropout":
-            setattr(hf_config, name, rate)
-
-
-def _add_lora(model: nn.Module, config: PLMConfig, family: str) -> nn.Module:
-    import peft
-
-    names = {
-        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if getattr(module, "weight", None) is not None
-    }
-    targets = config.target_modules or LORA_TARGETS.get(family)
-    if targets is None:
-        known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-        targets = ("q_proj", "v_proj") if {"q_proj", "v_proj"} <= names else tuple(known.get(family, ()))
-    if not targets or not set(targets) <= names:
-        raise ValueError(
-            f"LoRA targets {tuple(targets)} are not all in this {family} model; set target_modules, e.g. from {sorted(names)}"
-        )
-    lora = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=list(targets),
-        bias="none",
-        task_type=peft.TaskType.FEATURE_EXTRACTION,
-        fan_in_fan_out=family == "gpt2",  # gpt2 stores its projections transposed
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for something that was renamed
-        return peft.get_peft_model(model, lora)
-
-
-def _position_table(model: Any) -> int | None:
-    """How many positions a model knows, if it looks them up in a table (opt); rotary ones are computed."""
-    for name, module in model.named_modules():
-        is_table = name.rsplit(".", 1)[-1] in ("wpe", "embed_positions", "position_embeddings", "position_embedding")
-        if is_table and isinstance(module, nn.Embedding) and not isinstance(module, _SilentEmbedding):
-            return module.num_embeddings - getattr(module, "offset", 0)
-    tables = [b for name, b in model.named_buffers() if name.endswith("embed_positions")]  # gptj, codegen
-    return len(tables[0]) if tables else None
-
-
-@torch.no_grad()
-def _check_decoder(model: Any, hidden_size: int, source: str) -> None:
-    """Refuse a model that lets a token see later ones: as a policy it would be trained on the actions that it has to predict.
-
-    No field of a config says so for all models; changing the last of a few random tokens does.
-    """
-    kind = model.config.model_type
-    x = torch.randn(2, 4, hidden_size, generator=torch.Generator().manual_seed(0), device="cpu")
-    x[1, :-1] = x[0, :-1]
-    weight = model.get_input_embeddings().weight
-    model.eval()
-    try:
-        first, second = model(
-            inputs_embeds=x.to(weight.device, weight.dtype), use_cache=False
-        ).last_hidden_state.float()
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{source}: a {kind} model does not run on inputs_embeds ({reason:.100})") from None
-    if float((first - second)[:-1].abs().max()) > 1e-3 * float((first - second)[-1].abs().max()):
-        raise ValueError(_NOT_A_DECODER.format(source=source, kind=kind))
-
-
-_NOT_A_DECODER = (
-    "{source}: a {kind} model is not a decoder, its tokens see later ones; use a decoder such as llama, mistral, gpt2, opt or "
-    "qwen2, or t5-lm"
-)
-
-
-def _drop_embeddings(model: Any, family: str, keep_tokens: bool) -> None:
-    """Free the token embeddings, which inputs_embeds bypass; silence gpt2's positions.
-
-    A PLM that is trained as a whole keeps them, since the original's file of it has them, but they are not trained.
-    """
-    tokens = model.get_input_embeddings()
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child is tokens or (isinstance(child, nn.Embedding) and child.weight is tokens.weight):
-                if keep_tokens:
-                    child.requires_grad_(False)
-                else:
-                    stub = nn.Embedding(1, tokens.embedding_dim, device=tokens.weight.device, dtype=tokens.weight.dtype)
-                    setattr(parent, name, stub.requires_grad_(False))
-            elif family == "gpt2" and name == "wpe" and isinstance(child, nn.Embedding):
-                silent = _SilentEmbedding(child.num_embeddings, child.embedding_dim, _weight=child.weight.data)
-                setattr(parent, name, silent.requires_grad_(False))
-
-
-@torch.no_grad()
-def _fingerprint(model: nn.Module) -> str:
-    """Digest of the first numbers of every layer's weights. Compared in bfloat16, it does not depend on the dtype loaded."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        packed = parameter.dtype == torch.uint8  # 4-bit weights are other weights, and say so
-        if parameter.ndim == 2 and (parameter.requires_grad or packed):  # not the embeddings, which are not used
-            head = parameter.flatten()[:256].to("cpu")
-            head = head if packed else head.to(torch.bfloat16).view(torch.int16)
-            digest.update(name.encode() + head.numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _trained(model: Any, config: PLMConfig) -> nn.Module:
+    """The model with what is trained of it: LoRA, nothing, or all."""
+    if config.rank > 0:
+        return add_lora(model, config.rank, config.lora_alpha, config.lora_dropout, config.target_modules).eval()
+    return model.requires_grad_(False).eval() if config.rank == 0 else model.eval()
 
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where `device` multiplies it faster than float32, else None."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     if device.type == "cpu" and _cpu_flags() & {"amx_bf16", "avx512_bf16"}:
         return torch.bfloat16
     return None

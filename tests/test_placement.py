@@ -1,5 +1,5 @@
-"""A PLM over several devices: what goes where, and that nothing else changes. "cpu" and "cpu:0" are two names of one device, but
-accelerate treats them as two, so that its hooks are at work without a GPU."""
+"""A PLM over several devices: what goes where, and that nothing else changes. "cpu" and "cpu:0" are two names of one device, so
+that hidden states are carried without a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from llm_fixtures import FAMILIES, batch_loss, stir, toy_pool, train_on, write_plm
 from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, load_policy
-from netllm_lib.placement import device_map, devices_of, split_layers, upstream_devices
+from netllm_lib.placement import device_map, devices_of, split_layers
 from netllm_lib.plm import PLMConfig, load_plm, sketch_plm
 from netllm_lib.train import TrainConfig
 
@@ -27,17 +27,8 @@ def test_names_of_devices() -> None:
         devices_of("cuda:0,cpu")
     assert devices_of("auto") == ([f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"])
     for wrong in ("gpu0", "cuda:0,,cpu", ""):
-        with pytest.raises(ValueError, match="is not a device"):
+        with pytest.raises(ValueError, match="is no device"):
             devices_of(wrong)
-
-
-def test_devices_of_the_original() -> None:
-    assert upstream_devices("cuda:0") == "cuda:0"
-    assert upstream_devices("cuda:0", "cuda:1") == "cuda:0,cuda:1"
-    assert upstream_devices("cuda:0", "cuda:2", "cuda:1") == "cuda:0,cuda:1,cuda:2"
-    assert upstream_devices("cuda:0", "cuda:0") == "cuda:0"
-    with pytest.raises(ValueError, match="needs device_out"):
-        upstream_devices("cuda:0", device_mid="cuda:1")
 
 
 def test_layers_are_split_as_the_original_splits_its_32() -> None:
@@ -81,8 +72,8 @@ def test_two_devices_compute_what_one_does(tmp_path: Path, family: str) -> None:
             stir(PolicyNetwork(load_plm(plm), NetworkConfig(state_feature_dim=8)))
             for plm in (one, PLMConfig(folder, **config, device=TWO))
         ]
-        hooks = [module for module in networks[1].plm.base.modules() if hasattr(module, "_hf_hook")]
-        assert len(hooks) >= 4
+        hooks = [module for module in networks[1].plm.base.modules() if module._forward_pre_hooks]
+        assert len(hooks) >= 3
         results = []
         for network in networks:
             loss = batch_loss(network, BATCH)
@@ -122,7 +113,7 @@ def test_training_and_testing_a_split_plm(tmp_path: Path) -> None:
 
 
 def test_a_placement_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="needs several devices"):
-        load_plm(PLMConfig("tiny-llama", rank=0, placement=(2,)))
+    with pytest.raises(ValueError, match="add up to 2 layers"):
+        load_plm(PLMConfig("tiny-llama", rank=0, placement=(1,)))
     with pytest.raises(ValueError, match="add up to 2 layers"):
         load_plm(PLMConfig("tiny-llama", rank=0, device=TWO, placement=(3, 0)))

@@ -16,7 +16,7 @@ from netllm_lib.abr.model import TOKENS_PER_STEP, NetworkConfig, PolicyNetwork, 
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint, save_upstream_checkpoint
 from netllm_lib.checkpoint import describe
-from netllm_lib.plm import PLM, PLMConfig, check_plm, find_plm, load_plm
+from netllm_lib.plm import PLM, PLMConfig, load_plm
 
 WIDTH, LAYERS = 64, 3
 POOL = toy_pool(episodes=2)
@@ -142,7 +142,7 @@ def test_lora_changes_the_output_and_gets_the_gradient(zoo: Any, name: str) -> N
     assert all(bool(p.grad.any()) for p in trainable.values() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "t5-lm"])
 def test_the_whole_plm_can_be_trained(zoo: Any, name: str) -> None:
     plm = load_plm(PLMConfig(zoo(name), rank=-1))
     assert torch.equal(run(plm, tokens()), run(load_plm(PLMConfig(zoo(name), rank=0)), tokens()))
@@ -152,38 +152,20 @@ def test_the_whole_plm_can_be_trained(zoo: Any, name: str) -> None:
     assert not any("embed_tokens" in key or "wte" in key or "shared" in key for key in plm.trainable())
 
 
-def layers_by_hand(plm: PLM, count: int, x: torch.Tensor) -> torch.Tensor:
-    """The first layers and the final norm of a whole model, by cutting its list of layers."""
-    base = plm.base
-    owner = next(m for m in base.modules() if isinstance(getattr(m, "layers", getattr(m, "h", None)), nn.ModuleList))
-    attribute = "layers" if hasattr(owner, "layers") else "h"
-    setattr(owner, attribute, getattr(owner, attribute)[:count])
-    for config in {id(m.config): m.config for m in base.modules() if hasattr(m, "config")}.values():
-        config.num_hidden_layers = count
-    return run(plm, x)
-
-
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", DECODERS)
 def test_early_stop_is_the_first_layers_and_the_final_norm(zoo: Any, name: str) -> None:
+    """Against a whole model whose lists of layers are cut by hand."""
     x = tokens()
-    whole = run(load_plm(PLMConfig(zoo(name), rank=0)), x)
-    for layers in (1, 2):
-        cut = load_plm(PLMConfig(zoo(name), rank=0, layers=layers, attention="eager"))
-        by_hand = layers_by_hand(load_plm(PLMConfig(zoo(name), rank=0, attention="eager")), layers, x)
-        torch.testing.assert_close(run(cut, x), by_hand, atol=1e-5, rtol=0)
-        assert float((run(cut, x) - whole).abs().max()) > 1e-2
-        assert sum(p.numel() for p in cut.parameters()) < sum(
-            p.numel() for p in load_plm(PLMConfig(zoo(name), rank=0)).parameters()
-        )
-
-
-def test_early_stop_of_t5_cuts_encoder_and_decoder(zoo: Any) -> None:
-    x = tokens()
-    plm, whole = (load_plm(PLMConfig(zoo("t5-lm"), rank=0, layers=k)) for k in (2, None))
-    assert (len(plm.base.encoder.block), len(plm.base.decoder.block)) == (2, 2)
-    for stack in (whole.base.encoder, whole.base.decoder):
-        stack.block = stack.block[:2]
-    torch.testing.assert_close(run(plm, x), run(whole, x), atol=1e-5, rtol=0)
+    cut, whole = (load_plm(PLMConfig(zoo(name), rank=0, layers=k, attention="eager")) for k in (2, None))
+    expected = run(whole, x)
+    for module in whole.base.modules():
+        for attribute in ("layers", "h", "block"):
+            if isinstance(layers := getattr(module, attribute, None), nn.ModuleList):
+                setattr(module, attribute, layers[:2])
+        if hasattr(module, "config"):
+            module.config.num_hidden_layers = 2
+    torch.testing.assert_close(run(cut, x), run(whole, x), atol=1e-5, rtol=0)
+    assert float((run(cut, x) - expected).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -223,14 +205,6 @@ def test_half_precision(zoo: Any) -> None:
         hidden = run(half, tokens())
         assert hidden.dtype == torch.float32
         assert 1e-4 < float((hidden - run(whole, tokens())).std() / hidden.std()) < 0.1, name
-
-
-def test_identities_are_all_different(zoo: Any) -> None:
-    same_weights = {"llama", "llama-3"}
-    identities = {
-        name: load_plm(PLMConfig(zoo(name), rank=0)).identity for name in DECODERS if not name.startswith("mistral,")
-    }
-    assert len({identity for name, identity in identities.items() if name not in same_weights}) == len(identities) - 2
 
 
 # --- a sliding window ---------------------------------------------------------------------------------------------------
@@ -349,15 +323,6 @@ def test_encoders_are_refused(tmp_path: Path, name: str) -> None:
             load_plm(PLMConfig(str(folder), random_weights=random_weights))
 
 
-def test_encoders_as_they_are_initialised_are_refused(tmp_path: Path) -> None:
-    """With small weights a token matters little to the others."""
-    for name in ("bert", "roberta", "modernbert"):
-        kind, values = ENCODERS[name]
-        folder = write(tmp_path / name, kind, values | {"initializer_range": 0.02})
-        with pytest.raises(ValueError, match="not a decoder"):
-            load_plm(PLMConfig(str(folder)))
-
-
 def test_encoder_decoders_other_than_t5_are_refused(tmp_path: Path) -> None:
     sizes = {
         f"{part}_{what}": n
@@ -407,25 +372,3 @@ def test_model_bin_with_resized_token_embeddings(zoo: Any, tmp_path: Path, name:
     torch.save(whole, folder / "model.bin")
     with pytest.raises(ValueError, match=r"model\.bin: does not fit.*shape"):
         load_upstream_checkpoint(folder, PLMConfig(zoo(name)), SCALE)
-
-
-@pytest.mark.parametrize(
-    ("stored", "asked"), [("llama2", "llama"), ("llama", "llama2"), ("t5-lm", "t5"), ("t5", "t5-lm")]
-)
-@pytest.mark.parametrize("size", ["base", "small", "large", "xl", "xxs"])
-def test_folder_layout_of_the_original(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, asked: str, size: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NETLLM_PLMS", raising=False)
-    folder = tmp_path / "downloaded_plms" / stored / size
-    folder.mkdir(parents=True)
-    for form in (f"{asked}/{size}", f"{asked} {size}", f"{stored}/{size}"):
-        found = find_plm(form)
-        assert isinstance(found, Path)
-        assert found.resolve() == folder
-    assert "config.json: missing" in " ".join(check_plm(f"{asked}/{size}"))
-    with pytest.raises(ValueError, match=r"config\.json: missing; download the whole model"):
-        load_plm(PLMConfig(f"{asked}/{size}"))
-    with pytest.raises(FileNotFoundError, match=rf"{asked}/other.*looked in .*downloaded_plms.*Put the model's files"):
-        find_plm(f"{asked}/other")
