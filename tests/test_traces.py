@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from netllm_lib.abr import synthetic
 from netllm_lib.abr.traces import (
@@ -59,19 +56,6 @@ def test_broken_trace_names_file_line_and_value(tmp_path: Path, text: str, where
     assert str(caught.value).startswith(f"{path}{where}")
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.text(alphabet="0123456789.-+e naif\t\n", max_size=80))
-def test_any_text_is_a_trace_or_a_value_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    path = write(tmp_path_factory.mktemp("fuzz") / "t", text)
-    try:
-        trace = read_trace(path)
-    except ValueError:
-        return
-    assert len(trace.mbps) >= 2
-    assert (np.diff(trace.time_s) > 0).all()
-    assert (trace.mbps >= 0).all()
-
-
 def test_trace_set_is_sorted_skips_dotfiles_and_reads_pointers(tmp_path: Path) -> None:
     for name in ("b", "a", ".hidden"):
         write(tmp_path / name, "0 1\n1 2\n2 3\n")
@@ -99,21 +83,6 @@ def test_broken_pointer_file(tmp_path: Path, pointers: object, message: str) -> 
         read_trace_set(tmp_path)
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, (os.environ["BOMB"],)
-
-
-def test_pointer_file_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
-    data = tmp_path / "data"
-    write(data / "a", "0 1\n1 2\n")
-    (data / "mahimahi_ptrs.pkl").write_bytes(pickle.dumps([Bomb()]))
-    with pytest.raises(ValueError, match="plain pickled list"):
-        read_trace_set(data)
-    assert not (tmp_path / "exploded").exists()
-
-
 def test_video_errors(tmp_path: Path) -> None:
     folder = synthetic.write_video(synthetic.generate_video("v", 1), tmp_path)
     assert read_video(folder).sizes_bytes.shape == (6, 49)
@@ -121,9 +90,10 @@ def test_video_errors(tmp_path: Path) -> None:
     (folder / "video_size_3").write_text("\n".join(text.splitlines()[:47]))
     with pytest.raises(ValueError, match="video_size_3: 47 chunks, at least 48"):
         read_video(folder)
-    (folder / "video_size_3").write_text(text.replace("\n", "\n-5\n", 1))
-    with pytest.raises(ValueError, match="video_size_3:2: expected a chunk size"):
-        read_video(folder)
+    for size in ("-5", "0", "9" * 30):
+        (folder / "video_size_3").write_text(text.replace("\n", f"\n{size}\n", 1))
+        with pytest.raises(ValueError, match="video_size_3:2: expected a chunk size"):
+            read_video(folder)
     (folder / "video_size_3").unlink()
     with pytest.raises(FileNotFoundError, match="level 3 is missing"):
         read_video(folder)

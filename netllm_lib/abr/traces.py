@@ -30,10 +30,8 @@ from netllm_lib.runs import PROJECT
 
 CHUNKS = 48  # chunks played per episode; size files may list more
 POINTER_FILE = "mahimahi_ptrs.pkl"
-LEAST_PASS_BYTES, LEAST_PASS_S = (
-    1000.0,
-    0.001,
-)  # a chunk of megabytes then takes some thousand passes through a trace, not more
+LEAST_PASS_BYTES, LEAST_PASS_S = 1000.0, 0.001
+"""Of one pass through a trace: a chunk of megabytes then takes thousands of passes, not millions."""
 SAMPLE = PROJECT / "data" / "sample"
 
 
@@ -186,10 +184,7 @@ class Video:
 
 def read_video(folder: Path) -> Video:
     """Chunk sizes from `video_size_0` … `video_size_5`. Raises ValueError or FileNotFoundError naming file and line."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such video folder")
-    levels = []
+    folder, levels = Path(folder), []
     for level in range(LEVELS):
         path = folder / f"video_size_{level}"
         if not path.is_file():
