@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -100,8 +100,12 @@ def load(folder: str | Path) -> SweepTables:
     every = pd.read_parquet(path)
     parameters = [str(name) for name in every if str(name).startswith(PARAMETER)]
     varied = [name.removeprefix(PARAMETER) for name in parameters if every[name].nunique(dropna=False) > 1]
+    every[parameters] = (
+        every[parameters].convert_dtypes().astype(object)
+    )  # 8, which a table with gaps holds as 8.0, is 8 again
     shown = every[[PARAMETER + name for name in varied]].set_axis(varied, axis="columns")
-    every["setting"] = [_label(row) for row in shown.to_dict("records")]
+    given = [{str(key): value for key, value in row.items() if not pd.isna(value)} for row in shown.to_dict("records")]
+    every["setting"] = [describe(row) or "as it is" for row in given]
     done = every[every["state"] == "done"]
     if done.empty:
         raise ValueError(f"{path}: no point is done, there is nothing to compare")
@@ -109,19 +113,6 @@ def load(folder: str | Path) -> SweepTables:
     results = results.merge(done[["point", "seed", "setting"]], on="point")
     name = runs.Run(folder).manifest.get("name", folder.name)
     return SweepTables(name, done, results, every[every["state"] != "done"], tuple(varied))
-
-
-def _label(parameters: Mapping[Any, object]) -> str:
-    return describe({str(key): _plain(value) for key, value in parameters.items() if not _missing(value)}) or "as it is"
-
-
-def _missing(value: object) -> bool:
-    return value is None or value is pd.NA or value != value
-
-
-def _plain(value: object) -> object:
-    """A whole number that a table with gaps holds as 8.0 is 8 again."""
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
 
 
 # --- figures of settings ------------------------------------------------------------------------------------------------
@@ -244,7 +235,7 @@ def effect(tables: SweepTables, samples: Figures, parameter: str) -> pd.DataFram
     """
     others = [PARAMETER + name for name in tables.varied if name != parameter]
     points = tables.points[tables.points["setting"].isin(list(samples))].drop_duplicates("setting")
-    values = points[PARAMETER + parameter].map(lambda value: "default" if _missing(value) else _plain(value))
+    values = points[PARAMETER + parameter].fillna("default")
     order = list(dict.fromkeys(values))
     groups = points.groupby(others, dropna=False, sort=False) if others else [((), points)]
     parts = [part.set_index(values[part.index])["setting"] for _, part in groups]
