@@ -36,6 +36,10 @@ Weights = dict[str, torch.Tensor]
 N = TypeVar("N", bound=Network)
 
 
+class NotFinite(ValueError):
+    """Weights that hold NaN or infinity: the training diverged, or the file is damaged."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CheckpointMeta:
     """What a test must know about a fine-tuned network."""
@@ -255,7 +259,7 @@ def _compare(expected: Weights, found: Weights, path: Path, what: str) -> None:
         if tensor.is_floating_point() != expected[key].is_floating_point() or tensor.is_complex():
             raise ValueError(f"{path}: does not fit {what}: {key} has numbers of type {tensor.dtype}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {key} holds NaN or infinity; the training diverged or the file is damaged")
+            raise NotFinite(f"{path}: {key} holds NaN or infinity; the training diverged or the file is damaged")
 
 
 def read_safetensors(path: Path) -> Weights:

@@ -1,64 +1,33 @@
-"""What a diagnosis says: findings, each with the rule that judged it, ranked so that the first is the first thing to fix."""
+"""What a diagnosis says: findings, ranked so that the first is the first thing to fix, and the rules that make them.
+
+    @rule("too-few", fix="take more", figure="counts")
+    def too_few(evidence):
+        "There are at least ten."
+        if evidence.count < 10:
+            return Verdict("cause", f"there are only {evidence.count}", {"count": evidence.count})
+
+A task lists its rules in the order of root causes: an earlier one makes what later ones see unreadable.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from netllm_lib.runs import plain
+from netllm_lib.runs import plain, write_json
 from netllm_lib.stats import Interval
 
+FINDINGS = "findings.json"
 Severity = Literal["cause", "suspect", "note"]
 SEVERITIES: tuple[Severity, ...] = ("cause", "suspect", "note")
-
-RULES: dict[str, str] = {
-    # what the files hold
-    "non-finite": "losses, weights, states and rewards are finite numbers",
-    "label-shift": "the level of a transition is the last level in the state that follows it, in every episode",
-    "adapter-not-applied": "a trained adapter is there, fits its PLM, and changes its output (LoRA's B is not zero)",
-    "wrong-checkpoint": "the checkpoint predicts its pool as well as its training did at the end, and replays the recorded levels",
-    # what the test did, against what its weights can do
-    "sampling": "levels are the most probable ones, not drawn at random",
-    "dropout-on": "dropout is off in a test",
-    "context-leak": "the context is cleared between traces",
-    "window-mismatch": "a test sees as many steps as training did",
-    "target-return": "the test asks for the training pool's largest return (target_return_scale = 1)",
-    "wrong-pool": "target return and reward range at test are those of the training pool",
-    # what the training reached
-    "warmup-too-long": "the warm-up ends within the steps taken: the rate reaches at least 90 % of its value",
-    "diverged": "the loss ends near its lowest value",
-    "learning-rate": "the rate moves the loss: LoRA learns between 3e-4 and 3e-3 here",
-    "undertrained": "the loss ends below that of repeating what usually follows the previous level, H(a | previous)",
-    "clipping": "the gradient of a step is clipped once, not after every micro-batch",
-    "crossing-windows": "no training window spans two episodes",
-    # what there was to learn
-    "weak-teacher": "the behaviour policy of the pool is about as good as the baselines on the same traces",
-    "pool-too-small": "the pool holds at least 40 episodes and every level more than a few times",
-    "video-shift": "training and test stream the same video",
-    "trace-shift": "the bandwidths at test lie where the pool's do",
-    "reward-outliers": "90 % of the rewards fill at least a quarter of the pool's range",
-    "flat-returns": "the largest return-to-go at an episode's start differs from the usual one by more than 10 %",
-    # how it shows
-    "level-collapse": "no level takes more than 90 % of the chunks, and levels do not only repeat",
-    "rare-bad-actions": "long stalls cost at most .05 more than the reference's",
-    "gap": "the paired interval of run − reference does not lie below zero",
-    # how it was measured
-    "protocol-mismatch": "run and baselines are means over the same traces, chunks and conditions",
-    "too-few-traces": "a difference is called one only when its interval holds no zero",
-    "handicapped-baseline": "a baseline plays its own algorithm",
-    "test-leakage": "no test trace shares content with a training trace",
-    "selected-on-test": "the checkpoint was chosen on other traces than those of the test",
-}
-"""Every id with what should be the case. The order is that of root causes: an earlier one makes later ones unreadable."""
-
-ORDER = {name: number for number, name in enumerate(RULES)}
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a fix brings in mean reward, with its 95 % interval over traces, and how that is known."""
+    """What a fix brings (above zero is better), with its 95 % interval, and how that is known."""
 
     mean: float
     low: float
@@ -67,8 +36,7 @@ class Effect:
 
     @classmethod
     def of(cls, interval: Interval, how: str) -> Effect:
-        """The effect whose interval is known, and how it was measured."""
-        return cls(interval.mean, interval.low, interval.high, how)
+        return cls(*interval, how)
 
     @property
     def noise(self) -> bool:
@@ -80,59 +48,96 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that was found.
+class Verdict:
+    """What a rule says where something is not as it should be.
 
     A *cause* is a mistake that explains a gap, a *suspect* may contribute, a *note* is worth knowing and explains nothing by
     itself (a mistake that cost nothing is one).
     """
 
-    id: str
     severity: Severity
     title: str  # one sentence
-    evidence: dict[str, Any]  # the numbers that were judged
-    fix: str  # a concrete setting or command
+    evidence: dict[str, Any] = field(default_factory=dict)  # the numbers that were judged
+    fix: str = ""  # a concrete setting or command; empty: the one of the rule
     effect: Effect | None = None  # None where it was not measured
-    closes: bool = False
-    """The fix alone brings the run to the reference (measured)."""
+    closes: bool = False  # the fix alone brings the run to its reference (measured)
 
-    def __post_init__(self) -> None:
-        if self.id not in RULES:
-            raise ValueError(f"unknown finding {self.id!r}")
+
+@dataclass(frozen=True)
+class Rule:
+    """A function that sees whether something is as it should be. Call it with the evidence: a finding, or None."""
+
+    id: str
+    should: str  # be the case
+    fix: str  # a concrete setting or command
+    judge: Callable[[Any], Verdict | None]
+    figure: str = ""  # the name of the figure that shows it, if there is one
+    symptom: bool = False  # it shows that something is wrong, not what: no cause where a cause was found
+    retraining: bool = False  # training anew by the sound defaults mends it
+
+    def __call__(self, evidence: Any) -> Finding | None:
+        verdict = self.judge(evidence)
+        return None if verdict is None else Finding(**vars(verdict) | {"fix": verdict.fix or self.fix}, rule=self)
+
+
+def rule(id: str, **about: Any) -> Callable[[Callable[[Any], Verdict | None]], Rule]:
+    """Make a `Rule` of the function that judges, whose docstring says what should be the case; `about` are the other fields."""
+
+    def made(judge: Callable[[Any], Verdict | None]) -> Rule:
+        should = (judge.__doc__ or "").strip().rstrip(".")
+        return Rule(id, should[:1].lower() + should[1:], judge=judge, **about)
+
+    return made
+
+
+@dataclass(frozen=True)
+class Finding(Verdict):
+    """One thing that was found: a verdict, and the rule that spoke it."""
+
+    rule: Rule = field(kw_only=True)
 
     @property
-    def rule(self) -> str:
-        """What the evidence was held against."""
-        return RULES[self.id]
+    def id(self) -> str:
+        return self.rule.id
 
     def plain(self) -> dict[str, Any]:
         """As JSON types: id, severity, title, evidence, rule, fix, effect (null, or mean, low, high, how, noise)."""
         effect = None if self.effect is None else {**plain(self.effect), "noise": self.effect.noise}
-        parts = {
-            "id": self.id,
-            "severity": self.severity,
-            "title": self.title,
-            "evidence": _finite(plain(self.evidence)),
-        }
-        return {**parts, "rule": self.rule, "fix": self.fix, "effect": effect}
+        parts = {"id": self.id, "severity": self.severity, "title": self.title, "evidence": self.evidence}
+        return _finite(plain({**parts, "rule": self.rule.should, "fix": self.fix, "effect": effect}))
 
     def __str__(self) -> str:
-        worth = "" if self.effect is None else f"\n    worth: {self.effect}"
-        return f"[{self.severity}] {self.id}: {self.title}{worth}\n    fix: {self.fix}"
+        effect = "" if self.effect is None else f"\n    effect of the fix: {self.effect}"
+        return f"[{self.severity}] {self.id}: {self.title}{effect}\n    fix: {self.fix}"
+
+
+def judged(rules: Sequence[Rule], evidence: Any) -> tuple[Finding, ...]:
+    """What the rules find, ranked: causes before suspects before notes; a cause whose fix alone closes the gap first, then in the
+    order of the rules. A symptom is a suspect at most where something else was found to be the cause."""
+    found = [finding for rule in rules if (finding := rule(evidence)) is not None]
+    if any(f.severity == "cause" and not f.rule.symptom for f in found):
+        found = [replace(f, severity="suspect") if f.severity == "cause" and f.rule.symptom else f for f in found]
+    return ranked(found)
+
+
+def ranked(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Findings in the order of rules, sorted by severity, and among equals those first whose fix closes the gap."""
+    return tuple(sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), not f.closes)))
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The answer to "why is the reward poor?"."""
+    """The answer to "why is the score poor?"."""
 
     findings: tuple[Finding, ...]  # most important first
-    reward: Interval | None = None  # of the run, mean over traces
-    reference: str | None = None  # the baseline that it is held against
-    gap: Interval | None = None  # run − reference, paired
-    regret: Interval | None = None  # run − offline optimum, which knows the future
+    score: Interval | None = None  # of the run, mean over samples
+    reference: str | None = None  # what it is held against
+    gap: Interval | None = None  # run − reference, paired; below zero is worse
+    regret: Interval | None = None  # run − the best that was possible, if that is known
     over_seeds: Interval | None = None  # run − reference over all runs of the recipe, if there are several
     missing: tuple[str, ...] = ()  # inputs that are not there, each with what it would add
-    waterfall: Any = field(default=None, repr=False)  # pandas table of `ablation.ablate`, if it was made
+    waterfall: Any = field(default=None, repr=False)  # pandas table: what each switch changed, if that was measured
+    measure: str = "score"  # its name
 
     @property
     def first(self) -> Finding | None:
@@ -144,32 +149,27 @@ class Diagnosis:
         return tuple(finding for finding in self.findings if finding.severity == "cause")
 
     def plain(self) -> dict[str, Any]:
-        """As JSON types: findings (most important first), reward, reference, gap, over_seeds, regret, missing, waterfall."""
-        return {
-            "findings": [finding.plain() for finding in self.findings],
-            "reward": None if self.reward is None else _finite(list(self.reward)),
-            "reference": self.reference,
-            "gap": None if self.gap is None else _finite(list(self.gap)),
-            "over_seeds": None if self.over_seeds is None else _finite(list(self.over_seeds)),
-            "regret": None if self.regret is None else _finite(list(self.regret)),
-            "missing": list(self.missing),
-            "waterfall": None if self.waterfall is None else _finite(plain(self.waterfall.to_dict("records"))),
-        }
+        """As JSON types: findings (most important first), score, reference, gap, over_seeds, regret, missing, waterfall."""
+        found = {"findings": [finding.plain() for finding in self.findings], "reference": self.reference}
+        found |= {name: plain(getattr(self, name)) for name in ("score", "gap", "over_seeds", "regret")}
+        table = None if self.waterfall is None else plain(self.waterfall.to_dict("records"))
+        return _finite({**found, "measure": self.measure, "missing": list(self.missing), "waterfall": table})
+
+    def save(self, folder: Path) -> None:
+        """Write `findings.json`."""
+        write_json(folder / FINDINGS, self.plain())
+
+    def headline(self) -> str:
+        """The score, what it is compared with, and how far it is from it; empty where nothing is known of them."""
+        against = f"difference to {self.reference}"
+        rows = [(f"mean {self.measure}", self.score), (f"{against}:", self.gap)]
+        rows += [(f"{against} over all seeds:", self.over_seeds), ("difference to the best possible:", self.regret)]
+        return "\n".join(f"{what} {interval}" for what, interval in rows if interval is not None)
 
     def __str__(self) -> str:
-        lines = []
-        if self.reward is not None:
-            lines.append(f"mean reward {self.reward}")
-        if self.gap is not None:
-            lines.append(f"difference to {self.reference}: {self.gap}")
-        if self.over_seeds is not None:
-            lines.append(f"difference to {self.reference} over all seeds: {self.over_seeds}")
-        if self.regret is not None:
-            lines.append(f"difference to the offline optimum: {self.regret}")
-        lines += [f"{number}. {finding}" for number, finding in enumerate(self.findings, 1)] or ["nothing found"]
-        if self.missing:
-            lines += ["", "not there:", *(f"  {text}" for text in self.missing)]
-        return "\n".join(lines)
+        findings = [f"{number}. {finding}" for number, finding in enumerate(self.findings, 1)] or ["nothing found"]
+        missing = ["", "not there:", *(f"  {text}" for text in self.missing)] if self.missing else []
+        return "\n".join([*filter(None, [self.headline()]), *findings, *missing])
 
 
 def _finite(value: Any) -> Any:
@@ -179,18 +179,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def ranked(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Causes before suspects before notes; a cause whose fix alone closes the gap first, then root causes before symptoms."""
-    return tuple(
-        sorted(
-            findings,
-            key=lambda f: (
-                SEVERITIES.index(f.severity),
-                not f.closes,
-                ORDER[f.id],
-                -(f.effect.mean if f.effect else 0),
-            ),
-        )
-    )

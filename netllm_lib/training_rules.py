@@ -1,229 +1,190 @@
-"""Rules on the training: did the rate get where it should, did the loss, and what stood in the way."""
+"""Rules on a training of any task: did the rate get where it should, did the loss, and what stood in the way."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from netllm_lib.abr.diagnosis.evidence import CHANCE, Evidence, Training, behaviour_entropy
-from netllm_lib.findings import Finding, Severity
+from netllm_lib.findings import Severity, Verdict, rule
+
+if TYPE_CHECKING:
+    from netllm_lib.training_run import TrainingRun
 
 PLATEAU_STEPS = 60
 """Optimizer steps for which the loss usually rests before it falls; a run no longer than that says nothing about its rate."""
-SLOW_LR, FAST_LR = (
-    3e-4,
-    5e-3,
-)  # LoRA: below, hundreds of steps do not leave the plateau; above, the loss does not settle
+SLOW_LR, FAST_LR = 3e-4, 5e-3
+"""LoRA: below, hundreds of steps do not leave the plateau; above, the loss does not settle."""
 FEWEST_WINDOWS_A_STEP = 8  # that people use where the documented number is 32
 BINS = 10
+WARMUP_FIX = "give the warm-up as a part of the steps really taken"
 
 
-def learning(evidence: Evidence) -> list[Finding]:
-    """Findings about the training, from whatever is known of it."""
-    known = evidence.training
-    if known is None:
-        return []
-    return [*_finite(evidence), *_rate(evidence), *_diverged(evidence), *_undertrained(evidence), *_habits(evidence)]
+class Trained(Protocol):
+    """What a task's evidence has to tell these rules."""
+
+    training: TrainingRun | None
+    failing: bool  # the result is known to be below what it is held against
+    poor: bool  # the same, or nothing is known of the result
+    end_loss: float | None  # of the training, at its end
+    learned: bool | None  # the loss ended below the bar; None where no loss is known
+    loss_bar: float  # the loss that a model which learnt something ends below
+    loss_bar_is: str  # the bar in words: a sentence that ends with the number
+    reference_losses: dict[str, float]  # further losses to compare with, by name
 
 
-def blame(evidence: Evidence, *, strong: bool = True) -> Severity:
-    """How a mistake counts: as a cause where it left the policy unlearnt and the reward poor; as a note where it cost nothing."""
-    poor = evidence.failing or (evidence.reward is None and evidence.setting.get("mean_reward") is None)
-    if evidence.learned or not poor:
+def blame(case: Trained, *, strong: bool = True) -> Severity:
+    """How a mistake counts: as a cause where nothing was learnt and the result is poor; as a note where it cost nothing."""
+    if case.learned or not case.poor:
         return "note"
     return "cause" if strong else "suspect"
 
 
-def _past_plateau(known: Training) -> bool:
+def habit(case: Trained) -> Severity:
+    """How something counts that costs some of what could be learnt, and no more."""
+    return "suspect" if case.failing and not case.learned else "note"
+
+
+def _past_plateau(run: TrainingRun) -> bool:
     """Were there steps enough to say something of the rate? With an assumed accumulation there may have been more of them."""
-    assert known.steps is not None
-    if known.accumulation_assumed and known.micro_steps is not None:
-        return known.micro_steps > PLATEAU_STEPS * FEWEST_WINDOWS_A_STEP
-    return known.steps > PLATEAU_STEPS
+    if run.accumulation_assumed and run.micro_steps is not None:
+        return run.micro_steps > PLATEAU_STEPS * FEWEST_WINDOWS_A_STEP
+    return run.steps is not None and run.steps > PLATEAU_STEPS
 
 
-def _finite(evidence: Evidence) -> list[Finding]:
-    losses = evidence.training.losses if evidence.training else None
-    loss = evidence.training.final_loss if evidence.training else None
-    bad = 0 if losses is None else int((~np.isfinite(losses)).sum())
-    if not bad and (loss is None or math.isfinite(loss)):
-        return []
-    first = int((~np.isfinite(losses)).argmax()) if losses is not None and bad else None
+def _peak_share(run: TrainingRun | None) -> float | None:
+    """The part of the learning rate that was reached."""
+    if run is None or run.lr is None or run.lr_peak is None or run.steps is None:
+        return None
+    return run.lr_peak / run.lr if run.lr else 1.0
+
+
+def _numbers(case: Trained) -> dict[str, Any]:
+    names = ("lr", "lr_peak", "lr_around", "steps", "warmup_steps", "accumulation", "accumulation_assumed")
+    found = {name: getattr(case.training, name) for name in names}
+    return found | {"final_loss": case.end_loss, "loss_bar": case.loss_bar}
+
+
+@rule(
+    "non-finite",
+    fix="train in float32 (TrainConfig.precision) with a lower learning rate; throw these weights away",
+    figure="losses",
+)
+def non_finite(case: Trained) -> Verdict | None:
+    """Losses are finite numbers."""
+    if (run := case.training) is None:
+        return None
+    bad = ~np.isfinite(np.empty(0) if run.losses is None else run.losses)
+    if not bad.any() and (run.final_loss is None or math.isfinite(run.final_loss)):
+        return None
+    first = int(bad.argmax()) if bad.any() else None
     where = "" if first is None else f", the first at micro-step {first + 1}"
-    return [
-        Finding(
-            "non-finite",
-            "cause",
-            f"the training loss is not a number any more{where}",
-            {"not_finite": bad, "first": first, "final_loss": loss},
-            "train in float32 (TrainConfig.precision) with a lower learning rate; throw these weights away",
-        )
-    ]
+    numbers = {"not_finite": int(bad.sum()), "first": first, "final_loss": run.final_loss}
+    return Verdict("cause", f"the training loss is not a number any more{where}", numbers)
 
 
-def _rate(evidence: Evidence) -> list[Finding]:
-    known, found = evidence.training, []
-    assert known is not None
-    if known.lr is None or known.lr_peak is None or known.steps is None:
-        return []
-    part = known.lr_peak / known.lr if known.lr else 1.0
-    numbers = {
-        "lr": known.lr,
-        "lr_peak": known.lr_peak,
-        "steps": known.steps,
-        "warmup_steps": known.warmup_steps,
-        "accumulation": known.accumulation,
-        "accumulation_assumed": known.accumulation_assumed,
-        "final_loss": known.end_loss(),
-        "loss_bar": evidence.loss_bar,
-    }
-    outlasts = part < 0.9
-    if outlasts:
-        assumed = (
-            f" (with {known.accumulation} windows a step, the documented value)" if known.accumulation_assumed else ""
-        )
-        found.append(
-            Finding(
-                "warmup-too-long",
-                blame(evidence, strong=_past_plateau(known)),
-                f"the warm-up of {known.warmup_steps} steps outlasts the {known.steps} steps taken{assumed}: the learning rate "
-                f"never passed {part:.0%} of its value, {known.lr_peak:.2g}",
-                numbers | {"peak_share": part},
-                f"give the warm-up as a part of the steps really taken (TrainConfig.warmup = 0.1; in the original "
-                f"--warmup-steps {max(1, known.steps // 10)})",
-            )
-        )
-    loss = known.end_loss()
-    if evidence.learned or loss is None:
-        return found
-    if known.lr < SLOW_LR and _past_plateau(known):
-        found.append(
-            Finding(
-                "learning-rate",
-                blame(evidence, strong=not outlasts),
-                f"a learning rate of {known.lr:.2g} is too low for {known.steps} steps: the loss ended at {loss:.2f}, "
-                f"above {evidence.loss_bar:.2f}",
-                numbers,
-                "train LoRA at 1e-3 and the modules around the PLM at 1e-2 (TrainConfig.lr, lr_around; in the original --lr 0.001)",
-            )
-        )
-    elif known.lr_around is not None and known.lr_around < SLOW_LR and _past_plateau(known):
-        found.append(
-            Finding(
-                "learning-rate",
-                blame(evidence, strong=not outlasts),
-                f"a learning rate of {known.lr_around:.2g} is too low for the modules around the PLM: the loss ended at "
-                f"{loss:.2f}, above {evidence.loss_bar:.2f}",
-                numbers | {"lr_around": known.lr_around},
-                "train the modules around the PLM at 1e-2 (TrainConfig.lr_around)",
-            )
-        )
-    elif known.lr_peak > FAST_LR and _past_plateau(known):
-        found.append(
-            Finding(
-                "learning-rate",
-                blame(evidence),
-                f"a learning rate of {known.lr_peak:.2g} is too high: the loss ended at {loss:.2f}, above {evidence.loss_bar:.2f}",
-                numbers,
-                "train LoRA at 1e-3 (TrainConfig.lr; in the original --lr 0.001)",
-            )
-        )
-    return found
+@rule("warmup-too-long", fix=WARMUP_FIX, figure="learning-rate", retraining=True)
+def warmup_too_long(case: Trained) -> Verdict | None:
+    """The warm-up ends within the steps taken: the rate reaches at least 90 % of its value."""
+    run, share = case.training, _peak_share(case.training)
+    if run is None or run.steps is None or share is None or share >= 0.9:
+        return None
+    assumed = f" (with {run.accumulation} windows a step, the documented value)" if run.accumulation_assumed else ""
+    title = (
+        f"the warm-up of {run.warmup_steps} steps outlasts the {run.steps} steps taken{assumed}: the learning rate never "
+        f"passed {share:.0%} of its value, {run.lr_peak:.2g}"
+    )
+    fix = f"{WARMUP_FIX} (TrainConfig.warmup = 0.1; in the original --warmup-steps {max(1, run.steps // 10)})"
+    return Verdict(blame(case, strong=_past_plateau(run)), title, _numbers(case) | {"peak_share": share}, fix)
 
 
-def _binned(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means of about ten consecutive parts of the losses, and the standard error of each."""
-    parts = np.array_split(losses, min(BINS, max(1, len(losses) // 8)))
+@rule(
+    "diverged",
+    fix='lower the learning rate by 3 to 10 times, or decay it (TrainConfig.schedule = "cosine"); clip at 0.25',
+    figure="losses",
+    retraining=True,
+)
+def diverged(case: Trained) -> Verdict | None:
+    """The loss ends near its lowest value."""
+    losses = case.training.losses if case.training else None
+    if losses is None or len(losses) < 40 or not np.isfinite(losses).all() or case.learned:
+        return None
+    parts = np.array_split(losses, min(BINS, len(losses) // 8))
     means = np.array([part.mean() for part in parts])
-    return means, np.array([part.std() / math.sqrt(len(part)) for part in parts])
-
-
-def _diverged(evidence: Evidence) -> list[Finding]:
-    known = evidence.training
-    losses = known.losses if known is not None else None
-    if losses is None or len(losses) < 40 or not np.isfinite(losses).all() or evidence.learned:
-        return []
-    means, errors = _binned(losses)
+    errors = np.array([part.std() / math.sqrt(len(part)) for part in parts])
     lowest = int(means.argmin())
     rise = float(means[-1] - means[lowest])
-    sure = 4 * math.hypot(float(errors[-1]), float(errors[lowest]))
-    if rise < max(0.15 * float(means[lowest]), 0.1, sure):
-        return []
-    return [
-        Finding(
-            "diverged",
-            blame(evidence),
-            f"the loss fell to {means[lowest]:.2f} after {(lowest + 1) / len(means):.0%} of the training and rose to "
-            f"{means[-1]:.2f} again",
-            {"lowest": float(means[lowest]), "end": float(means[-1]), "at": (lowest + 1) / len(means)},
-            'lower the learning rate by 3 to 10 times, or decay it (TrainConfig.schedule = "cosine"); clip at 0.25',
-        )
-    ]
+    if rise < max(0.15 * means[lowest], 0.1, 4 * math.hypot(errors[-1], errors[lowest])):
+        return None
+    numbers = {"lowest": float(means[lowest]), "end": float(means[-1]), "at": (lowest + 1) / len(means)}
+    title = f"the loss fell to {means[lowest]:.2f} after {numbers['at']:.0%} of the training and rose to {means[-1]:.2f} again"
+    return Verdict(blame(case), title, numbers)
 
 
-def _undertrained(evidence: Evidence) -> list[Finding]:
-    known, loss = evidence.training, evidence.training.end_loss() if evidence.training else None
-    assert known is not None
-    if loss is None or not math.isfinite(loss) or loss < evidence.loss_bar:
-        return []
-    numbers: dict[str, Any] = {
-        "final_loss": loss,
-        "loss_bar": evidence.loss_bar,
-        "chance": CHANCE,
-        "steps": known.steps,
-    }
-    what = "a trained policy usually ends below"
-    if evidence.pool is not None:
-        entropy, conditional = behaviour_entropy(evidence.pool)
-        numbers |= {"H(a)": entropy, "H(a|previous)": conditional, "majority": _majority(evidence)}
-        what = "repeating what usually follows the previous level would give"
-    steps = "" if known.steps is None else f" after {known.steps} steps"
-    return [
-        Finding(
-            "undertrained",
-            blame(evidence),
-            f"the loss ended at {loss:.2f}{steps}: {what} {evidence.loss_bar:.2f}",
-            numbers,
-            "train longer (the loss rests for its first 40 to 60 steps), with LoRA at 1e-3; see the learning rate, if it was found",
-        )
-    ]
+@rule(
+    "learning-rate",
+    fix="train LoRA at 1e-3 and the modules around the PLM at 1e-2 (TrainConfig.lr, lr_around; in the original --lr 0.001)",
+    figure="losses",
+    retraining=True,
+)
+def learning_rate(case: Trained) -> Verdict | None:
+    """The rate moves the loss: LoRA learns between 3e-4 and 3e-3 here."""
+    run, share, loss = case.training, _peak_share(case.training), case.end_loss
+    if run is None or run.lr is None or run.lr_peak is None or share is None or loss is None:
+        return None
+    if case.learned or not _past_plateau(run):
+        return None
+    if run.lr < SLOW_LR:
+        rate, what = run.lr, f"too low for {run.steps} steps"
+    elif run.lr_around is not None and run.lr_around < SLOW_LR:
+        rate, what = run.lr_around, "too low for the modules around the PLM"
+    elif run.lr_peak > FAST_LR:
+        rate, what = run.lr_peak, "too high"
+    else:
+        return None
+    title = f"a learning rate of {rate:.2g} is {what}: the loss ended at {loss:.2f}, above {case.loss_bar:.2f}"
+    return Verdict(blame(case, strong=share >= 0.9 or what == "too high"), title, _numbers(case))
 
 
-def _majority(evidence: Evidence) -> float:
-    """Share of the pool's most frequent level: the accuracy of always predicting it."""
-    assert evidence.pool is not None
-    counts = np.bincount(evidence.pool.actions)
-    return float(counts.max() / counts.sum())
+@rule(
+    "undertrained",
+    fix="train longer (the loss rests for its first 40 to 60 steps), with LoRA at 1e-3; see the learning rate, if it was found",
+    figure="losses",
+    retraining=True,
+)
+def undertrained(case: Trained) -> Verdict | None:
+    """The loss ends below that of repeating what usually follows the previous level, H(a | previous)."""
+    loss, steps = case.end_loss, case.training and case.training.steps
+    if loss is None or not math.isfinite(loss) or loss < case.loss_bar:
+        return None
+    after = "" if steps is None else f" after {steps} steps"
+    numbers = {"final_loss": loss, "loss_bar": case.loss_bar, "steps": steps} | case.reference_losses
+    title = f"the loss ended at {loss:.2f}{after}: {case.loss_bar_is} {case.loss_bar:.2f}"
+    return Verdict(blame(case), title, numbers)
 
 
-def _habits(evidence: Evidence) -> list[Finding]:
-    """Habits of the original's training that cost some of what could be learnt, and no more."""
-    known, found = evidence.training, []
-    assert known is not None
-    mild: Severity = "suspect" if evidence.failing and not evidence.learned else "note"
-    if known.clip == "micro" and (known.accumulation or 1) > 1:
-        share = "" if known.clipped is None else f"; {known.clipped:.0%} of them were clipped"
-        found.append(
-            Finding(
-                "clipping",
-                mild,
-                f"the gradient is clipped after each of the {known.accumulation} windows of a step, so that the last count far "
-                f"more than the first{share}",
-                {"accumulation": known.accumulation, "clipped": known.clipped},
-                'clip once a step (TrainConfig.clip = "step")',
-            )
-        )
-    if known.crossing and known.windows:
-        part = known.crossing / known.windows
-        found.append(
-            Finding(
-                "crossing-windows",
-                mild,
-                f"{part:.0%} of the training windows span two episodes",
-                {"share": part, "windows": known.windows},
-                'cut windows inside episodes (TrainConfig.windows = "episode")',
-            )
-        )
-    return found
+@rule("clipping", fix='clip once a step (TrainConfig.clip = "step")')
+def clipping(case: Trained) -> Verdict | None:
+    """The gradient of a step is clipped once, not after every micro-batch."""
+    run = case.training
+    if run is None or run.clip != "micro" or (run.accumulation or 1) <= 1:
+        return None
+    share = "" if run.clipped is None else f"; {run.clipped:.0%} of them were clipped"
+    title = (
+        f"the gradient is clipped after each of the {run.accumulation} windows of a step, so that the last count far more "
+        f"than the first{share}"
+    )
+    return Verdict(habit(case), title, {"accumulation": run.accumulation, "clipped": run.clipped})
+
+
+@rule("crossing-windows", fix='cut windows inside episodes (WindowConfig.windows = "episode")')
+def crossing_windows(case: Trained) -> Verdict | None:
+    """No training window spans two episodes."""
+    run = case.training
+    crossing = run.facts.get("crossing") if run is not None else None
+    if run is None or not crossing or not run.samples:
+        return None
+    share = crossing / run.samples
+    numbers = {"share": share, "windows": run.samples}
+    return Verdict(habit(case), f"{share:.0%} of the training windows span two episodes", numbers)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from netllm_lib import config, runs
@@ -53,6 +54,11 @@ class TrainingRun(Figures):
     """A row per micro-batch: step, epoch, loss, grad_norm (before clipping; NaN where nothing was clipped), clipped, lr,
     lr_around, seconds (of training so far). An imported one may have the loss only."""
     evaluations: pd.DataFrame | None = None  # a row per validation: step, epoch, score, seconds (what it took)
+
+    @property
+    def losses(self) -> np.ndarray | None:
+        """The history's losses; None where there is no history."""
+        return None if self.history is None else self.history["loss"].to_numpy()
 
     def end_loss(self) -> float | None:
         """Loss at the end: as recorded, else the mean over the last epoch (the last tenth where its length is unknown)."""

@@ -92,8 +92,8 @@ league.round(4)
 
 # %%
 found = diagnosis.diagnose(loaded, budget_s, retrain_s, print)
-runs.write_json(out / "findings.json", found.plain())
-print(words.headline(found))
+found.save(out)
+print(found.headline(), *found.missing, sep="\n")
 
 # %%
 with pd.option_context("display.max_colwidth", None):

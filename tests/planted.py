@@ -24,7 +24,7 @@ from llm_fixtures import write_plm
 from netllm_lib.abr import qoe
 from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.diagnosis import Diagnosis, diagnose
-from netllm_lib.abr.diagnosis import load as sources
+from netllm_lib.abr.diagnosis.load import load
 from netllm_lib.abr.model import PolicyNetwork, load_policy
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
@@ -65,7 +65,7 @@ class Planted:
     folders: tuple[Path, ...]
     table: pd.DataFrame | None = None  # of its test
     twin: pd.DataFrame | None = None  # of its healthy twin, on the same traces
-    options: dict[str, Any] = field(default_factory=dict)  # of sources.load
+    options: dict[str, Any] = field(default_factory=dict)  # of load
 
     @property
     def true_effect(self) -> float | None:
@@ -112,27 +112,25 @@ class Fault:
 def examine(bench: Bench, fault: Fault, folder: Path) -> tuple[Planted, Diagnosis]:
     """Plant a fault below `folder` and diagnose it."""
     planted = fault.plant(bench, folder)
-    evidence = sources.load(*planted.folders, data=bench.data, **planted.options)
+    evidence = load(*planted.folders, data=bench.data, **planted.options)
     return planted, diagnose(evidence, budget_s=fault.budget_s, retrain_s=fault.retrain_s)
 
 
-def of_training(training: str) -> Callable[[Bench, Path], Planted]:
+Plant = Callable[[Bench, Path], Planted]
+
+
+def of_training(training: str) -> Plant:
     """A whole chain of runs with the training `training`."""
-
-    def plant(bench: Bench, root: Path) -> Planted:
-        table = bench.test(training)
-        return Planted(write_runs(root, bench, training, table), table, bench.test("healthy"))
-
-    return plant
+    return of_test(None, training, twin="healthy")
 
 
 def of_test(
-    config: EvalConfig,
+    config: EvalConfig | None,
     training: str = "healthy",
     sound: EvalConfig | None = None,
     traces: str = TRACES,
     twin: str | None = None,
-) -> Callable[[Bench, Path], Planted]:
+) -> Plant:
     """A whole chain of runs whose test is `config`; the twin's is `sound`."""
 
     def plant(bench: Bench, root: Path) -> Planted:
@@ -143,30 +141,31 @@ def of_test(
     return plant
 
 
-def dropout_on(bench: Bench, root: Path) -> Planted:
+def of_runs(make: Callable[[Bench, Trained], tuple[pd.DataFrame, dict[str, Any]]], twin: str = "healthy") -> Plant:
+    """A whole chain of runs of the healthy training, with the table and the arguments of `write_runs` that `make` gives."""
+
+    def plant(bench: Bench, root: Path) -> Planted:
+        table, how = make(bench, bench.trained("healthy"))
+        return Planted(write_runs(root, bench, "healthy", table, **how), table, bench.test(twin))
+
+    return plant
+
+
+def dropout_on(bench: Bench, trained: Trained) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The test of healthy weights, with dropout rates that were raised, was made in training mode."""
-    trained = bench.trained("healthy")
-    rates: dict[str, Any] = {"lora_dropout": 0.5, "plm_dropout": 0.5}
-    config = replace(trained.meta.plm, **rates)
-    network = PolicyNetwork(load_plm(config), trained.meta.network)
-    load_weights(save_checkpoint(root / "healthy", trained.network, trained.meta), network)
-    policy = network.eval(), replace(trained.meta, plm=config)
-    table = bench.play(LLMPolicy(*policy, EvalConfig(dropout=True)))
-    folders = write_runs(root, bench, "healthy", table, EvalConfig(dropout=True), policy=policy)
-    return Planted(folders, table, bench.test("healthy"))
+    plm = replace(trained.meta.plm, lora_dropout=0.5, plm_dropout=0.5)
+    policy, config = (on_plm(trained, plm), replace(trained.meta, plm=plm)), EvalConfig(dropout=True)
+    return bench.play(LLMPolicy(*policy, config)), {"config": config, "policy": policy}
 
 
-def weights_of_another_run(bench: Bench, root: Path) -> Planted:
+def weights_of_another_run(bench: Bench, trained: Trained) -> tuple[pd.DataFrame, dict[str, Any]]:
     other = bench.trained("on-careless-bba")
-    table = bench.test("on-careless-bba")
-    folders = write_runs(root, bench, "healthy", table, policy=(other.network, other.meta))
-    return Planted(folders, table, bench.test("healthy"))
+    return bench.test("on-careless-bba"), {"policy": (other.network, other.meta)}
 
 
-def early_checkpoint(bench: Bench, root: Path) -> Planted:
-    early = load_policy(bench.trained("healthy").early)
-    table = bench.play(LLMPolicy(*early))
-    return Planted(write_runs(root, bench, "healthy", table, policy=early), table, bench.test("healthy"))
+def early_checkpoint(bench: Bench, trained: Trained) -> tuple[pd.DataFrame, dict[str, Any]]:
+    early = load_policy(trained.early)
+    return bench.play(LLMPolicy(*early)), {"policy": early}
 
 
 def files_of_two_checkpoints(bench: Bench, root: Path) -> Planted:
@@ -180,44 +179,40 @@ def files_of_two_checkpoints(bench: Bench, root: Path) -> Planted:
 
 
 @contextmanager
-def head_bias(network: PolicyNetwork, level: int) -> Iterator[None]:
-    """The head prefers one level, whatever it sees."""
-    bias = network.action_head.bias.data
-    network.action_head.bias.data = bias + 30 * (torch.arange(qoe.LEVELS) == level)
+def changed(parameters: list[torch.nn.Parameter], change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Parameters with other values for as long as the block lasts."""
+    kept = [p.data for p in parameters]
+    for p in parameters:
+        p.data = change(p.data)
     try:
         yield
     finally:
-        network.action_head.bias.data = bias
-
-
-def changed_head(bench: Bench, root: Path) -> Planted:
-    trained = bench.trained("healthy")
-    with head_bias(trained.network, 2):
-        table = bench.play(LLMPolicy(trained.network, trained.meta))
-        folders = write_runs(root, bench, "healthy", table)
-    return Planted(folders, table, bench.test("healthy"))
-
-
-def zero_adapter(bench: Bench, root: Path) -> Planted:
-    trained = bench.trained("healthy")
-    with without_adapter(trained.network):
-        table = bench.play(LLMPolicy(trained.network, trained.meta))
-        folders = write_runs(root, bench, "healthy", table)
-    return Planted(folders, table, bench.test("healthy"))
-
-
-@contextmanager
-def without_adapter(network: PolicyNetwork) -> Iterator[None]:
-    """LoRA's B matrices are zero, as they are before training."""
-    matrices = [p for name, p in network.named_parameters() if "lora_B" in name]
-    kept = [p.data for p in matrices]
-    for p in matrices:
-        p.data = torch.zeros_like(p.data)
-    try:
-        yield
-    finally:
-        for p, data in zip(matrices, kept, strict=True):
+        for p, data in zip(parameters, kept, strict=True):
             p.data = data
+
+
+def of_weights(
+    pick: Callable[[PolicyNetwork], list[torch.nn.Parameter]], change: Callable[[torch.Tensor], torch.Tensor]
+) -> Plant:
+    """A whole chain of runs whose checkpoint and test have changed weights; not finite ones choose the first level always."""
+
+    def plant(bench: Bench, root: Path) -> Planted:
+        trained = bench.trained("healthy")
+        with changed(pick(trained.network), change):
+            finite = all(bool(torch.isfinite(p).all()) for p in pick(trained.network))
+            table = bench.play(trained.policy() if finite else Constant(0))
+            folders = write_runs(root, bench, "healthy", table)
+        return Planted(folders, table, bench.test("healthy"))
+
+    return plant
+
+
+def lora(which: str) -> Callable[[PolicyNetwork], list[torch.nn.Parameter]]:
+    return lambda network: [p for name, p in network.named_parameters() if which in name]
+
+
+def prefer_level_2(bias: torch.Tensor) -> torch.Tensor:
+    return bias + 30 * (torch.arange(qoe.LEVELS) == 2)
 
 
 def other_video(bench: Bench, root: Path) -> Planted:
@@ -232,46 +227,34 @@ def other_bandwidths(bench: Bench, root: Path) -> Planted:
     return Planted(folders, table, bench.test("on-slow", traces="slow-test"))
 
 
-def nan_weights(bench: Bench, root: Path) -> Planted:
-    """One matrix of the adapter is NaN, as after an overflow in half precision; the hashes fit, because it was saved so."""
-    trained = bench.trained("healthy")
-    matrix = next(p for name, p in trained.network.named_parameters() if "lora_A" in name)
-    kept, matrix.data = matrix.data, torch.full_like(matrix.data, torch.nan)
-    table = bench.play(Constant(0))  # the largest of NaNs is the first
-    folders = write_runs(root, bench, "healthy", table)
-    matrix.data = kept
-    return Planted(folders, table, bench.test("healthy"))
+def on_plm(trained: Trained, plm: PLMConfig) -> PolicyNetwork:
+    """The network of a training with another PLM in it."""
+    network = PolicyNetwork(load_plm(plm), trained.meta.network)
+    load_weights(trained.run.final, network)
+    return network.eval()
 
 
-def write_another_plm(folder: Path, bench: Bench) -> Path:
-    """A PLM of the same shape with other weights."""
+def another_plm(bench: Bench, folder: Path, trained: Trained) -> tuple[Path, PolicyNetwork]:
+    """A PLM of the same shape with other weights, and the trained network with it."""
     import transformers as hf
 
     with torch.random.fork_rng():
         torch.manual_seed(5)
         hf.AutoModel.from_config(hf.AutoConfig.from_pretrained(bench.plm)).save_pretrained(folder)
-    return folder
+    return folder, on_plm(trained, replace(trained.meta.plm, source=str(folder.resolve())))
 
 
-def on_another_plm(trained: Trained, plm: Path, root: Path) -> PolicyNetwork:
-    """The network of a training with another PLM in it."""
-    network = PolicyNetwork(load_plm(replace(trained.meta.plm, source=str(plm.resolve()))), trained.meta.network)
-    load_weights(save_checkpoint(root / "as-trained", trained.network, trained.meta), network)
-    return network.eval()
-
-
-def another_plm(bench: Bench, root: Path) -> Planted:
+def tested_on_another_plm(bench: Bench, root: Path) -> Planted:
     trained = bench.trained("healthy")
-    plm = write_another_plm(root / "plm", bench)
-    table = bench.play(LLMPolicy(on_another_plm(trained, plm, root), trained.meta))
-    folders = write_runs(root, bench, "healthy", table)
-    return Planted(folders, table, bench.test("healthy"), {"plm": plm})
+    plm, network = another_plm(bench, root / "plm", trained)
+    table = bench.play(LLMPolicy(network, trained.meta))
+    return Planted(write_runs(root, bench, "healthy", table), table, bench.test("healthy"), {"plm": plm})
 
 
 # --- faults of a test's table --------------------------------------------------------------------------------------------
 
 
-def of_table(make: Callable[[Bench], pd.DataFrame], chain: bool = False) -> Callable[[Bench, Path], Planted]:
+def of_table(make: Callable[[Bench], pd.DataFrame], chain: bool = False) -> Plant:
     """A test alone whose table is what `make` gives; with `chain` the healthy training and pool are there, too."""
 
     def plant(bench: Bench, root: Path) -> Planted:
@@ -282,14 +265,9 @@ def of_table(make: Callable[[Bench], pd.DataFrame], chain: bool = False) -> Call
     return plant
 
 
-def top_level_slips(bench: Bench) -> pd.DataFrame:
-    trained = bench.trained("healthy")
-    return bench.play(Careless(LLMPolicy(trained.network, trained.meta), 0.02, 5))
-
-
-def uniform_slips(bench: Bench) -> pd.DataFrame:
-    trained = bench.trained("healthy")
-    return bench.play(Careless(LLMPolicy(trained.network, trained.meta), 0.015))
+def slips(share: float, lowest: int = 0, training: str = "healthy", **how: Any) -> Callable[[Bench], pd.DataFrame]:
+    """A share of the levels is random."""
+    return lambda bench: bench.play(Careless(bench.trained(training).policy(), share, lowest), **how)
 
 
 def trained_on_test(bench: Bench, root: Path) -> Planted:
@@ -301,10 +279,9 @@ def trained_on_test(bench: Bench, root: Path) -> Planted:
 
 def noisy(bench: Bench) -> pd.DataFrame:
     """The run alone was played with noise on its delays, all of it above 1."""
-    trained = bench.trained("healthy")
     noise = np.random.default_rng(0).uniform(0.9, 1.1, (40, CHUNKS))
     episodes = replace(bench.episodes(), noise=noise)
-    return play(LLMPolicy(trained.network, trained.meta), Simulator(bench.traces(), bench.video(), episodes))
+    return play(bench.trained("healthy").policy(), Simulator(bench.traces(), bench.video(), episodes))
 
 
 def half_the_traces(bench: Bench) -> pd.DataFrame:
@@ -326,10 +303,6 @@ def other_first_level(bench: Bench) -> pd.DataFrame:
     return table.assign(**{name: np.asarray(getattr(outcome, name)).ravel() for name in names})
 
 
-def one_level(bench: Bench) -> pd.DataFrame:
-    return bench.play(Constant(1))
-
-
 # --- trees of the original -----------------------------------------------------------------------------------------------
 
 
@@ -338,21 +311,21 @@ def as_original(bench: Bench, training: str, **changes: Any) -> pd.DataFrame:
     return bench.test(training, EvalConfig.upstream(**changes), clock="running")
 
 
-def play_original(bench: Bench, network: PolicyNetwork, meta: CheckpointMeta, **changes: Any) -> pd.DataFrame:
-    return bench.play(LLMPolicy(network, meta, EvalConfig.upstream(**changes)), clock="running")
+def play_original(bench: Bench, network: PolicyNetwork, meta: CheckpointMeta) -> pd.DataFrame:
+    return bench.play(LLMPolicy(network, meta, EvalConfig.upstream()), clock="running")
 
 
-def of_tree(training: str, twin: str = "original", **how: Any) -> Callable[[Bench, Path], Planted]:
-    """A tree of the original whose training is `training`."""
+def of_tree(training: str, table: Callable[[Bench], pd.DataFrame] | None = None, **how: Any) -> Plant:
+    """A tree of the original whose training is `training`, and its test, unless another is given."""
 
     def plant(bench: Bench, root: Path) -> Planted:
-        table = as_original(bench, training)
-        return Planted((write_tree(root, bench, training, table, **how),), table, as_original(bench, twin))
+        played = as_original(bench, training) if table is None else table(bench)
+        return Planted((write_tree(root, bench, training, played, **how),), played, as_original(bench, "original"))
 
     return plant
 
 
-def of_log(training: str, **how: Any) -> Callable[[Bench, Path], Planted]:
+def of_log(training: str, **how: Any) -> Plant:
     """The console log of a run, or its losses, alone in a folder without a name that tells anything."""
 
     def plant(bench: Bench, root: Path) -> Planted:
@@ -368,7 +341,7 @@ def of_log(training: str, **how: Any) -> Callable[[Bench, Path], Planted]:
 
 def tree_without_adapter(bench: Bench, root: Path) -> Planted:
     trained = bench.trained("original")
-    with without_adapter(trained.network):
+    with changed(lora("lora_B")(trained.network), torch.zeros_like):
         table = play_original(bench, trained.network, trained.meta)
         write_tree(root, bench, "original", table)
     return Planted((root,), table, as_original(bench, "original"))
@@ -376,24 +349,21 @@ def tree_without_adapter(bench: Bench, root: Path) -> Planted:
 
 def adapter_of_gpt2(bench: Bench, root: Path) -> Planted:
     """The adapter of another family: the original loads it without a word, and nothing of it fits."""
-    trained = bench.trained("original")
-    with without_adapter(trained.network):
-        table = play_original(bench, trained.network, trained.meta)
-    write_tree(root, bench, "original", table)
+    planted = tree_without_adapter(bench, root)
     write_plm(root / "other" / "gpt2", "gpt2", hidden=HIDDEN)
-    gpt2 = PolicyNetwork(load_plm(PLMConfig.upstream(str(root / "other" / "gpt2"), rank=RANK)), trained.meta.network)
-    save_upstream_checkpoint(root / "other" / "saved", gpt2)
+    plm = load_plm(PLMConfig.upstream(str(root / "other" / "gpt2"), rank=RANK))
+    save_upstream_checkpoint(root / "other" / "saved", PolicyNetwork(plm, bench.trained("original").meta.network))
     best = next(root.rglob("early_stop_-1_best_model"))
     for name in ("adapter_model.bin", "adapter_config.json"):
         shutil.copy(root / "other" / "saved" / name, best / name)
     shutil.rmtree(root / "other")
-    return Planted((root,), table, as_original(bench, "original"))
+    return planted
 
 
 def tree_with_another_plm(bench: Bench, root: Path) -> Planted:
     trained = bench.trained("original")
-    plm = write_another_plm(root / "aside" / "plm", bench)
-    table = play_original(bench, on_another_plm(trained, plm, root / "aside"), trained.meta)
+    plm, network = another_plm(bench, root / "aside" / "plm", trained)
+    table = play_original(bench, network, trained.meta)
     tree = write_tree(root / "tree", bench, "original", table)
     shutil.rmtree(tree / "downloaded_plms")
     shutil.copytree(plm, tree / "downloaded_plms" / "llama" / "tiny")
@@ -402,44 +372,41 @@ def tree_with_another_plm(bench: Bench, root: Path) -> Planted:
 
 def imported(bench: Bench, root: Path) -> Planted:
     """A tree of the original, imported by `netllm import`, and then gone."""
-    table = as_original(bench, "original-warmup")
-    tree = write_tree(root / "tree", bench, "original-warmup", table)
-    run = import_run(tree, data=bench.data, root=root / "reports")
-    shutil.rmtree(tree / "adaptive_bitrate_streaming")
-    return Planted((run.folder,), table, as_original(bench, "original"))
+    planted = of_tree("original-warmup")(bench, root / "tree")
+    run = import_run(root / "tree", data=bench.data, root=root / "reports")
+    shutil.rmtree(root / "tree" / "adaptive_bitrate_streaming")
+    return replace(planted, folders=(run.folder,))
 
 
 def not_a_number(bench: Bench, root: Path) -> Planted:
     """The loss became NaN in the second epoch, and the original went on; so are the weights, and each choice is the last level."""
-    trained = bench.trained("original")
-    losses = trained.history["loss"].to_numpy().copy()
+    losses = np.array(bench.trained("original").run.losses)
     losses[len(losses) // 2 :] = np.nan
     table = bench.play(Constant(qoe.LEVELS - 1), clock="running")
     write_tree(root, bench, "original", table, losses=losses, parts=("console", "losses", "results", "pool"))
     return Planted((root,), table, as_original(bench, "original"))
 
 
-def tree_of_early_checkpoint(bench: Bench, root: Path) -> Planted:
-    network, meta = load_policy(bench.trained("original").early)
-    table = play_original(bench, network, meta)
-    write_tree(root, bench, "original", table, network=network)
-    return Planted((root,), table, as_original(bench, "original"))
+def tested_early(there: bool) -> Plant:
+    """The results are those of an early checkpoint; `there`: it lies in the tree, else that of the training's end does."""
+
+    def plant(bench: Bench, root: Path) -> Planted:
+        network, meta = load_policy(bench.trained("original").early)
+        table = play_original(bench, network, meta)
+        write_tree(root, bench, "original", table, network=network if there else None)
+        return Planted((root,), table, as_original(bench, "original"))
+
+    return plant
 
 
-def tested_another(bench: Bench, root: Path) -> Planted:
-    """The results are those of another checkpoint than the one that lies in the tree."""
-    network, meta = load_policy(bench.trained("original").early)
-    table = play_original(bench, network, meta)
-    return Planted((write_tree(root, bench, "original", table),), table, as_original(bench, "original"))
-
-
-def other_pool_at_test(training: str, make: Callable[[Bench], ExperiencePool]) -> Callable[[Bench, Path], Planted]:
+def other_pool_at_test(training: str, make: Callable[[Bench], ExperiencePool]) -> Plant:
     """The test took target return and reward range from the pool that `make` gives."""
 
     def plant(bench: Bench, root: Path) -> Planted:
         trained, other = bench.trained(training), make(bench)
         _, scale = pool_returns(other, trained.windows.gamma, trained.windows.scale)
-        table = play_original(bench, trained.network, replace(trained.meta, scale=scale))
+        meta = replace(trained.meta, settings=replace(trained.meta.settings, scale=scale))
+        table = play_original(bench, trained.network, meta)
         write_tree(root / "tree", bench, training, table)
         path = write_pool(other, root / "other" / "exp_pool.pkl")
         return Planted((root / "tree",), table, as_original(bench, training), {"pool": path})
@@ -447,7 +414,7 @@ def other_pool_at_test(training: str, make: Callable[[Bench], ExperiencePool]) -
     return plant
 
 
-def tree_with_target(scale: float) -> Callable[[Bench, Path], Planted]:
+def tree_with_target(scale: float) -> Plant:
     def plant(bench: Bench, root: Path) -> Planted:
         table = as_original(bench, "original-mixed", target_return_scale=scale)
         write_tree(root, bench, "original-mixed", table, target_return_scale=scale)
@@ -456,66 +423,43 @@ def tree_with_target(scale: float) -> Callable[[Bench, Path], Planted]:
     return plant
 
 
-def tree_tested_with(w: int) -> Callable[[Bench, Path], Planted]:
+def tree_tested_with(w: int) -> Plant:
     def plant(bench: Bench, root: Path) -> Planted:
         table = as_original(bench, "original", w=w)
         write_tree(root, bench, "original", None)
-        settings = upstream_settings(bench.trained("original"), w=w)
-        write_results(
-            root / "adaptive_bitrate_streaming" / "artifacts" / "results" / results_path(settings), table, TRACES
-        )
+        place = results_path(upstream_settings(bench.trained("original"), w=w))
+        write_results(root / "adaptive_bitrate_streaming" / "artifacts" / "results" / place, table, TRACES)
         return Planted((root,), table, as_original(bench, "original"))
 
     return plant
 
 
-def results_alone(make: Callable[[Bench], pd.DataFrame]) -> Callable[[Bench, Path], Planted]:
-    """Only a folder of result files, under its name."""
-
-    def plant(bench: Bench, root: Path) -> Planted:
-        table = make(bench)
-        write_tree(root, bench, "original", table, parts=("results",))
-        return Planted((root,), table, as_original(bench, "original"))
-
-    return plant
-
-
-def careless_original(bench: Bench) -> pd.DataFrame:
-    trained = bench.trained("original")
-    return bench.play(Careless(LLMPolicy(trained.network, trained.meta), 0.02, 5), clock="running")
-
-
-def two_runs_in_one_folder(bench: Bench, root: Path) -> Planted:
+def two_runs(bench: Bench) -> pd.DataFrame:
     """A second test, of an undertrained policy, overwrote the results of the first and was stopped halfway."""
     table, second = as_original(bench, "original"), as_original(bench, "original-warmup")
-    late = table["trace_index"] >= 20
-    mixed = pd.concat([second[second["trace_index"] < 20], table[late]], ignore_index=True)
-    write_tree(root, bench, "original", mixed, parts=("losses", "results", "pool"))
-    return Planted((root,), mixed, table)
+    return pd.concat([second[second["trace_index"] < 20], table[table["trace_index"] >= 20]], ignore_index=True)
 
 
 def short_files(bench: Bench, root: Path) -> Planted:
     """Every result file has lost its last chunk."""
-    table = as_original(bench, "original")
-    write_tree(root, bench, "original", table, parts=("losses", "results", "pool"))
+    planted = of_tree("original", parts=FILES)(bench, root)
     for path in root.rglob(f"{logs.RESULT_PREFIX}*"):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[: CHUNKS - 1]))
-    return Planted((root,), table, table)
+    return planted
 
 
 def more_files(bench: Bench, root: Path) -> Planted:
     """Results of other traces lie among those of the test."""
-    table = as_original(bench, "original")
-    tree = write_tree(root, bench, "original", table, parts=("losses", "results", "pool"))
-    folder = next(tree.rglob(f"{logs.RESULT_PREFIX}*")).parent
+    planted = of_tree("original", parts=FILES)(bench, root)
     other = bench.test("original", EvalConfig(), "slow-test")
-    write_results(folder, other[other["trace_index"] < 20], "slow-test")
-    return Planted((root,), table, table)
+    write_results(next(root.rglob(f"{logs.RESULT_PREFIX}*")).parent, other[other["trace_index"] < 20], "slow-test")
+    return planted
 
 
 # --- the list ------------------------------------------------------------------------------------------------------------
 
 ANY = ("cause", "suspect", "note")
+FILES, RESULTS = ("losses", "results", "pool"), ("results",)
 ROLLING = EvalConfig(context_window="rolling")
 
 FAULTS: tuple[Fault, ...] = (
@@ -527,7 +471,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("diverged", "the rate rises to 0.3 until the end", ("diverged",), of_training("diverged")),
     Fault("undertrained", "32 steps", ("undertrained",), of_training("short"), retrain_s=12),
     Fault("not a number", "NaN from the second epoch on", ("non-finite",), not_a_number),
-    Fault("NaN in the weights", "one matrix of the adapter", ("non-finite",), nan_weights),
+    Fault("NaN in the weights", "one matrix of the adapter", ("non-finite",),
+          of_weights(lambda network: lora("lora_A")(network)[:1], lambda matrix: torch.full_like(matrix, torch.nan))),
     Fault("rate around too low", "1e-5 for the modules around the PLM", ("learning-rate",), of_training("slow-around")),
     Fault("two faults", "the warm-up, and levels drawn", ("warmup-too-long",),
           of_test(EvalConfig(choose="sample"), "long-warmup", twin="healthy"), budget_s=20),
@@ -549,7 +494,7 @@ FAULTS: tuple[Fault, ...] = (
     # how it was tested
     Fault("sampling", "levels drawn, after a noisy teacher", ("sampling",),
           of_test(EvalConfig(choose="sample"), "on-noisy"), budget_s=30),
-    Fault("dropout", "half of everything dropped in the test", ("dropout-on",), dropout_on, budget_s=30),
+    Fault("dropout", "half of everything dropped in the test", ("dropout-on",), of_runs(dropout_on), budget_s=30),
     Fault("context kept", "windows of whole episodes, fast and slow traces in turns", ("context-leak",),
           of_test(replace(ROLLING, context="leak"), "whole-episodes", ROLLING, "turns-test"), budget_s=90),
     Fault("window", "46 steps where the training had 10", ("window-mismatch",), of_test(EvalConfig(w=46)), ("cause", "suspect"),
@@ -557,18 +502,19 @@ FAULTS: tuple[Fault, ...] = (
     Fault("target", "a quarter of the largest return", ("target-return",),
           of_test(EvalConfig(target_return_scale=0.2), "on-mixed"), budget_s=30),
     # which weights
-    Fault("weights of another run", "those of another training", ("wrong-checkpoint",), weights_of_another_run),
-    Fault("early checkpoint", f"the weights of step {EARLY_STEP}", ("wrong-checkpoint",), early_checkpoint),
+    Fault("weights of another run", "those of another training", ("wrong-checkpoint",), of_runs(weights_of_another_run)),
+    Fault("early checkpoint", f"the weights of step {EARLY_STEP}", ("wrong-checkpoint",), of_runs(early_checkpoint)),
     Fault("files of two checkpoints", "one file copied from another", ("wrong-checkpoint",), files_of_two_checkpoints),
-    Fault("another PLM", "of the same shape", ("wrong-checkpoint",), another_plm),
+    Fault("another PLM", "of the same shape", ("wrong-checkpoint",), tested_on_another_plm),
     # the head was changed after the training: these are not the weights that it ended with, and they choose one level
-    Fault("changed head", "its bias prefers level 2", ("wrong-checkpoint", "level-collapse"), changed_head),
-    Fault("zero adapter", "LoRA's B is zero", ("adapter-not-applied",), zero_adapter),
+    Fault("changed head", "its bias prefers level 2", ("wrong-checkpoint", "level-collapse"),
+          of_weights(lambda network: [network.action_head.bias], prefer_level_2)),
+    Fault("zero adapter", "LoRA's B is zero", ("adapter-not-applied",), of_weights(lora("lora_B"), torch.zeros_like)),
     # how it shows, and how it was measured
-    Fault("rare slips", "2 % of the levels are 5", ("rare-bad-actions",), of_table(top_level_slips), ("suspect",)),
+    Fault("rare slips", "2 % of the levels are 5", ("rare-bad-actions",), of_table(slips(0.02, 5)), ("suspect",)),
     Fault("rare slips, with weights", "the same, and everything is there", ("rare-bad-actions",),
-          of_table(top_level_slips, chain=True), ("cause", "suspect"), budget_s=20),
-    Fault("one level", "always level 1", ("level-collapse",), of_table(one_level)),
+          of_table(slips(0.02, 5), chain=True), ("cause", "suspect"), budget_s=20),
+    Fault("one level", "always level 1", ("level-collapse",), of_table(lambda bench: bench.play(Constant(1)))),
     Fault("noise", "only the run's delays hold noise", ("protocol-mismatch",), of_table(noisy), ANY, costs=False),
     Fault("half the traces", "20 of the baselines' 40", ("protocol-mismatch",), of_table(half_the_traces), ANY, costs=False),
     Fault("two tables in one", "rows of two runs", ("protocol-mismatch",), of_table(repeated), ANY),
@@ -582,11 +528,11 @@ FAULTS: tuple[Fault, ...] = (
     # without names nothing tells the learning rate
     Fault("original: warm-up, losses", "train_losses.txt alone", ("undertrained",), of_log("original-warmup", parts=("losses",))),
     Fault("original: warm-up, results", "result files alone", ("gap", "rare-bad-actions"),
-          results_alone(lambda bench: as_original(bench, "original-warmup")), ("suspect",)),
+          of_tree("original-warmup", parts=RESULTS), ("suspect",)),
     Fault("original: no adapter", "LoRA's B is zero", ("adapter-not-applied",), tree_without_adapter),
     Fault("original: adapter of gpt2", "in the folder of a llama", ("adapter-not-applied",), adapter_of_gpt2),
-    Fault("original: early checkpoint", f"the weights of step {EARLY_STEP}", ("wrong-checkpoint",), tree_of_early_checkpoint),
-    Fault("original: another checkpoint", "results of other weights than those here", ("wrong-checkpoint",), tested_another,
+    Fault("original: early checkpoint", f"the weights of step {EARLY_STEP}", ("wrong-checkpoint",), tested_early(there=True)),
+    Fault("original: another checkpoint", "results of weights that are not here", ("wrong-checkpoint",), tested_early(there=False),
           budget_s=60),
     Fault("original: another PLM", "of the same shape", ("wrong-checkpoint",), tree_with_another_plm),
     Fault("original: sampling", "after a noisy teacher", ("sampling",), of_tree("original-noisy"), budget_s=60),
@@ -594,8 +540,9 @@ FAULTS: tuple[Fault, ...] = (
           other_pool_at_test("original-mixed", lambda bench: with_outlier(bench.pool("mpc"))), budget_s=60),
     Fault("original: target", "a quarter of the largest return", ("target-return",), tree_with_target(0.2), budget_s=60),
     Fault("original: slips, results", "2 % of the levels are 5, result files alone", ("rare-bad-actions",),
-          results_alone(careless_original), ("suspect",)),
-    Fault("original: two runs", "the second overwrote half of the first", ("protocol-mismatch",), two_runs_in_one_folder, ANY),
+          of_tree("original", slips(0.02, 5, "original", clock="running"), parts=RESULTS), ("suspect",)),
+    Fault("original: two runs", "the second overwrote half of the first", ("protocol-mismatch",),
+          of_tree("original", two_runs, parts=FILES), ANY),
     Fault("original: short files", "47 chunks", ("protocol-mismatch",), short_files, ANY, costs=False),
     Fault("original: more files", "20 of other traces", ("protocol-mismatch",), more_files, ANY, costs=False),
     # nothing, or nothing that cost anything
@@ -608,13 +555,13 @@ FAULTS: tuple[Fault, ...] = (
     Fault("harmless window", "46 steps where the training had 10, of which the original cuts all but 11", ("window-mismatch",),
           tree_tested_with(46), budget_s=60, harmless=True),
     Fault("healthy original, log", "nothing", (), of_log("original", parts=("console",)), harmless=True),
-    Fault("healthy original, results", "nothing", (), results_alone(lambda bench: as_original(bench, "original")), harmless=True),
+    Fault("healthy original, results", "nothing", (), of_tree("original", parts=RESULTS), harmless=True),
     Fault("harmless warm-up", "700 steps in 500", ("warmup-too-long",), of_training("late-warmup"), harmless=True),
     Fault("harmless target", "nine tenths of the largest return", ("target-return",), of_test(EvalConfig(target_return_scale=0.9)),
           budget_s=20, harmless=True),
     Fault("harmless dropout", "the rate of the training, 5 %", ("dropout-on",), of_test(EvalConfig(dropout=True)), budget_s=20,
           harmless=True),
-    Fault("few slips", "1.5 % random levels, too few to tell", ("too-few-traces",), of_table(uniform_slips), harmless=True),
+    Fault("few slips", "1.5 % random levels, too few to tell", ("too-few-traces",), of_table(slips(0.015)), harmless=True),
     Fault("trained on the test", "the pool is of the test's traces", ("test-leakage",), trained_on_test, harmless=True),
     Fault("harmless pool", "another pool at test, whose target carries no signal", ("wrong-pool",),
           other_pool_at_test("original", lambda bench: bench.pool("slow")), budget_s=60, harmless=True),

@@ -13,11 +13,12 @@ import torch
 from llm_fixtures import stir, tiny_network
 from netllm_lib.abr import qoe
 from netllm_lib.abr.batches import pool_returns
-from netllm_lib.abr.diagnosis import Evidence, Subject, Training, diagnose
+from netllm_lib.abr.diagnosis import RULES, Evidence, Subject, diagnose
 from netllm_lib.abr.diagnosis import replay as ablation
 from netllm_lib.abr.diagnosis.replay import ALL_SOUND, AS_RUN, RETRAINED, SWITCHES
 from netllm_lib.abr.episodes import upstream_episodes
-from netllm_lib.abr.model import PolicySettings
+from netllm_lib.abr.evaluate import Test
+from netllm_lib.abr.model import PolicyNetwork, PolicySettings
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import EvalConfig
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
@@ -25,6 +26,7 @@ from netllm_lib.abr.pool import ExperiencePool, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import SAMPLE, Registry, TraceSet
 from netllm_lib.checkpoint import describe
+from netllm_lib.training_run import TrainingRun
 
 REGISTRY = Registry(SAMPLE)
 VIDEO = REGISTRY.video("sample")
@@ -67,9 +69,14 @@ def recorded(subject: Subject, told: EvalConfig | None = None, **given: Any) -> 
         "mpc (original)": play(RobustMPC(VIDEO, MPCConfig.upstream()), simulator()),
     }
     said = replace(subject, config=told or subject.config, lora=True, played=None)
-    return Evidence(
-        tables, "llm", subject=said, traces=TRACES, video=VIDEO, registry=REGISTRY, setting={"fixed": True}, **given
-    )
+    test = Test(tables, "llm", {"fixed": True})
+    return Evidence(test, subject=said, traces=TRACES, video=VIDEO, registry=REGISTRY, **given)
+
+
+def found_by(evidence: Evidence, replayed: ablation.Ablation | None) -> set[str]:
+    """Ids of what the rules on weights say of a replay."""
+    known = replace(evidence, replayed=replayed)
+    return {finding.id for rule in RULES.values() if (finding := rule(known)) and finding.effect is not None}
 
 
 def test_each_switch_alone_and_all_together(subject: Subject) -> None:
@@ -86,7 +93,7 @@ def test_each_switch_alone_and_all_together(subject: Subject) -> None:
     difference = qoe.summarise(found.tables["sampling"]).reward - qoe.summarise(found.tables[AS_RUN]).reward
     assert rows.loc["sampling", "effect"] == pytest.approx(difference)
     assert rows["effect"].isna().tolist() == [True, False, False, False, False]
-    assert {f.id for f in ablation.measured(evidence, found)} == {"sampling", "window-mismatch", "target-return"}
+    assert found_by(evidence, found) == {"sampling", "window-mismatch", "target-return"}
 
 
 def test_nothing_to_replay(subject: Subject) -> None:
@@ -115,7 +122,7 @@ def test_how_a_test_was_really_played(subject: Subject, really: dict[str, Any], 
     assert found is not None
     assert found.same_levels == 1
     assert identity in ablation.switched(found.subject)
-    assert identity in {finding.id for finding in ablation.measured(evidence, found)}
+    assert identity in found_by(evidence, found)
 
 
 def test_a_test_of_other_weights_is_identified(subject: Subject) -> None:
@@ -134,27 +141,25 @@ def test_a_test_of_other_weights_is_identified(subject: Subject) -> None:
     assert found is not None
     assert found.same_levels is not None
     assert found.same_levels < 0.7
-    said = ablation.unexplained(unknown, found)
-    assert [finding.id for finding in said] == ["wrong-checkpoint"] or said[0].id == "dropout-on"
+    assert found.unexplained
+    assert found_by(unknown, found) & {"wrong-checkpoint", "dropout-on"}
 
 
 def test_weights_that_tell_their_fault(subject: Subject, pool: ExperiencePool) -> None:
-    learned = Training(final_loss=0.1)
-    fresh = tiny_network(lora=False, layers=1)
-    zero = Evidence(subject=replace(subject, network=fresh), training=learned)
-    found, _ = ablation.weights(zero)
-    assert [f.id for f in found] == ["adapter-not-applied"]
+    learned = TrainingRun(final_loss=0.1)
+
+    def first(network: PolicyNetwork, training: TrainingRun | None = None) -> str:
+        finding = diagnose(Evidence(subject=replace(subject, network=network), pool=pool, training=training)).first
+        assert finding is not None
+        return finding.id
+
+    assert first(tiny_network(lora=False, layers=1), learned) == "adapter-not-applied"
     broken = stir(tiny_network(layers=1))
     with torch.no_grad():
         broken.action_head.bias[0] = float("nan")
-    found, _ = ablation.weights(Evidence(subject=replace(subject, network=broken), pool=pool))
-    assert [f.id for f in found] == ["non-finite"]
-    found, _ = ablation.weights(Evidence(subject=subject, pool=pool, training=learned))
-    assert [f.id for f in found] == ["wrong-checkpoint"], "untrained weights after a training that learnt"
-    found, known = ablation.weights(Evidence(subject=subject, pool=pool))
-    assert found == []
-    assert known.training is not None
-    assert known.training.final_loss == pytest.approx(ablation.checkpoint_losses(subject, pool)[0])
+    assert first(broken) == "non-finite"
+    assert first(subject.network, learned) == "wrong-checkpoint", "untrained weights after a training that learnt"
+    assert first(subject.network) == "undertrained", "their own loss stands for the one that nobody recorded"
 
 
 def test_retraining_within_a_budget(subject: Subject, pool: ExperiencePool) -> None:

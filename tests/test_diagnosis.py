@@ -14,16 +14,17 @@ import pytest
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import (
     CHANCE,
+    RULES,
     Effect,
     Evidence,
     Finding,
-    Training,
+    Recipe,
     behaviour_entropy,
     diagnose,
-    ranked,
     regret,
 )
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
+from netllm_lib.abr.evaluate import Test
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
@@ -32,12 +33,18 @@ from netllm_lib.abr.policies.simple import Constant
 from netllm_lib.abr.pool import ExperiencePool, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import SAMPLE, Registry
+from netllm_lib.findings import FINDINGS, Diagnosis, Rule, Verdict, judged, ranked
+from netllm_lib.runs import read_json
+from netllm_lib.training_run import TrainingRun
 
 REGISTRY = Registry(SAMPLE)
 TRACES, VIDEO = REGISTRY.trace_set("sample-test"), REGISTRY.video("sample")
 EPISODES = sound_episodes(TRACES)
 TRAIN = REGISTRY.trace_set("sample-train")
-HEALTHY = Training(steps=600, warmup_steps=60, lr=1e-3, lr_peak=1e-3, final_loss=0.3, crossing=0, windows=600)
+HEALTHY = TrainingRun(
+    steps=600, warmup_steps=60, lr=1e-3, lr_peak=1e-3, final_loss=0.3, samples=600, facts={"crossing": 0}
+)
+RISING = pd.DataFrame({"loss": np.r_[np.linspace(1.8, 0.9, 400), np.linspace(0.9, 2.5, 200)]})
 
 
 class Careless(Policy):
@@ -78,10 +85,12 @@ def found(evidence: Evidence) -> dict[str, Finding]:
     return {finding.id: finding for finding in diagnose(evidence).findings}
 
 
-def evidence_of(tables: dict, policy: Policy | str, **given: Any) -> Evidence:
+def evidence_of(
+    tables: dict, policy: Policy | str | pd.DataFrame, setting: dict[str, Any] | None = None, **given: Any
+) -> Evidence:
     """A run beside the baselines; a name takes the baseline's own table as the run's."""
-    played = tables[policy] if isinstance(policy, str) else table(policy)
-    return Evidence({"llm": played} | tables, "llm", handicapped=("mpc (original)",), **given)
+    played = tables[policy] if isinstance(policy, str) else table(policy) if isinstance(policy, Policy) else policy
+    return Evidence(Test({"llm": played} | tables, "llm", setting or {}), **given)
 
 
 def test_a_healthy_run_has_no_cause(tables: dict, pool: ExperiencePool) -> None:
@@ -97,7 +106,7 @@ def test_a_healthy_run_has_no_cause(tables: dict, pool: ExperiencePool) -> None:
         ({"lr": 1e-4, "lr_peak": 1e-4, "final_loss": 1.5}, "learning-rate"),
         ({"lr": 5e-2, "lr_peak": 5e-2, "final_loss": 1.9}, "learning-rate"),
         ({"final_loss": math.nan}, "non-finite"),
-        ({"losses": np.r_[np.linspace(1.8, 0.9, 400), np.linspace(0.9, 2.5, 200)], "final_loss": 2.5}, "diverged"),
+        ({"history": RISING, "final_loss": 2.5}, "diverged"),
     ],
 )
 def test_training_causes(tables: dict, pool: ExperiencePool, changes: dict, identity: str) -> None:
@@ -121,7 +130,7 @@ def test_a_few_steps_are_no_matter_of_the_warm_up(tables: dict, pool: Experience
 
 
 def test_habits_of_a_learnt_policy_are_notes(tables: dict, pool: ExperiencePool) -> None:
-    training = replace(HEALTHY, clip="micro", accumulation=32, clipped=0.9, crossing=240)
+    training = replace(HEALTHY, clip="micro", accumulation=32, clipped=0.9, facts={"crossing": 240})
     findings = found(evidence_of(tables, "mpc", pool=pool, training=training))
     assert findings["clipping"].severity == findings["crossing-windows"].severity == "note"
     unlearnt = replace(training, final_loss=1.7)
@@ -144,24 +153,23 @@ def test_reward_findings(tables: dict) -> None:
         ({"choose": "sample"}, "sampling"),
         ({"context": "leak"}, "context-leak"),
         ({"dropout": True}, "dropout-on"),
-        ({"w": 10, "train_w": 20}, "window-mismatch"),
+        ({"w": 10}, "window-mismatch"),
         ({"target_return_scale": 2.0}, "target-return"),
-        ({"train_video": "video1", "video": "video2"}, "video-shift"),
+        ({"video": "video2"}, "video-shift"),
     ],
 )
 def test_settings_are_named_and_sound_ones_are_not(tables: dict, setting: dict, identity: str) -> None:
-    assert identity in found(evidence_of(tables, Careless(0.05), setting=setting))
+    recipe = Recipe(video="video1", w=20)
     sound = {
         "choose": "argmax",
         "context": "clear",
         "dropout": False,
         "w": 20,
-        "train_w": 20,
         "target_return_scale": 1.0,
+        "video": "video1",
     }
-    assert identity not in found(
-        evidence_of(tables, Careless(0.05), setting=sound | {"train_video": "a", "video": "a"})
-    )
+    assert identity in found(evidence_of(tables, Careless(0.05), sound | setting, recipe=recipe))
+    assert identity not in found(evidence_of(tables, Careless(0.05), sound, recipe=recipe))
 
 
 def test_pool_findings(tables: dict, pool: ExperiencePool) -> None:
@@ -210,43 +218,62 @@ def test_results_that_cannot_be_compared(tables: dict, how: str) -> None:
         played = played[played["trace"].isin(TRACES.names[:15])]
     else:
         played = played.assign(level=np.where(played["chunk"] == 0, 2, played["level"]))
-    evidence = Evidence({"llm": played} | tables, "llm", setting={"trace_num": 30})
-    assert found(evidence)["protocol-mismatch"].severity == "cause"
+    assert found(evidence_of(tables, played, {"trace_num": 30}))["protocol-mismatch"].severity == "cause"
 
 
 def test_noise_in_the_run_alone(tables: dict) -> None:
     pointers = replace(TRACES, start_ptrs=EPISODES.start_ptr)
     noisy = replace(EPISODES, noise=np.random.default_rng(0).uniform(0.9, 1.1, (len(TRACES), 48)))
     played = play(Careless(0.05), Simulator(TRACES, VIDEO, noisy))
-    evidence = Evidence({"llm": played} | tables, "llm", traces=pointers, video=VIDEO)
-    assert "noise" in found(evidence)["protocol-mismatch"].title
-    same = Evidence({"llm": table(Careless(0.05))} | tables, "llm", traces=pointers, video=VIDEO)
-    assert "protocol-mismatch" not in found(same)
+    noise = found(evidence_of(tables, played, traces=pointers, video=VIDEO))
+    assert "noise" in noise["protocol-mismatch"].title
+    assert "protocol-mismatch" not in found(evidence_of(tables, Careless(0.05), traces=pointers, video=VIDEO))
 
 
 def test_logs_alone() -> None:
     training = replace(HEALTHY, warmup_steps=2000, lr_peak=3e-4, final_loss=1.5)
     diagnosis = diagnose(Evidence(training=training))
-    assert diagnosis.reward is None
+    assert diagnosis.score is None
     assert diagnosis.first is not None
     assert diagnosis.first.id == "warmup-too-long"
     assert diagnose(Evidence(training=HEALTHY)).findings == ()
 
 
-def test_a_switch_that_closes_the_gap_leads() -> None:
+def test_a_switch_that_closes_the_gap_comes_first() -> None:
     effect = Effect(1.0, 0.5, 1.5, "by hand")
-    switch = Finding("sampling", "cause", "", {}, "", effect, closes=True)
-    loss = Finding("warmup-too-long", "cause", "", {}, "")
-    note = Finding("non-finite", "note", "", {}, "")
+    switch = Finding("cause", "", effect=effect, closes=True, rule=RULES["sampling"])
+    loss = Finding("cause", "", rule=RULES["warmup-too-long"])
+    note = Finding("note", "", rule=RULES["non-finite"])
     assert [f.id for f in ranked([note, loss, switch])] == ["sampling", "warmup-too-long", "non-finite"]
     assert ranked([replace(switch, closes=False, severity="suspect"), loss])[0] is loss
     assert Effect(0.1, -0.1, 0.3, "").noise
     assert not effect.noise
 
 
-def test_unknown_findings_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown finding"):
-        Finding("bad-luck", "note", "", {}, "")
+def test_a_rule_speaks_or_is_silent(tmp_path: Path) -> None:
+    """A symptom is a suspect where something else is a cause; what was found is written as JSON without NaN."""
+    symptom = Rule(
+        "low", "high", "raise it", lambda given: Verdict("cause", "low") if given < 9 else None, symptom=True
+    )
+    cause = Rule(
+        "odd", "even", "halve it", lambda given: Verdict("cause", "odd", {"n": math.nan}) if given % 2 else None
+    )
+    assert judged((symptom, cause), 10) == ()
+    assert [(f.id, f.severity) for f in judged((symptom, cause), 8)] == [("low", "cause")]
+    both = judged((symptom, cause), 7)
+    assert [(f.id, f.severity, f.fix) for f in both] == [("odd", "cause", "halve it"), ("low", "suspect", "raise it")]
+    Diagnosis(both, measure="error").save(tmp_path)
+    saved = read_json(tmp_path / FINDINGS)
+    assert saved["measure"] == "error"
+    said = {
+        "id": "odd",
+        "severity": "cause",
+        "title": "odd",
+        "evidence": {"n": None},
+        "rule": "even",
+        "fix": "halve it",
+    }
+    assert saved["findings"][0] == {**said, "effect": None}
 
 
 def test_behaviour_entropy_by_hand(pool: ExperiencePool) -> None:
@@ -262,7 +289,8 @@ def test_behaviour_entropy_by_hand(pool: ExperiencePool) -> None:
 
 def test_several_seeds_are_pooled(tables: dict) -> None:
     runs = [table(Careless(share)) for share in (0.03, 0.05, 0.08)]
-    evidence = Evidence({"llm": runs[0]} | tables, "llm", seeds=tuple(runs[1:]))
+    seeds = tuple(Test({"llm": played}, "llm") for played in runs[1:])
+    evidence = evidence_of(tables, runs[0], seeds=seeds)
     pooled = diagnose(evidence).over_seeds
     assert pooled is not None
     reference = qoe.summarise(tables["mpc (original)"]).reward
@@ -271,7 +299,7 @@ def test_several_seeds_are_pooled(tables: dict) -> None:
     assert pooled.high - pooled.low > 0
     assert diagnose(replace(evidence, seeds=())).over_seeds is None
     with pytest.raises(ValueError, match="other traces"):
-        diagnose(replace(evidence, seeds=(runs[1][runs[1]["trace"] != TRACES.names[0]],)))
+        diagnose(replace(evidence, seeds=(Test({"llm": runs[1][runs[1]["trace"] != TRACES.names[0]]}, "llm"),)))
 
 
 def test_regret_to_the_optimum(tables: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +307,7 @@ def test_regret_to_the_optimum(tables: dict, tmp_path: Path, monkeypatch: pytest
     few = TRACES.subset(range(4))
     episodes = upstream_episodes(few, trace_num=-1, clock="episode")
     played = play(RobustMPC(VIDEO), Simulator(few, VIDEO, episodes))
-    evidence = Evidence({"mpc": played}, "mpc", traces=few, video=VIDEO, setting={"fixed": True})
+    evidence = Evidence(Test({"mpc": played}, "mpc", {"fixed": True}), traces=few, video=VIDEO)
     below = regret(evidence)
     assert below is not None
     assert below.high < 0, "nobody is above the optimum"

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
 from netllm_lib.abr import evaluate, qoe
-from netllm_lib.abr.diagnosis import Evidence, Finding, Training, decisions, figures
+from netllm_lib.abr.diagnosis import RULES, Evidence, Finding, decisions, figures
 from netllm_lib.abr.diagnosis import words as wording
 from netllm_lib.abr.diagnosis.timeline import SHADES, edges, of_trace, timeline, unrolled
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
@@ -32,8 +32,9 @@ from netllm_lib.abr.pool import ExperiencePool, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import Trace
-from netllm_lib.findings import RULES, Diagnosis, Effect
+from netllm_lib.findings import Diagnosis, Effect
 from netllm_lib.stats import Interval
+from netllm_lib.training_run import TrainingRun
 
 TRACES, VIDEO = generate_traces("t", 8, 8), generate_video("v", 1)
 EPISODES = sound_episodes(TRACES)
@@ -88,6 +89,10 @@ def words(ax: Axes) -> str:
     return "\n".join([ax.get_title(), ax.get_xlabel(), ax.get_ylabel(), *(text.get_text() for text in shown)])
 
 
+def history(losses: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame({"loss": losses})
+
+
 def test_given_axes_are_used_and_labelled(tables: dict, pool: ExperiencePool) -> None:
     ours, other = tables["llm"], tables["mpc"]
     gap = qoe.per_trace(other)["reward"] - qoe.per_trace(ours)["reward"]
@@ -95,7 +100,7 @@ def test_given_axes_are_used_and_labelled(tables: dict, pool: ExperiencePool) ->
     counts = decisions.confusion(decisions.levels_of(ours), decisions.levels_of(other))
     first = decisions.first_divergence(decisions.levels_of(ours), decisions.levels_of(other))
     costly = pd.DataFrame({"trace": ["a"], "chunk": [3], "level": [5], "instead": [1], "gain": [9.0], "share": [0.5]})
-    trained = Training(losses=np.linspace(1.8, 0.5, 60), lr=1e-3, steps=60, warmup_steps=100)
+    trained = TrainingRun(history=history(np.linspace(1.8, 0.5, 60)), lr=1e-3, steps=60, warmup_steps=100)
     drawings: list[Callable[..., Axes]] = [
         partial(figures.waterfall, fall()),
         partial(figures.regret, gap),
@@ -181,19 +186,19 @@ def test_costliest_name_the_decision_and_its_share() -> None:
 
 def test_losses_mark_the_first_that_is_no_number() -> None:
     losses = np.array([1.7, 1.5, np.nan, np.nan])
-    shown: Any = figures.losses(Training(losses=losses, accumulation=2), {"chance": 1.79})
+    shown: Any = figures.losses(TrainingRun(history=history(losses), accumulation=2), {"chance": 1.79})
     assert shown.lines[-1].get_xdata()[0] == 1  # the second optimizer step
     assert "chance: 1.79" in words(shown)
     with pytest.raises(ValueError, match="not known"):
-        figures.losses(Training(), {})
+        figures.losses(TrainingRun(), {})
 
 
 def test_learning_rate_shows_what_was_reached() -> None:
-    ax = figures.learning_rate(Training(lr=1e-3, steps=100, warmup_steps=2000))
+    ax = figures.learning_rate(TrainingRun(lr=1e-3, steps=100, warmup_steps=2000))
     assert np.max(ax.lines[1].get_ydata()) == pytest.approx(1e-3 * 100 / 2000, rel=0.06)
     assert "the training ended after 100 steps" in words(ax)
     with pytest.raises(ValueError, match="not all known"):
-        figures.learning_rate(Training(lr=1e-3))
+        figures.learning_rate(TrainingRun(lr=1e-3))
 
 
 def test_stalls_by_hand() -> None:
@@ -267,15 +272,14 @@ def test_shades_get_darker_in_grey_too() -> None:
 
 
 def evidence(tables: dict, pool: ExperiencePool, **known: Any) -> Evidence:
-    training = Training(losses=np.linspace(1.8, 1.6, 60), lr=1e-3, steps=60, warmup_steps=2000)
+    training = TrainingRun(history=history(np.linspace(1.8, 1.6, 60)), lr=1e-3, steps=60, warmup_steps=2000)
     clean = np.arange(8) % 2 == 0
-    return Evidence(
-        tables, "llm", training=training, pool=pool, traces=TRACES, video=VIDEO, clean=clean, **known
-    )  # fmt: skip
+    test = evaluate.Test(tables, "llm")
+    return Evidence(test, training=training, pool=pool, traces=TRACES, video=VIDEO, clean=clean, **known)
 
 
 def finding(name: str, **numbers: Any) -> Finding:
-    return Finding(name, "cause", "", numbers, "")
+    return Finding("cause", "", numbers, rule=RULES[name])
 
 
 WITHOUT = {"adapter-not-applied", "clipping", "crossing-windows", "protocol-mismatch", "selected-on-test"}
@@ -321,8 +325,10 @@ def test_gallery_draws_shared_figures_once(tables: dict, pool: ExperiencePool) -
 
 def test_summary_and_findings_in_words(tables: dict) -> None:
     numbers = {"share": 0.51234, "means": [0.1, 0.25]}
-    found = Finding("sampling", "cause", "drawn at random", numbers, "argmax", Effect(0.2, 0.1, 0.3, "replayed"))
-    diagnosis = Diagnosis((found, finding("undertrained")), Interval(0.5, 0.4, 0.6), "mpc", Interval(-0.2, -0.3, -0.1))
+    effect = Effect(0.2, 0.1, 0.3, "replayed")
+    found = Finding("cause", "drawn at random", numbers, "argmax", effect, rule=RULES["sampling"])
+    intervals = Interval(0.5, 0.4, 0.6), "mpc", Interval(-0.2, -0.3, -0.1)
+    diagnosis = Diagnosis((found, finding("undertrained")), *intervals, measure="reward")
     text = wording.summary(
         evaluate.Test(tables, "llm", {"clean": np.ones(8, bool)}).league(),
         diagnosis,
@@ -336,10 +342,10 @@ def test_summary_and_findings_in_words(tables: dict) -> None:
     assert "… and 1 more" in text
     table = wording.findings_table(diagnosis)
     assert table.loc[1, "evidence"] == "share 0.512; means [0.1, 0.25]"
-    assert table.loc[1, "rule"] == RULES["sampling"]
-    assert table["worth"].iloc[0].startswith("+0.200")
-    assert wording.headline(diagnosis) == "mean reward 0.500 [0.400, 0.600]\ndifference to mpc: -0.200 [-0.300, -0.100]"
-    assert "nothing found" in wording.headline(replace(diagnosis, findings=()))
+    assert table.loc[1, "rule"] == RULES["sampling"].should
+    assert table["effect of the fix"].iloc[0].startswith("+0.200")
+    assert diagnosis.headline() == "mean reward 0.500 [0.400, 0.600]\ndifference to mpc: -0.200 [-0.300, -0.100]"
+    assert "nothing found" in str(replace(diagnosis, findings=()))
 
 
 def test_gaps_by_trace_are_sums_of_their_parts(tables: dict) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from netllm_lib.abr.diagnosis import diagnose
-from netllm_lib.abr.diagnosis import load as sources
+from netllm_lib.abr.diagnosis.load import load
 from netllm_lib.abr.diagnosis.replay import AS_RUN, RETRAINED
 
 pytestmark = pytest.mark.golden
@@ -32,7 +32,7 @@ def training_folder(run: Path) -> Path:
 
 
 def test_the_failed_run(failed: Path, real_data: Path) -> None:
-    evidence = sources.load(failed, data=real_data)
+    evidence = load(failed, data=real_data)
     assert evidence.subject is not None
     assert evidence.pool is not None, "the pool is made anew from its name"
     diagnosis = diagnose(evidence)
@@ -46,7 +46,7 @@ def test_the_failed_run(failed: Path, real_data: Path) -> None:
 
 
 def test_the_sound_run_has_no_cause(sound: Path, golden: Path, real_data: Path) -> None:
-    evidence = sources.load(sound, pool=golden / "plm" / "mpc100_exp_pool.pkl", data=real_data)
+    evidence = load(sound, pool=golden / "plm" / "mpc100_exp_pool.pkl", data=real_data)
     assert evidence.test_pool is None, "the pool that is given is the one that its name describes"
     assert diagnose(evidence).causes == ()
 
@@ -73,18 +73,18 @@ def test_any_subset_of_the_failed_run(
     failed: Path, real_data: Path, tmp_path: Path, subset: Callable[[Path, Path], None], first: str | None
 ) -> None:
     subset(failed, tmp_path)
-    diagnosis = diagnose(sources.load(tmp_path, data=real_data))
+    diagnosis = diagnose(load(tmp_path, data=real_data))
     assert diagnosis.missing
     assert diagnosis.first is not None
     if first:
         assert diagnosis.first.id == first
     else:  # numbers without names: only how it shows
-        assert "gap" in {f.id for f in diagnosis.findings} or diagnosis.reward is not None
+        assert "gap" in {f.id for f in diagnosis.findings} or diagnosis.score is not None
 
 
 @pytest.mark.slow
 def test_what_a_sound_training_is_worth(failed: Path, real_data: Path) -> None:
-    diagnosis = diagnose(sources.load(failed, data=real_data), budget_s=60, retrain_s=40)
+    diagnosis = diagnose(load(failed, data=real_data), budget_s=60, retrain_s=40)
     assert diagnosis.first is not None
     assert diagnosis.first.id == "warmup-too-long"
     assert diagnosis.first.effect is not None

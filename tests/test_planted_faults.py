@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from netllm_lib.abr.diagnosis import paired
-from netllm_lib.findings import RULES
+from netllm_lib.abr.diagnosis import RULES, paired
 from planted import FAULTS, Fault, examine
 from planted_runs import Bench
 

@@ -1,91 +1,124 @@
 """Why is the reward poor? Findings with their evidence, the most important first.
 
-    evidence = load("reports/runs/import/…")      # or any folder of the original's, or of the notebooks
+    evidence = load("reports/runs/05_test/…")      # or a run of the original, or any part of it
     print(diagnose(evidence, budget_s=90))
 
-`evidence.py` says what may be known of a run, `inputs.py`, `learning.py` and `testing.py` hold the rules, `ablation.py` replays
-the run with one switch turned at a time, `decisions.py` looks at single decisions. docs/findings.md lists all findings.
+First everything is gathered that can be known (`evidence`, `load`; `replay` plays the test again and looks at the weights), then
+the rules judge it (`inputs`, `weights`, `testing`, and `netllm_lib.training_rules`). docs/findings.md lists them.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from netllm_lib.abr import optimum
+from netllm_lib import training_rules
+from netllm_lib.abr import optimum, qoe
+from netllm_lib.abr.diagnosis import inputs, replay, testing, weights
 from netllm_lib.abr.diagnosis.evidence import (
     CHANCE,
     Evidence,
+    Recipe,
     Subject,
-    Training,
     behaviour_entropy,
     paired,
     with_baselines,
 )
-from netllm_lib.abr.diagnosis.inputs import inputs
-from netllm_lib.abr.diagnosis.replay import (
-    RETRAINED,
-    Ablation,
-    Progress,
-    ablate,
-    episodes_of,
-    measured,
-    unexplained,
-    weights,
-)
-from netllm_lib.abr.diagnosis.testing import testing
-from netllm_lib.findings import RULES, Diagnosis, Effect, Finding, ranked
+from netllm_lib.findings import Diagnosis, Effect, Finding, Rule, judged
 from netllm_lib.stats import Interval, bootstrap
-from netllm_lib.training_rules import learning
 
 __all__ = [
     "CHANCE",
     "RULES",
-    "Ablation",
     "Diagnosis",
     "Effect",
     "Evidence",
     "Finding",
+    "Recipe",
     "Subject",
-    "Training",
-    "ablate",
     "behaviour_entropy",
     "diagnose",
     "paired",
-    "ranked",
     "regret",
     "with_baselines",
 ]
 
-SYMPTOMS = ("level-collapse", "rare-bad-actions", "gap", "protocol-mismatch")
-LEARNING = ("warmup-too-long", "diverged", "learning-rate", "undertrained")
+RULES: dict[str, Rule] = {
+    rule.id: rule
+    for rule in (
+        # what the files hold
+        testing.non_finite,
+        inputs.label_shift,
+        weights.adapter_not_applied,
+        weights.wrong_checkpoint,
+        # what the test did, against what its weights can do
+        weights.sampling,
+        weights.dropout_on,
+        weights.context_leak,
+        weights.window_mismatch,
+        weights.target_return,
+        weights.wrong_pool,
+        # what the training reached
+        training_rules.warmup_too_long,
+        training_rules.diverged,
+        training_rules.learning_rate,
+        training_rules.undertrained,
+        training_rules.clipping,
+        training_rules.crossing_windows,
+        # what there was to learn
+        inputs.weak_teacher,
+        inputs.pool_too_small,
+        inputs.video_shift,
+        inputs.trace_shift,
+        inputs.reward_outliers,
+        inputs.flat_returns,
+        # how it shows
+        testing.level_collapse,
+        testing.rare_bad_actions,
+        testing.gap,
+        # how it was measured
+        testing.protocol_mismatch,
+        testing.too_few_traces,
+        testing.handicapped_baseline,
+        testing.test_leakage,
+        testing.selected_on_test,
+    )
+}
+"""By id, in the order of root causes: an earlier one makes later ones unreadable."""
 
 
 def diagnose(
-    evidence: Evidence, budget_s: float = 0.0, retrain_s: float = 0.0, progress: Progress | None = None
+    evidence: Evidence, budget_s: float = 0.0, retrain_s: float = 0.0, progress: replay.Progress | None = None
 ) -> Diagnosis:
     """All findings about a run, ranked, with what is missing to know more.
 
-    With a budget the test is replayed where weights, PLM and traces are at hand (`ablate`), and `retrain_s` allows to
-    train the PLM anew by the sound defaults, which shows what the fixes of the training are worth.
+    With a budget the test is played again where weights, PLM and traces are at hand, one switch turned at a time, and `retrain_s`
+    allows to train the PLM anew by the sound defaults, which shows what the fixes of the training bring.
     """
     evidence = with_baselines(evidence)
-    about_weights, evidence = weights(evidence)
-    ablation = ablate(evidence, budget_s, retrain_s, progress)
-    replayed = [*measured(evidence, ablation), *unexplained(evidence, ablation)] if ablation else []
-    known = {finding.id for finding in replayed}
-    found = [finding for finding in testing(evidence) if finding.id not in known]
-    found += [*_problems(evidence), *about_weights, *inputs(evidence), *learning(evidence), *replayed]
-    found = _with_retrained(_symptoms(_distinct(found)), ablation)
+    if evidence.subject is not None:
+        evidence = replace(evidence, weights=replay.look_at(evidence.subject, evidence.pool))
+    replayed = replay.ablate(evidence, budget_s, retrain_s, progress)
+    evidence = replace(evidence, replayed=replayed)
     return Diagnosis(
-        ranked(found),
-        evidence.reward,
-        evidence.reference or next(iter(evidence.published), None),
-        evidence.gap,
-        regret(evidence) if budget_s > 0 else None,
-        evidence.gap_over_seeds,
-        (*evidence.missing, *([ablation.too_short] if ablation and ablation.too_short else [])),
-        ablation.table() if ablation and ablation.effects else None,
+        _with_retraining(judged(tuple(RULES.values()), evidence), replayed),
+        score=evidence.reward,
+        reference=evidence.reference or next(iter(evidence.published), None),
+        gap=evidence.gap,
+        regret=regret(evidence) if budget_s > 0 else None,
+        over_seeds=evidence.gap_over_seeds,
+        missing=(*evidence.missing, *([replayed.too_short] if replayed and replayed.too_short else [])),
+        waterfall=replayed.table() if replayed and replayed.effects else None,
+        measure=qoe.REWARD.name,
     )
+
+
+def _with_retraining(findings: tuple[Finding, ...], replayed: replay.Ablation | None) -> tuple[Finding, ...]:
+    """What a sound training brought, on the findings that it mends."""
+    if replayed is None or replay.RETRAINED not in replayed.effects:
+        return findings
+    how = "the same PLM and pool, trained by the sound defaults for {steps} steps ({seconds:.0f} s)"
+    effect = Effect.of(replayed.effects[replay.RETRAINED], how.format(**replayed.retrained_with or {}))
+    return tuple(replace(f, effect=effect) if f.rule.retraining and f.effect is None else f for f in findings)
 
 
 def regret(evidence: Evidence) -> Interval | None:
@@ -93,54 +126,8 @@ def regret(evidence: Evidence) -> Interval | None:
     table, traces, video = evidence.table, evidence.traces, evidence.video
     if table is None or traces is None or video is None or not set(table["trace"]) <= set(traces.names):
         return None
-    episodes = episodes_of(evidence)
-    if episodes.noise is not None or list(dict.fromkeys(table["trace"])) != [
-        traces.names[i] for i in episodes.trace_index
-    ]:
+    episodes = replay.episodes_of(evidence)
+    names = [traces.names[i] for i in episodes.trace_index]
+    if episodes.noise is not None or list(dict.fromkeys(table["trace"])) != names:
         return None
-    plans = optimum.best_plans(traces, video, episodes)
-    return bootstrap(-optimum.regret(table, plans).to_numpy())
-
-
-def _problems(evidence: Evidence) -> list[Finding]:
-    """What loading the files showed: they do not fit each other, or are broken."""
-    fixes = {
-        "adapter-not-applied": "test with the adapter that was trained on this PLM (the companion refuses to load another one)",
-        "wrong-checkpoint": "test the checkpoint of this run: family, hidden size, rank and layers must fit",
-        "non-finite": "throw the file away; train in float32 with a lower learning rate",
-    }
-    return [
-        Finding(
-            name,
-            "cause" if evidence.failing or evidence.reward is None else "suspect",
-            text,
-            {},
-            fixes.get(name, "see the message"),
-        )
-        for name, text in evidence.problems
-    ]
-
-
-def _distinct(found: list[Finding]) -> list[Finding]:
-    """One finding an id: the most severe."""
-    best: dict[str, Finding] = {}
-    for finding in ranked(found):
-        best.setdefault(finding.id, finding)
-    return list(best.values())
-
-
-def _symptoms(found: list[Finding]) -> list[Finding]:
-    """A symptom is no cause where a cause was found."""
-    if not any(f.severity == "cause" and f.id not in SYMPTOMS for f in found):
-        return found
-    return [replace(f, severity="suspect") if f.severity == "cause" and f.id in SYMPTOMS else f for f in found]
-
-
-def _with_retrained(found: list[Finding], ablation: Ablation | None) -> list[Finding]:
-    """The worth of a sound training, on the findings about the training."""
-    if ablation is None or RETRAINED not in ablation.effects:
-        return found
-    with_ = ablation.retrained_with or {}
-    how = f"the same PLM and pool, trained by the sound defaults for {with_.get('steps')} steps ({with_.get('seconds', 0):.0f} s)"
-    effect = Effect.of(ablation.effects[RETRAINED], how)
-    return [replace(f, effect=effect) if f.id in LEARNING and f.effect is None else f for f in found]
+    return bootstrap(-optimum.regret(table, optimum.best_plans(traces, video, episodes)).to_numpy())

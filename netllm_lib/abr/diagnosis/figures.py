@@ -16,12 +16,13 @@ from matplotlib.axes import Axes
 from netllm_lib.abr import plots, qoe
 from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.diagnosis import decisions
-from netllm_lib.abr.diagnosis.evidence import CHANCE, Evidence, Training, behaviour_entropy, paired, previous_levels
+from netllm_lib.abr.diagnosis.evidence import CHANCE, Evidence, behaviour_entropy, paired, previous_levels
 from netllm_lib.abr.diagnosis.inputs import pool_sizes_mb
 from netllm_lib.abr.plots import PALETTE, STYLES, given_or_new
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.findings import Diagnosis, Finding
 from netllm_lib.stats import Interval
+from netllm_lib.training_run import TrainingRun
 
 BETTER, WORSE, UNSHOWN = PALETTE[2], PALETTE[3], "0.4"
 PARTS = (("quality", 1, PALETTE[0], ""), ("rebuffering", -1, PALETTE[3], "///"), ("smoothness", -1, PALETTE[1], "..."))
@@ -237,7 +238,7 @@ def stalls(tables: Mapping[str, pd.DataFrame], axes: Axes | None = None) -> Axes
 # --- what was learnt, from what -----------------------------------------------------------------------------------------
 
 
-def losses(known: Training, references: Mapping[str, float], axes: Axes | None = None) -> Axes:
+def losses(known: TrainingRun, references: Mapping[str, float], axes: Axes | None = None) -> Axes:
     """Training loss by optimizer step, with reference losses. Raises ValueError if no losses are known."""
     if known.losses is None:
         raise ValueError("the losses of the training are not known")
@@ -261,7 +262,7 @@ def reference_losses(evidence: Evidence) -> dict[str, float]:
     return found
 
 
-def learning_rate(known: Training, axes: Axes | None = None) -> Axes:
+def learning_rate(known: TrainingRun, axes: Axes | None = None) -> Axes:
     """The rate as it rose in the warm-up, up to the last step that was taken, against the one that was asked for."""
     ax = given_or_new(axes, (8, 3.0))
     if known.lr is None or known.steps is None or not known.warmup_steps:

@@ -6,6 +6,7 @@ All variants play the same traces from the same starting points with the same ra
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,17 +20,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.diagnosis.evidence import Evidence, Subject, Training, paired
+from netllm_lib.abr.diagnosis.evidence import Evidence, Subject, paired
 from netllm_lib.abr.episodes import Episodes, upstream_episodes
 from netllm_lib.abr.play import play
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.findings import Effect, Finding, Severity
 from netllm_lib.stats import Interval
 
 if TYPE_CHECKING:
     from netllm_lib.abr.model import PolicyNetwork
-    from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
+    from netllm_lib.abr.policies.llm import LLMPolicy
 
 Progress = Callable[[str], None]
 
@@ -41,43 +41,22 @@ WINDOWS, TARGET_SCALES = (10, 20, 30, 5), (0.5, 2.0, 0.0, 10.0)  # that people t
 LOSS_WINDOWS = 48
 AS_RUN, ALL_SOUND, RETRAINED = "as run", "all sound", "retrained"
 
-SWITCHES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "adapter-not-applied": (
-        "the adapter applied", {}, "load the adapter before the test: the recorded levels are those of the PLM without it",
-    ),
-    "wrong-checkpoint": (
-        "the weights that the training chose", {}, "test the best model (in the original --model-dir …_best_model)",
-    ),
-    "sampling": (
-        "the most probable level chosen", {"choose": "argmax"},
-        'choose the most probable level (EvalConfig.choose = "argmax")',
-    ),
-    "dropout-on": (
-        "dropout off", {"dropout": False},
-        "test in evaluation mode (EvalConfig.dropout = False; in the original --test in a process of its own)",
-    ),
-    "context-leak": (
-        "the context cleared between traces", {"context": "clear", "extra_step": False},
-        'clear the context between traces (EvalConfig.context = "clear")',
-    ),
-    "window-mismatch": (
-        "the window of the training", {"w": None},
-        "test with the window of the training (EvalConfig.w = None; in the original --w)",
-    ),
-    "target-return": (
-        "the training pool's largest return asked for", {"target_return_scale": 1.0},
-        "ask for what was seen in training (target_return_scale = 1)",
-    ),
-    "wrong-pool": (
-        "the training pool's range and target", {}, "give the test the training pool (in the original --exp-pool-path)",
-    ),
-}  # fmt: skip
-"""Switches of a test by finding: what is sound, as changes of EvalConfig, and how to set it."""
+SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "adapter-not-applied": ("the adapter applied", {}),
+    "wrong-checkpoint": ("the weights that the training chose", {}),
+    "sampling": ("the most probable level chosen", {"choose": "argmax"}),
+    "dropout-on": ("dropout off", {"dropout": False}),
+    "context-leak": ("the context cleared between traces", {"context": "clear", "extra_step": False}),
+    "window-mismatch": ("the window of the training", {"w": None}),
+    "target-return": ("the training pool's largest return asked for", {"target_return_scale": 1.0}),
+    "wrong-pool": ("the training pool's range and target", {}),
+}
+"""Switches of a test by finding: what is sound, in words and as changes of EvalConfig."""
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What each switch is worth for these weights."""
+    """What each switch changes for these weights."""
 
     tables: dict[str, pd.DataFrame]  # by name: "as run", an id of a switch, "all sound", "retrained"
     effects: dict[str, Interval]  # of everything but "as run", against it
@@ -86,6 +65,18 @@ class Ablation:
     same_levels: float | None = None  # share of the recorded levels that the replay as run chose too
     too_short: str = ""  # why nothing was replayed, where the budget was too small
     retrained_with: dict[str, Any] | None = None  # how the retrained policy was trained
+    with_dropout: pd.DataFrame | None = (
+        None  # as run, but for dropout; played where the recorded test is unexplained and worse
+    )
+
+    @property
+    def unexplained(self) -> bool:
+        """Do these weights not give the recorded levels, whatever setting was tried?"""
+        config = self.subject.config
+        if self.too_short or self.same_levels is None or self.same_levels >= REPRODUCED or config is None:
+            return False
+        # a test in the process that trained begins with a context that no file holds: then only its beginning differs
+        return not config.dropout and not (config.context == "leak" and self.same_levels > 0.7)
 
     def table(self) -> pd.DataFrame:
         """The waterfall as rows: switch, mean reward, effect with its interval (NaN for the first row), traces."""
@@ -254,7 +245,11 @@ def ablate(
     if AS_RUN not in tables:
         return None
     effects = {name: paired(table, tables[AS_RUN]) for name, table in tables.items() if name != AS_RUN}
-    return Ablation(tables, effects, time.perf_counter() - started, subject, same, too_short, with_)
+    found = Ablation(tables, effects, time.perf_counter() - started, subject, same, too_short, with_)
+    if found.unexplained and subject.config is not None and paired(tables[AS_RUN], evidence.table).low > 0:
+        noisy = replace(subject, config=replace(subject.config, dropout=True, merge_lora=False))
+        found = replace(found, with_dropout=replay(noisy, [], simulator))
+    return found
 
 
 def identify(evidence: Evidence, subject: Subject, simulator: Simulator, same: float) -> tuple[Subject, float]:
@@ -344,22 +339,34 @@ def retrain(subject: Subject, pool: ExperiencePool, budget_s: float) -> tuple[Su
 # --- what the weights know ------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def checkpoint_losses(
-    subject: Subject, pool: ExperiencePool, windows: int = LOSS_WINDOWS
-) -> tuple[float, float, float]:
-    """Cross-entropy in nats of the weights on evenly spaced training windows of the pool, without dropout.
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint shows without being played."""
 
-    Against the levels that are to be predicted, against those one step before, and against those one step after.
-    """
+    not_finite: tuple[str, ...]  # tensors that hold NaN or infinity
+    no_adapter: bool  # LoRA's B matrices are there and all zero
+    loss: float | None = None  # cross-entropy in nats on training windows, without dropout
+    loss_before: float = math.nan  # the same against the levels one step before those that are to be predicted
+    loss_after: float = math.nan  # the same against those one step after
+
+
+@torch.no_grad()
+def look_at(subject: Subject, pool: ExperiencePool | None, windows: int = LOSS_WINDOWS) -> Weights:
+    """The weights' state, and, if they can be used and there is a pool, their loss on evenly spaced training windows of it."""
+    named = list(subject.network.named_parameters())
+    bad = tuple(name for name, p in named if not bool(torch.isfinite(p).all()))
+    lora_b = [p for name, p in named if "lora_B" in name]
+    found = Weights(bad, bool(lora_b) and not any(bool(p.any()) for p in lora_b))
+    if pool is None or found.not_finite or found.no_adapter:
+        return found
     from netllm_lib.abr.batches import WindowConfig, make_windows
 
-    w, scale = subject.meta.settings.w, subject.meta.settings.scale
-    cut = make_windows(pool, WindowConfig("stride", w), like=scale)
-    whole = np.flatnonzero(cut.lengths == w)
-    numbers = (
-        whole[np.unique(np.linspace(0, len(whole) - 1, windows).astype(int))] if len(whole) else np.arange(len(cut))
-    )
+    settings = subject.meta.settings
+    scale = settings.scale
+    cut = make_windows(pool, WindowConfig("stride", settings.w, gamma=scale.gamma, scale=scale.scale), like=scale)
+    whole = np.flatnonzero(cut.lengths == cut.config.w)
+    spread = np.unique(np.linspace(0, len(whole) - 1, windows).astype(int))
+    numbers = whole[spread] if len(whole) else np.arange(len(cut))
     network, losses = subject.network.eval(), []
     for part in np.array_split(numbers, -(-len(numbers) // 8)):
         batch = cut.batch(part).to(network.device)
@@ -367,185 +374,5 @@ def checkpoint_losses(
         a = batch.actions
         pairs = ((logits, a), (logits[:, 1:], a[:, :-1]), (logits[:, :-1], a[:, 1:]))
         losses.append([float(cross_entropy(x.flatten(0, 1), y.flatten())) for x, y in pairs])
-    own, before, after = np.mean(losses, axis=0)
-    return float(own), float(before), float(after)
-
-
-def weights(evidence: Evidence) -> tuple[list[Finding], Evidence]:
-    """Findings about the checkpoint, and the evidence with the loss that it shows where no log tells one."""
-    subject, pool = evidence.subject, evidence.pool
-    if subject is None:
-        return [], evidence
-    bad = [name for name, p in subject.network.named_parameters() if not bool(torch.isfinite(p).all())]
-    if bad:
-        return [
-            Finding(
-                "non-finite", "cause", f"{len(bad)} tensors of the checkpoint hold NaN or infinity, {bad[0]} first",
-                {"tensors": len(bad)},
-                "throw it away; train in float32 with a lower learning rate",
-            )
-        ], evidence  # fmt: skip
-    found = []
-    lora_b = [p for name, p in subject.network.named_parameters() if "lora_B" in name]
-    if lora_b and not any(bool(p.any()) for p in lora_b):
-        found.append(
-            Finding(
-                "adapter-not-applied", "cause" if evidence.failing or evidence.reward is None else "suspect",
-                "LoRA's B matrices are all zero: the adapter adds nothing to the PLM", {"lora_b_nonzero": 0},
-                "test the folder that the training wrote last, and check that LoRA was trained (rank, target_modules)",
-            )
-        )  # fmt: skip
-    if pool is None:
-        return found, evidence
-    loss, *shifted = checkpoint_losses(subject, pool)
-    known = evidence.training or Training()
-    end = known.end_loss()
-    numbers = {"training_loss": end, "checkpoint_loss": loss, "loss_bar": evidence.loss_bar}
-    severity: Severity = "cause" if evidence.failing or evidence.reward is None else "suspect"
-    if found:
-        return found, evidence
-    if loss > evidence.loss_bar and min(shifted) < 0.5 * loss:
-        which = "before" if shifted[0] < shifted[1] else "after"
-        found.append(
-            Finding(
-                "label-shift", severity,
-                f"these weights predict the level {which} the one that is asked for (loss {min(shifted):.2f}; {loss:.2f} on the "
-                "pool's own levels): the training paired states with the wrong levels",
-                numbers | {"loss_level_before": shifted[0], "loss_level_after": shifted[1]},
-                "pair each state with the level chosen from it (windows.py cuts a pool that way), and train again",
-            )
-        )  # fmt: skip
-    elif end is None:
-        evidence = replace(evidence, training=replace(known, final_loss=loss))
-    elif evidence.learned and loss > max(end + 0.3, 1.5 * end, evidence.loss_bar):
-        found.append(
-            Finding(
-                "wrong-checkpoint", severity,
-                f"the training ended at a loss of {end:.2f}, these weights have {loss:.2f} on the same pool: they are not the ones "
-                "that it ended with, or the pool is another one",
-                numbers,
-                "test the checkpoint of the last epoch (--model-dir …_checkpoint/<last>), or give the training pool",
-            )
-        )  # fmt: skip
-    return found, evidence
-
-
-# --- findings ------------------------------------------------------------------------------------------------------------
-
-
-def measured(evidence: Evidence, ablation: Ablation) -> list[Finding]:
-    """Findings from the replay: every switch with what it is worth, judged by that."""
-    found: list[Finding] = []
-    for name in switched(ablation.subject):
-        if name not in ablation.effects:
-            continue
-        effect = Effect.of(ablation.effects[name], f"replayed on {ablation.tables[name]['trace'].nunique()} traces")
-        closes = _closes(evidence, ablation, name)
-        what, _, fix = SWITCHES[name]
-        before, after = (qoe.summarise(ablation.tables[key]).reward for key in (AS_RUN, name))
-        verdict = " (noise: the interval holds zero)" if effect.noise else ""
-        found.append(
-            Finding(
-                name,
-                _judged(evidence, effect, closes),
-                f"with {what}, the same weights get {after:.3f} instead of {before:.3f}{verdict}",
-                {"as_run": before, "switched": after},
-                fix,
-                effect,
-                closes,
-            )
-        )
-    return found
-
-
-def unexplained(evidence: Evidence, ablation: Ablation) -> list[Finding]:
-    """A recorded test that neither its own settings nor any other that was tried gives again, and by how much it differs."""
-    if ablation.too_short or ablation.same_levels is None or ablation.same_levels >= REPRODUCED:
-        return []
-    assert evidence.table is not None
-    subject, replayed = ablation.subject, ablation.tables[AS_RUN]
-    if _first_decisions_leak(evidence, ablation) or (subject.config is not None and subject.config.dropout):
-        return []
-    difference = paired(replayed, evidence.table)
-    numbers: dict[str, Any] = {"same_levels": ablation.same_levels, "replayed": qoe.summarise(replayed).reward}
-    if difference.excludes_zero and difference.mean > 0 and subject.config is not None:
-        noisy = replace(subject, config=replace(subject.config, dropout=True, merge_lora=False))
-        traces = list(dict.fromkeys(replayed["trace"]))
-        again = replay(noisy, [], _simulator(evidence, len(traces)))
-        left = paired(again, evidence.table)
-        numbers["with_dropout"] = qoe.summarise(again).reward
-        if abs(left.mean) < 0.5 * difference.mean:
-            effect = Effect.of(difference, f"replayed without dropout on {len(traces)} traces")
-            found = replace(ablation, tables=ablation.tables | {"dropout-on": replayed, AS_RUN: again})
-            closes = _closes(evidence, found, "dropout-on")
-            title = (
-                f"the recorded levels look like those of a test with dropout: it gets {numbers['with_dropout']:.3f} on the same "
-                f"traces, without {numbers['replayed']:.3f}"
-            )
-            return [
-                Finding(
-                    "dropout-on",
-                    _judged(evidence, effect, closes),
-                    title,
-                    numbers,
-                    SWITCHES["dropout-on"][2],
-                    effect,
-                    closes,
-                )
-            ]
-    mean = qoe.summarise(evidence.table[evidence.table["trace"].isin(set(replayed["trace"]))]).reward
-    effect = Effect.of(difference, f"these weights, tested as recorded, on {replayed['trace'].nunique()} traces")
-    closes = _closes(
-        evidence, replace(ablation, tables={AS_RUN: evidence.table, "wrong-checkpoint": replayed}), "wrong-checkpoint"
-    )
-    return [
-        Finding(
-            "wrong-checkpoint",
-            "cause" if evidence.failing and closes else "suspect" if difference.excludes_zero else "note",
-            f"these weights, tested as recorded, choose {ablation.same_levels:.0%} of the recorded levels and get "
-            f"{numbers['replayed']:.3f}, not {mean:.3f}: the results come from other weights or another test",
-            numbers,
-            "test again with these weights, in a process of its own and with an empty result folder",
-            effect,
-            closes,
-        )
-    ]
-
-
-def _first_decisions_leak(evidence: Evidence, ablation: Ablation) -> bool:
-    """A test in the process that trained begins with a context that no file holds: then only its beginning differs."""
-    assert evidence.table is not None
-    return (
-        ablation.subject.config is not None
-        and ablation.subject.config.context == "leak"
-        and (ablation.same_levels or 0) > 0.7
-    )
-
-
-def _judged(evidence: Evidence, effect: Effect, closes: bool) -> Severity:
-    if effect.noise or effect.mean < 0:
-        return "note"
-    if not evidence.failing:
-        return "suspect" if effect.mean > 0.02 else "note"
-    gap = abs(evidence.gap.mean) if evidence.gap is not None else float("inf")
-    return "cause" if closes or (evidence.learned is not False and effect.mean > 0.25 * gap) else "suspect"
-
-
-def _closes(evidence: Evidence, ablation: Ablation, name: str) -> bool:
-    """Does this switch alone bring the weights to the reference, or nearly (nine tenths of the gap)?"""
-    if not evidence.failing or evidence.reference is None:
-        return False
-    reference = evidence.tables[evidence.reference]
-    left = paired(ablation.tables[name], reference)
-    before = paired(ablation.tables[AS_RUN], reference)
-    return before.mean < 0 and (left.mean > 0.1 * before.mean or not left.high < 0)
-
-
-def policies(evidence: Evidence) -> dict[str, EvalConfig]:
-    """The test's configuration as run and sound, by name; empty where the run cannot be replayed."""
-    if evidence.subject is None or evidence.subject.config is None:
-        return {}
-    return {
-        AS_RUN: evidence.subject.config,
-        ALL_SOUND: variant(evidence.subject, switched(evidence.subject), cached=True).config,
-    }
+    own, before, after = np.mean(losses, axis=0).tolist()
+    return replace(found, loss=own, loss_before=before, loss_after=after)

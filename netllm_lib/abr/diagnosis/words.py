@@ -37,23 +37,19 @@ def with_runs(evidence: Evidence, folders: Sequence[str | Path], data: str | Non
     """
     from netllm_lib.abr.diagnosis import load as sources
 
+    assert evidence.test is not None
+    assert evidence.table is not None
     tables = dict(evidence.tables)
     for folder in folders:
         other = sources.load(folder, data=data)
         if other.table is None:
             raise ValueError(f"{folder}: it holds no test, there is nothing to compare")
-        if evidence.table is not None and set(other.table["trace"]) != set(evidence.table["trace"]):
+        if set(other.table["trace"]) != set(evidence.table["trace"]):
             raise ValueError(f"{folder}: it was tested on other traces than {evidence.run}")
         place = Path(folder)
         name = place.name if place.name not in tables else f"{place.parent.name}/{place.name}"
         tables[name] = other.table
-    return replace(evidence, tables=tables)
-
-
-def headline(diagnosis: Diagnosis) -> str:
-    """The diagnosis without its findings: reward, what it is compared with, and what is not there."""
-    lines = str(replace(diagnosis, findings=())).splitlines()
-    return "\n".join(line for line in lines if not (diagnosis.findings and line == "nothing found"))
+    return replace(evidence, test=replace(evidence.test, tables=tables))
 
 
 def findings_table(diagnosis: Diagnosis) -> pd.DataFrame:
@@ -66,13 +62,13 @@ def findings_table(diagnosis: Diagnosis) -> pd.DataFrame:
             "evidence": "; ".join(
                 f"{name} {_brief(value)}" for name, value in finding.evidence.items() if value is not None
             ),
-            "rule": finding.rule,
+            "rule": finding.rule.should,
             "fix": finding.fix,
-            "worth": str(finding.effect or "not measured"),
+            "effect of the fix": str(finding.effect or "not measured"),
         }
         for finding in diagnosis.findings
     ]
-    columns = ["severity", "id", "found", "evidence", "rule", "fix", "worth"]
+    columns = ["severity", "id", "found", "evidence", "rule", "fix", "effect of the fix"]
     return pd.DataFrame(rows, columns=columns, index=pd.RangeIndex(1, len(rows) + 1))
 
 

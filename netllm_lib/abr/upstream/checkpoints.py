@@ -17,6 +17,7 @@ from netllm_lib.checkpoint import (
     ADAPTER,
     ADAPTER_CONFIG,
     CheckpointMeta,
+    NotFinite,
     Weights,
     adapter_config,
     adapter_weights,
@@ -37,10 +38,6 @@ from netllm_lib.safe_pickle import Part
 MODULES = "modules_except_plm.bin"
 BIN_ADAPTER = "adapter_model.bin"
 WHOLE = "model.bin"
-
-
-class NotFinite(ValueError):
-    """Weights that hold NaN or infinity: the training diverged."""
 
 
 class ForeignAdapter(ValueError):

@@ -1,0 +1,210 @@
+"""Rules on the weights and how the test used them: from its settings, and from what playing it again showed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from netllm_lib.abr import qoe
+from netllm_lib.abr.diagnosis.evidence import Evidence, paired
+from netllm_lib.abr.diagnosis.replay import AS_RUN, SWITCHES
+from netllm_lib.findings import SEVERITIES, Effect, Severity, Verdict, rule
+
+
+def broken(evidence: Evidence) -> Severity:
+    """How something counts that makes a run worthless."""
+    return "cause" if evidence.poor else "suspect"
+
+
+def switched(evidence: Evidence, name: str, fix: str = "") -> Verdict | None:
+    """What turning the switch `name` alone changed when the test was played again; None where that was not measured."""
+    replayed = evidence.replayed
+    if replayed is None or name not in replayed.effects:
+        return None
+    as_run, sound = replayed.tables[AS_RUN], replayed.tables[name]
+    effect = Effect.of(replayed.effects[name], f"replayed on {sound['trace'].nunique()} traces")
+    noise = " (noise: the interval holds zero)" if effect.noise else ""
+    numbers = {"as_run": qoe.summarise(as_run).reward, "switched": qoe.summarise(sound).reward}
+    title = f"with {SWITCHES[name][0]}, the same weights get {numbers['switched']:.3f} instead of {numbers['as_run']:.3f}{noise}"
+    closes = closes_gap(evidence, as_run, sound)
+    return Verdict(judged_by(evidence, effect, closes), title, numbers, fix, effect, closes)
+
+
+def judged_by(evidence: Evidence, effect: Effect, closes: bool) -> Severity:
+    """The severity of a mistake whose effect was measured."""
+    if effect.noise or effect.mean < 0:
+        return "note"
+    if not evidence.failing:
+        return "suspect" if effect.mean > 0.02 else "note"
+    gap = abs(evidence.gap.mean) if evidence.gap is not None else float("inf")
+    return "cause" if closes or (evidence.learned is not False and effect.mean > 0.25 * gap) else "suspect"
+
+
+def closes_gap(evidence: Evidence, before: Any, after: Any) -> bool:
+    """Does a change from one table to the other bring the run to its reference, or nearly (nine tenths of the gap)?"""
+    if not evidence.failing or evidence.reference is None:
+        return False
+    reference = evidence.tables[evidence.reference]
+    gap, left = paired(before, reference), paired(after, reference)
+    return gap.mean < 0 and (left.mean > 0.1 * gap.mean or not left.high < 0)
+
+
+def set_wrongly(evidence: Evidence, name: str, title: str, numbers: dict[str, Any], costs: bool = True) -> Verdict:
+    """A switch that was off in the test: with its measured effect, or, where there is none, by its setting alone."""
+    measured = switched(evidence, name)
+    return measured or Verdict("suspect" if evidence.failing and costs else "note", title, numbers)
+
+
+@rule(
+    "adapter-not-applied",
+    fix="test with the adapter that was trained on this PLM (the companion refuses to load another one)",
+)
+def adapter_not_applied(evidence: Evidence) -> Verdict | None:
+    """A trained adapter is there, fits its PLM, and changes its output (LoRA's B is not zero)."""
+    if (problem := evidence.problems.get("adapter-not-applied")) is not None:
+        return Verdict(broken(evidence), problem)
+    if evidence.weights is not None and evidence.weights.no_adapter:
+        title = "LoRA's B matrices are all zero: the adapter adds nothing to the PLM"
+        fix = "test the folder that the training wrote last, and check that LoRA was trained (rank, target_modules)"
+        return Verdict(broken(evidence), title, {"lora_b_nonzero": 0}, fix)
+    fix = "load the adapter before the test: the recorded levels are those of the PLM without it"
+    return switched(evidence, "adapter-not-applied", fix)
+
+
+@rule("wrong-checkpoint", fix="test the best model (in the original --model-dir …_best_model)", figure="losses")
+def wrong_checkpoint(evidence: Evidence) -> Verdict | None:
+    """The checkpoint predicts its pool as well as its training did at the end, and replays the recorded levels."""
+    sources = (_does_not_fit, _of_another_loss, lambda e: switched(e, "wrong-checkpoint"), _not_replayed)
+    found = [verdict for source in sources if (verdict := source(evidence)) is not None]
+    return min(found, key=lambda verdict: (SEVERITIES.index(verdict.severity), not verdict.closes), default=None)
+
+
+def _does_not_fit(evidence: Evidence) -> Verdict | None:
+    problem = evidence.problems.get("wrong-checkpoint")
+    fix = "test the checkpoint of this run: family, hidden size, rank and layers must fit"
+    return None if problem is None else Verdict(broken(evidence), problem, fix=fix)
+
+
+def _of_another_loss(evidence: Evidence) -> Verdict | None:
+    end = evidence.training.end_loss() if evidence.training else None
+    loss = evidence.weights.loss if evidence.weights else None
+    if end is None or loss is None or not evidence.learned or loss <= max(end + 0.3, 1.5 * end, evidence.loss_bar):
+        return None
+    title = (
+        f"the training ended at a loss of {end:.2f}, these weights have {loss:.2f} on the same pool: they are not the ones that it "
+        "ended with, or the pool is another one"
+    )
+    fix = "test the checkpoint of the last epoch (--model-dir …_checkpoint/<last>), or give the training pool"
+    numbers = {"training_loss": end, "checkpoint_loss": loss, "loss_bar": evidence.loss_bar}
+    return Verdict(broken(evidence), title, numbers, fix)
+
+
+def _not_replayed(evidence: Evidence) -> Verdict | None:
+    """A recorded test that these weights do not give again, whatever the settings."""
+    replayed, table = evidence.replayed, evidence.table
+    if replayed is None or table is None or not replayed.unexplained or _by_dropout(evidence) is not None:
+        return None
+    again = replayed.tables[AS_RUN]
+    recorded = table[table["trace"].isin(set(again["trace"]))]
+    numbers = {"same_levels": replayed.same_levels, "replayed": qoe.summarise(again).reward}
+    title = (
+        f"these weights, tested as recorded, choose {replayed.same_levels:.0%} of the recorded levels and get "
+        f"{numbers['replayed']:.3f}, not {qoe.summarise(recorded).reward:.3f}: the results come from other weights or another test"
+    )
+    effect = Effect.of(
+        paired(again, recorded), f"these weights, tested as recorded, on {again['trace'].nunique()} traces"
+    )
+    closes = closes_gap(evidence, recorded, again)
+    severity: Severity = "cause" if evidence.failing and closes else "note" if effect.noise else "suspect"
+    fix = "test again with these weights, in a process of its own and with an empty result folder"
+    return Verdict(severity, title, numbers, fix, effect, closes)
+
+
+@rule("sampling", fix='choose the most probable level (EvalConfig.choose = "argmax")', figure="waterfall")
+def sampling(evidence: Evidence) -> Verdict | None:
+    """Levels are the most probable ones, not drawn at random."""
+    if evidence.setting.get("choose") != "sample":
+        return switched(evidence, "sampling")
+    title = "the levels were drawn from the policy's probabilities"
+    return set_wrongly(evidence, "sampling", title, {"choose": "sample"}, costs=not evidence.setting.get("original"))
+
+
+@rule(
+    "dropout-on",
+    fix="test in evaluation mode (EvalConfig.dropout = False; in the original --test in a process of its own)",
+    figure="waterfall",
+)
+def dropout_on(evidence: Evidence) -> Verdict | None:
+    """Dropout is off in a test."""
+    if (found := _by_dropout(evidence)) is not None:
+        return found
+    if not (dropout := evidence.setting.get("dropout")):
+        return switched(evidence, "dropout-on")
+    return set_wrongly(evidence, "dropout-on", "dropout was on in the test", {"dropout": dropout})
+
+
+def _by_dropout(evidence: Evidence) -> Verdict | None:
+    """A recorded test that these weights only give again, on the whole, with dropout on."""
+    replayed, table = evidence.replayed, evidence.table
+    if replayed is None or table is None or replayed.with_dropout is None:
+        return None
+    without, noisy = replayed.tables[AS_RUN], replayed.with_dropout
+    effect = Effect.of(paired(without, table), f"replayed without dropout on {without['trace'].nunique()} traces")
+    if abs(paired(noisy, table).mean) >= 0.5 * effect.mean:
+        return None
+    numbers = {"same_levels": replayed.same_levels, "replayed": qoe.summarise(without).reward}
+    numbers["with_dropout"] = qoe.summarise(noisy).reward
+    title = (
+        f"the recorded levels look like those of a test with dropout: it gets {numbers['with_dropout']:.3f} on the same traces, "
+        f"without {numbers['replayed']:.3f}"
+    )
+    closes = closes_gap(evidence, noisy, without)
+    return Verdict(judged_by(evidence, effect, closes), title, numbers, effect=effect, closes=closes)
+
+
+@rule("context-leak", fix='clear the context between traces (EvalConfig.context = "clear")', figure="waterfall")
+def context_leak(evidence: Evidence) -> Verdict | None:
+    """The context is cleared between traces."""
+    if evidence.setting.get("context") != "leak":
+        return switched(evidence, "context-leak")
+    title = "each trace began with the end of the previous one in its context"
+    return set_wrongly(evidence, "context-leak", title, {"context": "leak"}, costs=False)
+
+
+@rule(
+    "window-mismatch",
+    fix="test with the window of the training (EvalConfig.w = None; in the original --w)",
+    figure="waterfall",
+)
+def window_mismatch(evidence: Evidence) -> Verdict | None:
+    """A test sees as many steps as training did."""
+    w, trained = evidence.setting.get("w"), evidence.recipe.w
+    if w is None or trained is None or w == trained:
+        return switched(evidence, "window-mismatch")
+    title = f"the test saw {w} steps, the training {trained}"
+    return set_wrongly(evidence, "window-mismatch", title, {"w": w, "train_w": trained})
+
+
+@rule("target-return", fix="ask for what was seen in training (target_return_scale = 1)", figure="waterfall")
+def target_return(evidence: Evidence) -> Verdict | None:
+    """The test asks for the training pool's largest return (target_return_scale = 1)."""
+    scale = evidence.setting.get("target_return_scale")
+    if scale is None or scale == 1:
+        return switched(evidence, "target-return")
+    title = f"the test asked for {scale:g} times the training pool's largest return"
+    return set_wrongly(evidence, "target-return", title, {"target_return_scale": scale})
+
+
+@rule(
+    "wrong-pool",
+    fix="give the test the training pool (in the original --exp-pool-path; checkpoints of the companion hold it)",
+    figure="waterfall",
+)
+def wrong_pool(evidence: Evidence) -> Verdict | None:
+    """Target return and reward range at test are those of the training pool."""
+    pools = {"training": evidence.pool, "test": evidence.test_pool}
+    hashes = {f"{name}_pool": pool.content_hash() for name, pool in pools.items() if pool is not None}
+    if len(set(hashes.values())) < 2:
+        return switched(evidence, "wrong-pool")
+    ranges = {f"{n}_range": [pool.rewards.min(), pool.rewards.max()] for n, pool in pools.items() if pool is not None}
+    title = "the test took target return and reward range from another pool than the training's"
+    return set_wrongly(evidence, "wrong-pool", title, {**hashes, **ranges})
