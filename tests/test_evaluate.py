@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -65,7 +66,8 @@ def test_scores_are_means_by_trace(tested: evaluate.Test) -> None:
 def test_the_league_has_the_tail_and_the_clean_traces(tested: evaluate.Test) -> None:
     league, by_trace = tested.league(), np.sort(qoe.per_trace(tested.tables["mine"])["reward"].to_numpy())
     assert list(league.index) == sorted(tested.tables, key=lambda name: -qoe.summarise(tested.tables[name]).reward)
-    row, quality = league.loc["mine"], qoe.summarise(tested.tables["mine"])
+    row: Any = league.loc["mine"]
+    quality = qoe.summarise(tested.tables["mine"])
     assert row["iqm"] == pytest.approx(by_trace[2:6].mean())
     assert row["worst_5%"] == pytest.approx(by_trace[0])
     assert row["reward_clean"] == pytest.approx(qoe.per_trace(tested.tables["mine"])["reward"].to_numpy()[5:].mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -21,23 +22,13 @@ from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import Registry
 from netllm_lib.abr.upstream.pickles import read_pool, write_pool
+from netllm_lib.cli import main
 from netllm_lib.runs import read_json
 
 pytestmark = pytest.mark.golden
 
-FIELDS = {  # ours: theirs
-    name: {"rebuffer_s": "rebuf_s", "size_bytes": "chunk_bytes"}.get(name, name)
-    for name in (
-        "time_s",
-        "bitrate_kbps",
-        "buffer_s",
-        "rebuffer_s",
-        "size_bytes",
-        "delay_ms",
-        "smoothness_mbps",
-        "reward",
-    )
-}
+FIELDS = {"rebuffer_s": "rebuf_s", "size_bytes": "chunk_bytes"}  # ours: theirs
+FIELDS |= {name: name for name in ("time_s", "bitrate_kbps", "buffer_s", "delay_ms", "smoothness_mbps", "reward")}
 CLASSICAL = ("bba", "mpc")
 
 
@@ -73,11 +64,15 @@ def test_run_is_bit_equal(golden: Path, registry: Registry, key: str, policy: st
         seed=expected["seed"],
         draws_actions=player.draws_actions,
     )
-    played = rollout(player, Simulator(traces, video, episodes))
+    simulator = Simulator(traces, video, episodes)
+    played = rollout(player, simulator)
+    # the same without our policies: only the levels are the original's
+    replayed = rollout(Replay(np.searchsorted(qoe.BITRATES_KBPS, arrays["bitrate_kbps"])), simulator)
     np.testing.assert_array_equal(episodes.trace_index, arrays["trace_index"])
     np.testing.assert_array_equal(episodes.start_ptr, arrays["start_ptr"])
     for ours, theirs in FIELDS.items():
         np.testing.assert_array_equal(getattr(played, ours), arrays[theirs], err_msg=ours)
+        np.testing.assert_array_equal(getattr(replayed, ours), arrays[theirs], err_msg=ours)
     table = played.table()
     quality = qoe.summarise(table)
     assert quality.reward == pytest.approx(expected["upstream_mean"], abs=1e-12)
@@ -86,27 +81,6 @@ def test_run_is_bit_equal(golden: Path, registry: Registry, key: str, policy: st
     assert len(by_trace) == len(expected["per_trace"])
     for name, mean in expected["per_trace"].items():
         assert by_trace[name.removeprefix(f"{traces.name}_")] == pytest.approx(mean, abs=1e-12)
-
-
-@pytest.mark.parametrize(("key", "policy"), RUNS)
-def test_simulator_driven_by_recorded_levels(golden: Path, registry: Registry, key: str, policy: str) -> None:
-    """The same without our policies: only the levels are the original's."""
-    expected, arrays = recorded("results")[key][policy], np.load(golden / "abr" / "results" / f"{key}_{policy}.npz")
-    traces, video = registry.trace_set(key.split("_")[0]), registry.video(key.split("_")[1])
-    draws = policy not in CLASSICAL
-    episodes = upstream_episodes(
-        traces,
-        trace_num=expected["trace_num"],
-        fixed_order=expected["fixed"],
-        seed=expected["seed"],
-        draws_actions=draws,
-    )
-    levels = np.searchsorted(qoe.BITRATES_KBPS, arrays["bitrate_kbps"])
-    simulator = Simulator(traces, video, episodes)
-    played, replayed = rollout(Replay(levels), simulator), simulator.replay(levels)
-    for ours in ("delay_ms", "buffer_s", "rebuffer_s", "reward"):
-        np.testing.assert_array_equal(getattr(played, ours), arrays[FIELDS[ours]], err_msg=ours)
-        np.testing.assert_array_equal(getattr(replayed, ours), arrays[FIELDS[ours]], err_msg=ours)
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -163,20 +137,7 @@ def test_what_each_handicap_of_mpc_costs(golden: Path, registry: Registry, chang
     assert qoe.summarise(played.table()).reward == pytest.approx(mean, abs=5e-5)
 
 
-def test_overlap_of_the_real_sets(golden: Path, registry: Registry) -> None:
-    from netllm_lib.abr.traces import overlapping
-
-    train, test = registry.trace_set("fcc-train"), registry.trace_set("fcc-test")
-    assert overlapping(test, train).sum() == 81
-    assert overlapping(train, test).sum() == 180
-    assert overlapping(registry.trace_set("fcc-valid"), train).all()
-
-
 def test_command_line_prints_the_published_mean(golden: Path, real_data: Path, capsys: pytest.CaptureFixture) -> None:
-    import json
-
-    from netllm_lib.cli import main
-
     words = ["play", "--policy", "mpc", "--traces", "fcc-test", "--video", "video1", "--preset", "upstream", "--json"]
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--data", os.fspath(real_data)])

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from netllm_lib.abr import plots
+from netllm_lib.abr import plots, qoe
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.bba import BBA
@@ -54,18 +54,12 @@ def test_given_axes_are_used(tables: dict) -> None:
 def test_decomposition_marks_the_mean_reward(tables: dict) -> None:
     ax = plots.plot_decomposition(tables)
     shown = sorted(float(text.get_text()) for text in ax.texts)
-    from netllm_lib.abr import qoe
-
     assert shown == pytest.approx(sorted(qoe.summarise(t).reward for t in tables.values()), abs=6e-4)
 
 
-def test_pool_panels() -> None:
-    axes = plots.plot_pool(generate_pool(BBA(), TRACES, VIDEO, EPISODES))
-    assert sum(bar.get_height() for bar in axes[0].patches) == pytest.approx(100)
-
-
-def test_references_of_a_pool_are_lines_with_their_values() -> None:
+def test_a_pool_has_shares_and_references() -> None:
     pool = generate_pool(BBA(), TRACES, VIDEO, EPISODES)
+    assert sum(bar.get_height() for bar in plots.plot_pool(pool)[0].patches) == pytest.approx(100)
     legend = plots.plot_pool_episodes(pool, {"other": 0.5}).get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == [
