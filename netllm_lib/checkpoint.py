@@ -75,7 +75,7 @@ def save_checkpoint(folder: Path, network: Network, meta: CheckpointMeta) -> Pat
             runs.write_json(aside / ADAPTER_CONFIG, adapter_config(network))
         elif plm.config.rank < 0:
             save_file(_contiguous(plm.model.state_dict()), aside / WHOLE_PLM)
-        hashes = {path.name: runs.file_hash(path) for path in sorted(aside.glob("*.safetensors"))}
+        hashes = {path.name: runs.file_hash(path) for path in sorted(aside.iterdir())}
         runs.write_json(aside / CONFIG, {"format": FORMAT, **runs.plain(meta), "hashes": hashes})
     return Path(folder)
 
@@ -154,13 +154,15 @@ def _check_plm(folder: Path, meta: CheckpointMeta, plm: PLM) -> None:
 
 
 def _check_hashes(folder: Path) -> None:
-    """Notice weights that fit but are others: a damaged number, a file copied from another run."""
+    """Notice files that fit but are others: a damaged number, a file copied from another run."""
     hashes = runs.read_json(folder / CONFIG).get("hashes", {})
     if not isinstance(hashes, dict):
         raise ValueError(f"{folder / CONFIG}: hashes are {hashes!r:.40}")
     for name, expected in hashes.items():
         path = folder / Path(name).name
-        if not path.is_file() or runs.file_hash(path) != expected:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing; the checkpoint is incomplete")
+        if runs.file_hash(path) != expected:
             raise ValueError(f"{path}: not the file that was saved with this checkpoint; copy the whole folder again")
 
 
@@ -177,7 +179,6 @@ def load_weights(folder: Path, network: Network) -> None:
     folder, plm = Path(folder), network.plm
     modules = read_safetensors(folder / MODULES)
     if plm.config.rank > 0:
-        _check_adapter_config(folder / ADAPTER_CONFIG, network)
         load_adapter(network, read_safetensors(folder / ADAPTER), folder / ADAPTER)
     elif plm.config.rank < 0:
         load_strictly(plm.model, read_safetensors(folder / WHOLE_PLM), folder / WHOLE_PLM)
@@ -220,16 +221,6 @@ def adapter_config(network: Network) -> dict[str, Any]:
         "target_modules": sorted(network.plm.lora_targets),
         "task_type": "FEATURE_EXTRACTION",
     }
-
-
-def _check_adapter_config(path: Path, network: Network) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; the checkpoint is incomplete")
-    found, expected = runs.read_json(path), adapter_config(network)
-    for key in ("peft_type", "r", "lora_alpha", "fan_in_fan_out"):
-        if not isinstance(found, dict) or found.get(key) != expected[key]:
-            value = found.get(key) if isinstance(found, dict) else found
-            raise ValueError(f"{path}: {key} is {value!r}, the checkpoint's config says {expected[key]!r}")
 
 
 def load_adapter(network: Network, weights: Weights, path: Path) -> None:

@@ -16,7 +16,6 @@ import weakref
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,8 +85,7 @@ class Preflight:
     seconds: float | None  # expected, without validation; None if not measured
     warnings: tuple[str, ...]
 
-    def table(self) -> pd.DataFrame:
-        """Two columns, for a notebook."""
+    def __str__(self) -> str:
         device = "" if self.device_bytes is None else f" of {self.device_bytes / 1e9:.1f} GB"
         how = " with gradient checkpointing" if self.memory.checkpointing else ""
         training, testing = self.memory.train_peak / 1e9, self.memory.validate_peak / 1e9
@@ -101,10 +99,7 @@ class Preflight:
             "time": "not measured" if self.seconds is None else f"about {_duration(self.seconds)} without validation",
         }
         rows |= {f"warning {i}": text for i, text in enumerate(self.warnings, 1)}
-        return pd.DataFrame({"what": rows.keys(), "value": rows.values()})
-
-    def __str__(self) -> str:
-        return "\n".join(f"{what:16} {value}" for what, value in self.table().itertuples(index=False))
+        return "\n".join(f"{what:16} {value}" for what, value in rows.items())
 
 
 def preflight(network: Network, data: Data, config: TrainConfig | None = None, measure: bool = True) -> Preflight:

@@ -141,11 +141,25 @@ def test_another_plm_is_refused(saved: tuple[Path, PolicyNetwork, CheckpointMeta
 
 def test_another_rank_is_refused(saved: tuple[Path, PolicyNetwork, CheckpointMeta]) -> None:
     folder = saved[0]
-    edit(folder / "adapter_config.json", lambda config: config.update(r=16))
-    with pytest.raises(ValueError, match=r"r is 16.*says 8"):
-        load_policy(folder)
-    with pytest.raises(ValueError, match=r"r is 16.*says 4"):
+    with pytest.raises(
+        ValueError, match=r"does not fit LoRA on llama, rank 4: .* has shape \[8, 192\], not \[4, 192\]"
+    ):
         load_weights(folder, tiny_network(rank=4, layers=1))
+    edit(folder / "config.json", lambda config: config["plm"].update(rank=10**9))
+    with pytest.raises(ValueError, match="does not fit LoRA rank 1000000000: .* says rank 8"):
+        load_policy(folder)
+
+
+def test_checkpoints_of_before_are_read(saved: tuple[Path, PolicyNetwork, CheckpointMeta]) -> None:
+    """Format 1, when there was one task only."""
+    folder, _, meta = saved
+
+    def older(config: dict) -> None:
+        config.update(format=1, **config.pop("settings"))
+        config.pop("task")
+
+    edit(folder / "config.json", older)
+    assert load_policy(folder)[1] == meta
 
 
 @pytest.mark.parametrize(

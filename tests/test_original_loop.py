@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from netllm_lib.checkpoint import describe
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.train import TrainConfig
 
+UPSTREAM = EvalConfig.upstream()
+
 
 def network(**plm: float) -> PolicyNetwork:
     config = PLMConfig.upstream("tiny-llama", rank=8, **plm)
@@ -31,35 +34,27 @@ def network(**plm: float) -> PolicyNetwork:
 
 
 @pytest.mark.parametrize("w", [5, 20])
-def test_the_same_decisions(w: int) -> None:
+def test_the_same_decisions(w: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of every decision of three traces, the one after the last chunk and the leaking context included."""
     net, (_, scale) = network(), pool_returns(toy_pool())
     traces = generate_traces("sample", 3, seed=5)
     simulator = Simulator(traces, generate_video("clip", seed=5), sound_episodes(traces, seed=3))
 
-    class Theirs(OriginalPolicy):
-        seen: list[np.ndarray]
+    theirs, ours = OriginalPolicy(net, scale, w), LLMPolicy(net, describe(net, PolicySettings(w, scale)), UPSTREAM)
+    seen: dict[str, list[np.ndarray]] = {}
+    for policy in (theirs, ours):
 
-        def act(self, observation: Observation) -> np.ndarray:
-            levels = super().act(observation)
-            self.seen.append(self.logits)
-            return levels
+        def act(observation: Observation, policy: Any = policy, original: Any = policy.act) -> np.ndarray:
+            levels = original(observation)
+            seen.setdefault(policy.name, []).append(policy.logits)
+            return np.asarray(levels)
 
-    class Ours(LLMPolicy):
-        seen: list[np.ndarray]
-
-        def act(self, observation: Observation) -> np.ndarray:
-            levels = super().act(observation)
-            self.seen.append(self.logits)
-            return levels
-
-    theirs, ours = Theirs(net, scale, w), Ours(net, describe(net, PolicySettings(w, scale)), EvalConfig.upstream())
-    theirs.seen, ours.seen = [], []
+        monkeypatch.setattr(policy, "act", act)
     played = [rollout(policy, simulator) for policy in (theirs, ours)]
     np.testing.assert_array_equal(played[0].level, played[1].level)
     assert len(set(played[0].level[:, 1:].ravel().tolist())) > 2
-    assert len(ours.seen) == 3 * 48
-    np.testing.assert_allclose(np.concatenate(ours.seen), np.concatenate(theirs.seen), atol=1e-5, rtol=0)
+    assert len(seen[ours.name]) == 3 * 48
+    np.testing.assert_allclose(*(np.concatenate(seen[policy.name]) for policy in (ours, theirs)), atol=1e-5, rtol=0)
 
 
 def test_the_same_training(tmp_path: Path) -> None:
