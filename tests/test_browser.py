@@ -2,25 +2,91 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 
-from browser import chromium, jupyterlab, page
-from netllm_lib import notebooks
+from netllm_lib import notebooks, runs
 from run_fixtures import prepare_run
 
-RUN_MS = 150_000  # for all cells, on a busy machine
-REDRAW_MS = 30_000
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+QUIET = {  # no questions, no downloads; every cell is in the page, not only those in view
+    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
+}
+START_S, RUN_MS, REDRAW_MS = 60, 150_000, 30_000  # on a busy machine
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """A page of the headless browser; skips loudly where it, or playwright, is missing."""
+    program = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        program = None
+    if program is None:
+        reason = (
+            "JupyterLab NOT tried in a browser: it needs chromium (apt-get install chromium) and playwright (make env)"
+        )
+        warnings.warn(reason, stacklevel=2)
+        pytest.skip(reason)
+    with sync_playwright() as driver:
+        # without a sandbox, which needs rights that containers seldom have; it only ever sees our own server
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser.new_page(viewport={"width": 1500, "height": 1100})
+        browser.close()
+
+
+@contextmanager
+def jupyterlab(root: Path, home: Path, **variables: str) -> Iterator[tuple[str, str]]:
+    """(address, token) of a JupyterLab that serves `root`, with settings of its own below `home`; it ends with the block.
+
+    `variables` are environment variables of the server, and so of its kernels.
+    """
+    for name, value in QUIET.items():
+        place = home / "settings" / f"{name}.jupyterlab-settings"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(value))
+    environment = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    environment |= {f"JUPYTERLAB_{name}_DIR": str(home / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
+    words = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", f"--ServerApp.root_dir={root}"]
+    with open(home / "jupyterlab.log", "wb") as log:
+        command = [sys.executable, "-m", "jupyter", "lab", *words]
+        server = subprocess.Popen(command, env={**os.environ, **environment, **variables}, stdout=log, stderr=log)
+    try:
+        deadline, told = time.monotonic() + START_S, home / "runtime" / f"jpserver-{server.pid}.json"
+        while not told.is_file():
+            running = server.poll() is None and time.monotonic() < deadline
+            assert running, (home / "jupyterlab.log").read_text()[-2000:]
+            time.sleep(0.2)
+        time.sleep(0.5)  # until it is written
+        found = runs.read_json(told)
+        yield found["url"].rstrip("/"), found["token"]
+    finally:
+        server.terminate()  # it ends its kernels
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 @pytest.mark.slow
-def test_notebook_06_in_jupyterlab(tmp_path: Path) -> None:
+def test_notebook_06_in_jupyterlab(page: Any, tmp_path: Path) -> None:
     """Run all cells, choose another trace, step through its chunks, turn a switch and play the trace again."""
-    chromium()
     run = prepare_run(tmp_path, epochs=1)
     folder = tmp_path / "notebooks"
     folder.mkdir()
@@ -33,14 +99,14 @@ def test_notebook_06_in_jupyterlab(tmp_path: Path) -> None:
         "NETLLM_REPORTS": str(run.reports),
         "NETLLM_CACHE": str(tmp_path / "cache"),
     }
-    with jupyterlab(folder, tmp_path, **variables) as (address, token), page() as tab:
+    with jupyterlab(folder, tmp_path, **variables) as (address, token):
         try:
-            tab.goto(f"{address}/lab/tree/06_diagnostics.ipynb?token={token}")
-            run_all_cells(tab)
-            use_the_explorer(tab)
-            assert errors(tab) == []
+            page.goto(f"{address}/lab/tree/06_diagnostics.ipynb?token={token}")
+            run_all_cells(page)
+            use_the_explorer(page)
+            assert errors(page) == []
         finally:
-            tab.screenshot(path=tmp_path / "page.png")
+            page.screenshot(path=tmp_path / "page.png")
     made = run.folder("06_diagnostics", "interactive")
     assert {"findings.json", "summary.txt", "timeline.png"} <= {path.name for path in made.iterdir()}
 
