@@ -124,8 +124,8 @@ def _ends_of_progress(text: str) -> str:
 def list_runs(root: Path | None = None) -> list[dict[str, Any]]:
     """One row per run folder below `root` (by default the reports folder), the last one first.
 
-    Keys: `COLUMNS` and folder. What a run does not say is None; a folder that cannot be read has the state "unreadable", and hides
-    no other one.
+    Keys: `COLUMNS`, folder and report (paths). What a run does not say is None; a folder that cannot be read has the state
+    "unreadable", and hides no other one.
     """
     folders = {path.parent for path in ((root or runs.reports_root()) / "runs").glob(f"*/*/{runs.MANIFEST}")}
     rows = [_row(folder) for folder in sorted(folders) if not folder.name.startswith(".")]
@@ -134,6 +134,7 @@ def list_runs(root: Path | None = None) -> list[dict[str, Any]]:
 
 def _row(folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {"run": folder.name, "kind": folder.parent.name, "folder": folder}
+    row["report"] = folder / REPORT if (folder / REPORT).is_file() else None
     try:
         manifest = runs.Run(folder).manifest
         row |= {"state": str(manifest.get("status")), "seconds": manifest.get("seconds")}
@@ -159,8 +160,8 @@ def write_index(root: Path | None = None) -> Path:
     for row in list_runs(root):
         shown = {name: _shown(row[name]) for name in COLUMNS}
         shown["finished"] = shown["finished"][:16].replace("T", " ")
-        if (row["folder"] / REPORT).is_file():
-            place = quote(os.path.relpath(row["folder"] / REPORT, page.parent))
+        if row["report"]:
+            place = quote(os.path.relpath(row["report"], page.parent))
             shown["run"] = f'<a href="{place}">{shown["run"]}</a>'
         rows.append(shown)
     with pd.option_context("display.max_colwidth", None):
