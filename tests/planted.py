@@ -30,8 +30,8 @@ from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.policies.simple import Constant
 from netllm_lib.abr.pool import ExperiencePool
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import CHUNKS
 from netllm_lib.abr.upstream import logs
 from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
 from netllm_lib.abr.upstream.discover import LOSSES

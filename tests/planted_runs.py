@@ -34,9 +34,10 @@ from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Constant, Random
 from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import BandwidthModel, generate_traces, generate_video, write_traces, write_video
-from netllm_lib.abr.traces import CHUNKS, POINTER_FILE, Registry, TraceSet, Video, overlapping
+from netllm_lib.abr.traces import POINTER_FILE, Registry, TraceSet, Video, overlapping
 from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
 from netllm_lib.abr.upstream.pickles import write_pool
 from netllm_lib.abr.upstream.remake import remake_pool

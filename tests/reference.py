@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from netllm_lib.abr.qoe import LEVELS
-from netllm_lib.abr.traces import CHUNKS, Trace, Video
+from netllm_lib.abr.qoe import CHUNKS, LEVELS
+from netllm_lib.abr.traces import Trace, Video
 
 
 class Chunk(NamedTuple):

@@ -32,9 +32,10 @@ from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.policies.simple import Constant, Prefixed, Random, Replay
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.abr.traces import CHUNKS, SAMPLE, Registry, Trace, TraceSet, Video
+from netllm_lib.abr.traces import SAMPLE, Registry, Trace, TraceSet, Video
 
 REGISTRY = Registry(SAMPLE)
 TRACES = REGISTRY.trace_set("sample-test").subset(range(8))

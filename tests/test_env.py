@@ -19,9 +19,10 @@ from netllm_lib.abr.env import AbrEnv, AbrVectorEnv
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.play import rollout
 from netllm_lib.abr.policies.simple import Replay
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.abr.traces import CHUNKS, SAMPLE, Trace, TraceSet
+from netllm_lib.abr.traces import SAMPLE, Trace, TraceSet
 from netllm_lib.runs import PROJECT
 
 TRACES, VIDEO = generate_traces("t", 7, 5), generate_video("v", 2)

@@ -56,7 +56,7 @@ def test_fewer_traces_are_drawn_with_noise_as_the_original_does() -> None:
 
 def test_scores_are_means_by_trace(tested: evaluate.Test) -> None:
     scores = tested.scores()
-    assert (scores.measure, scores.subject) == (qoe.REWARD, "mine")
+    assert (scores.measure, scores.subject) == (evaluate.REWARD, "mine")
     for name, table in tested.tables.items():
         np.testing.assert_array_equal(scores.of(name), qoe.per_trace(table)["reward"])
     difference = qoe.per_trace(tested.tables["mine"])["reward"] - qoe.per_trace(tested.tables["mpc"])["reward"]

@@ -10,10 +10,9 @@ import pytest
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.hindsight import Grid, hindsight_values
 from netllm_lib.abr.optimum import continuations
-from netllm_lib.abr.qoe import LEVELS
+from netllm_lib.abr.qoe import CHUNKS, LEVELS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import BandwidthModel, generate_traces, generate_video
-from netllm_lib.abr.traces import CHUNKS
 
 VIDEO = generate_video("video", seed=3)
 SLOW = BandwidthModel(median_mbps=0.8, samples=90)  # short enough to start again within an episode

@@ -16,9 +16,10 @@ from netllm_lib.abr.optimum import SearchConfig, best_plans, continuations, regr
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Constant, Random, Replay
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.abr.traces import CHUNKS, Registry
+from netllm_lib.abr.traces import Registry
 
 TRACES, VIDEO = generate_traces("t", 6, 21), generate_video("v", 5)
 EPISODES = sound_episodes(TRACES, repeats=2)

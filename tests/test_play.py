@@ -15,9 +15,9 @@ from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.policies.simple import Random, Replay
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
-from netllm_lib.abr.traces import CHUNKS
 from netllm_lib.checkpoint import describe
 
 TRACES, VIDEO = generate_traces("t", 3, 8), generate_video("v", 1)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from netllm_lib.abr.episodes import Episodes, sound_episodes
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import BandwidthModel, generate_traces, generate_video
-from netllm_lib.abr.traces import CHUNKS, Trace, TraceSet, Video
+from netllm_lib.abr.traces import Trace, TraceSet, Video
 from reference import ReferenceEnvironment
 
 FAST = BandwidthModel(median_mbps=6.0, samples=60, interval_s=2.3)  # buffers fill up: clients sleep

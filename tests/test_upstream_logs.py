@@ -20,8 +20,9 @@ from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.bba import BBA
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import CHUNKS, SAMPLE, Registry, TraceSet
+from netllm_lib.abr.traces import SAMPLE, Registry, TraceSet
 from netllm_lib.abr.upstream import logs, names
 from netllm_lib.runs import read_json
 from upstream_tree import (

@@ -25,9 +25,9 @@ from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
-from netllm_lib.abr.qoe import summarise
+from netllm_lib.abr.qoe import CHUNKS, summarise
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import CHUNKS, SAMPLE, Registry
+from netllm_lib.abr.traces import SAMPLE, Registry
 from netllm_lib.abr.upstream import logs, names
 from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
 from netllm_lib.abr.upstream.pickles import write_pool

@@ -28,9 +28,9 @@ from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Observation, Policy
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.mpc import RobustMPC
-from netllm_lib.abr.qoe import LEVELS, summarise
+from netllm_lib.abr.qoe import CHUNKS, LEVELS, summarise
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import CHUNKS, TraceSet, Video, find_registry, split_validation
+from netllm_lib.abr.traces import TraceSet, Video, find_registry, split_validation
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from netllm_lib import runs
-from netllm_lib.abr.qoe import BITRATES_KBPS, LEVELS
+from netllm_lib.abr.qoe import BITRATES_KBPS, CHUNKS, LEVELS
 from netllm_lib.abr.synthetic import write_traces, write_video
-from netllm_lib.abr.traces import CHUNKS, POINTER_FILE, Registry, Trace, TraceSet, Video
+from netllm_lib.abr.traces import POINTER_FILE, Registry, Trace, TraceSet, Video
 from netllm_lib.config import parse
 
 TO_MBPS = {"Mbps": 1.0, "kbps": 1e-3, "bps": 1e-6, "MB/s": 8.0, "kB/s": 8e-3, "B/s": 8e-6}

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from netllm_lib.abr.episodes import FIRST_LEVEL, NOISE_HIGH, NOISE_LOW, Episodes
-from netllm_lib.abr.qoe import LEVELS
+from netllm_lib.abr.qoe import CHUNKS, LEVELS
 from netllm_lib.abr.simulator import BUFFER_CAP_MS, PAYLOAD_SHARE, RTT_MS, Outcome, Simulator
-from netllm_lib.abr.traces import CHUNKS, Trace, TraceSet, Video, find_registry
+from netllm_lib.abr.traces import Trace, TraceSet, Video, find_registry
 
 try:
     import gymnasium

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from netllm_lib.abr.traces import CHUNKS, TraceSet
+from netllm_lib.abr.qoe import CHUNKS
+
+if TYPE_CHECKING:
+    from netllm_lib.abr.traces import TraceSet
 
 UPSTREAM_ENVIRONMENT_SEED = 998244353
 NOISE_LOW, NOISE_HIGH = 0.9, 1.1

@@ -22,12 +22,15 @@ from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import TraceSet, Video, overlapping
-from netllm_lib.measure import Scores
+from netllm_lib.measure import Measure, Scores
 
 if TYPE_CHECKING:
     from netllm_lib.abr.model import PolicyNetwork
     from netllm_lib.abr.policies.llm import EvalConfig
     from netllm_lib.checkpoint import CheckpointMeta
+
+REWARD = Measure("reward", better="higher", sample="trace")
+"""What bitrate adaptation reports: the mean reward per chunk of a trace."""
 
 SETTING, TABLES = "setting.json", "tables"
 SEED = 100003
@@ -83,7 +86,7 @@ class Test:
                 means["reward_clean"] = means["reward"].where(np.asarray(clean, dtype=bool))
             parts.append(means.reset_index().assign(policy=name))
         where = ", ".join(str(self.setting[key]) for key in ("traces", "video") if key in self.setting)
-        return Scores(qoe.REWARD, self.subject, pd.concat(parts, ignore_index=True), where)
+        return Scores(REWARD, self.subject, pd.concat(parts, ignore_index=True), where)
 
     def league(self) -> pd.DataFrame:
         """`Scores.league`, with the seconds that playing took where they are known."""

@@ -34,9 +34,10 @@ from netllm_lib.abr.policies.llm import LLMPolicy
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Exploring
 from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces
-from netllm_lib.abr.traces import CHUNKS, Trace, TraceSet, Video, overlapping, split_validation
+from netllm_lib.abr.traces import Trace, TraceSet, Video, overlapping, split_validation
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.train import TrainConfig, train
 

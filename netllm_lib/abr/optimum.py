@@ -22,7 +22,7 @@ from numba import njit
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import FIRST_LEVEL, Episodes, Progress
-from netllm_lib.abr.qoe import BITRATES_KBPS, LEVELS, REBUFFER_PENALTY
+from netllm_lib.abr.qoe import BITRATES_KBPS, CHUNKS, LEVELS, REBUFFER_PENALTY
 from netllm_lib.abr.simulator import (
     BUFFER_CAP_MS,
     CHUNK_MS,
@@ -38,7 +38,7 @@ from netllm_lib.abr.simulator import (
     inlined,
     wait,
 )
-from netllm_lib.abr.traces import CHUNKS, TraceSet, Video
+from netllm_lib.abr.traces import TraceSet, Video
 
 MBPS = BITRATES_KBPS / 1000
 SWITCH_MBPS = np.abs(MBPS[:, None] - MBPS)

@@ -13,8 +13,8 @@ import pandas as pd
 
 from netllm_lib.abr.episodes import FIRST_LEVEL, Episodes, Progress
 from netllm_lib.abr.policies.base import Policy
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Outcome, Simulator
-from netllm_lib.abr.traces import CHUNKS
 
 
 @dataclass(frozen=True)

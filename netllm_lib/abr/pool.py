@@ -20,9 +20,9 @@ import numpy as np
 from netllm_lib.abr.episodes import Episodes, Progress
 from netllm_lib.abr.play import Rollout, rollout_blocks, shifted
 from netllm_lib.abr.policies.base import Policy
-from netllm_lib.abr.qoe import LEVELS
+from netllm_lib.abr.qoe import CHUNKS, LEVELS
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import CHUNKS, TraceSet, Video
+from netllm_lib.abr.traces import TraceSet, Video
 from netllm_lib.arrays import array_hash, blocks
 from netllm_lib.runs import (
     atomic_path,

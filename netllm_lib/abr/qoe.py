@@ -10,14 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from netllm_lib.measure import Measure
-
 BITRATES_KBPS = np.array([300, 750, 1200, 1850, 2850, 4300])
 LEVELS = len(BITRATES_KBPS)
+CHUNKS = 48  # of a video that an episode plays; size files may list more
 REBUFFER_PENALTY = 4.3  # Mbps per second of rebuffering: the highest bitrate
-
-REWARD = Measure("reward", "", "higher", "trace")
-"""What bitrate adaptation reports: the mean reward per chunk of a trace."""
 
 
 def reward(bitrate_kbps: np.ndarray, rebuffer_s: np.ndarray, previous_kbps: np.ndarray) -> np.ndarray:

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numba import njit
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import Episodes, Observation
-from netllm_lib.abr.traces import CHUNKS, TraceSet, Video
+from netllm_lib.abr.qoe import CHUNKS
+
+if TYPE_CHECKING:
+    from netllm_lib.abr.traces import TraceSet, Video
 
 Array = np.ndarray
 

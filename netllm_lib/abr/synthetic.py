@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from netllm_lib.abr.qoe import BITRATES_KBPS
-from netllm_lib.abr.traces import CHUNKS, Trace, TraceSet, Video
+from netllm_lib.abr.qoe import BITRATES_KBPS, CHUNKS
+from netllm_lib.abr.traces import Trace, TraceSet, Video
 from netllm_lib.runs import atomic_path
 
 

@@ -24,11 +24,10 @@ import pandas as pd
 import scipy.sparse.csgraph
 
 from netllm_lib import safe_pickle
-from netllm_lib.abr.qoe import LEVELS
+from netllm_lib.abr.qoe import CHUNKS, LEVELS
 from netllm_lib.arrays import array_hash
 from netllm_lib.runs import PROJECT
 
-CHUNKS = 48  # chunks played per episode; size files may list more
 POINTER_FILE = "mahimahi_ptrs.pkl"
 LEAST_PASS_BYTES, LEAST_PASS_S = 1000.0, 0.001
 """Of one pass through a trace: a chunk of megabytes then takes thousands of passes, not millions."""

@@ -25,8 +25,9 @@ from netllm_lib.abr.optimum import Plans, SearchConfig, best_plans, continuation
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Replay
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import CHUNKS, find_registry
+from netllm_lib.abr.traces import find_registry
 
 SEARCHES = {
     "narrow": SearchConfig(width=100, bin_ms=50.0),

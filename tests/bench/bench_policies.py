@@ -21,8 +21,9 @@ from netllm_lib.abr.episodes import Episodes, sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.catalogue import Preset, make_policy
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import CHUNKS, find_registry
+from netllm_lib.abr.traces import find_registry
 
 TARGET_S = 0.3
 

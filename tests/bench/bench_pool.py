@@ -26,7 +26,8 @@ from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Random
 from netllm_lib.abr.pool import ExperiencePool, generate_mix, load_pool
-from netllm_lib.abr.traces import CHUNKS, SAMPLE, Registry
+from netllm_lib.abr.qoe import CHUNKS
+from netllm_lib.abr.traces import SAMPLE, Registry
 from netllm_lib.train import TrainConfig
 
 PHASES = {

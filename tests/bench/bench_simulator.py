@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measured import publish
 
 from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import CHUNKS, find_registry
+from netllm_lib.abr.traces import find_registry
 from reference import ReferenceEnvironment
 
 

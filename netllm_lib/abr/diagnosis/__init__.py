@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from netllm_lib import training_rules
-from netllm_lib.abr import optimum, qoe
+from netllm_lib.abr import optimum
 from netllm_lib.abr.diagnosis import inputs, replay, testing, weights
 from netllm_lib.abr.diagnosis.evidence import (
     CHANCE,
@@ -23,6 +23,7 @@ from netllm_lib.abr.diagnosis.evidence import (
     paired,
     with_baselines,
 )
+from netllm_lib.abr.evaluate import REWARD
 from netllm_lib.findings import Diagnosis, Effect, Finding, Rule, judged
 from netllm_lib.stats import Interval, bootstrap
 
@@ -108,7 +109,7 @@ def diagnose(
         over_seeds=evidence.gap_over_seeds,
         missing=(*evidence.missing, *([replayed.too_short] if replayed and replayed.too_short else [])),
         waterfall=replayed.table() if replayed and replayed.effects else None,
-        measure=qoe.REWARD.name,
+        measure=REWARD.name,
     )
 
 

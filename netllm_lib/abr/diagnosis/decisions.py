@@ -23,8 +23,9 @@ from netllm_lib.abr.optimum import SearchConfig, continuations
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.simple import Prefixed, Replay
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import PAYLOAD_SHARE, RTT_MS, Simulator
-from netllm_lib.abr.traces import CHUNKS, TraceSet
+from netllm_lib.abr.traces import TraceSet
 
 UNKNOWN = -1  # in an array of levels: not computed
 REPLAY_TOLERANCE = 1e-3  # of a reward; files of the original's are rounded

@@ -26,8 +26,8 @@ from netllm_lib.abr.optimum import Plans, best_plans, regret
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.simple import Prefixed, Replay
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import CHUNKS
 
 if TYPE_CHECKING:
     from netllm_lib.abr.policies.llm import EvalConfig

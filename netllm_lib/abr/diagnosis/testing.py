@@ -13,8 +13,8 @@ from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis.evidence import ORIGINAL, Evidence, paired
 from netllm_lib.abr.diagnosis.inputs import severity
 from netllm_lib.abr.episodes import FIRST_LEVEL, Episodes
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import CHUNKS
 from netllm_lib.findings import Verdict, rule
 
 LONG_STALL_S = 1.0

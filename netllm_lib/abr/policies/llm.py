@@ -18,7 +18,7 @@ import torch
 from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.model import PolicyNetwork
 from netllm_lib.abr.policies.base import Policy
-from netllm_lib.abr.traces import CHUNKS
+from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.plm import InferenceWeights, TokenCache, arithmetic_dtype
 from netllm_lib.returns import ReturnScale
 from netllm_lib.runs import plain, tree_hash

@@ -13,8 +13,8 @@ from numba import njit
 
 from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.policies.base import Policy
-from netllm_lib.abr.qoe import BITRATES_KBPS, LEVELS, REBUFFER_PENALTY
-from netllm_lib.abr.traces import CHUNKS, Video
+from netllm_lib.abr.qoe import BITRATES_KBPS, CHUNKS, LEVELS, REBUFFER_PENALTY
+from netllm_lib.abr.traces import Video
 
 KBPS = BITRATES_KBPS.astype(np.float64)
 

@@ -8,8 +8,7 @@ import numpy as np
 
 from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.policies.base import Policy, Wrapper
-from netllm_lib.abr.qoe import LEVELS
-from netllm_lib.abr.traces import CHUNKS
+from netllm_lib.abr.qoe import CHUNKS, LEVELS
 
 
 class Constant(Policy):

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.traces import CHUNKS, TraceSet
+from netllm_lib.abr.qoe import CHUNKS
+from netllm_lib.abr.traces import TraceSet
 
 RESULT_PREFIX = "result_sim_abr_"
 RESULT_COLUMNS = (

@@ -13,7 +13,8 @@ from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.policies.pensieve import Pensieve
 from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
-from netllm_lib.abr.traces import CHUNKS, Registry
+from netllm_lib.abr.qoe import CHUNKS
+from netllm_lib.abr.traces import Registry
 from netllm_lib.abr.upstream.names import POLICIES
 
 POOL_SETTINGS = ("train_traces", "train_video", "pool_models", "pool_trace_num", "pool_fixed")
