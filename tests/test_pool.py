@@ -74,6 +74,11 @@ def test_seeds_work_and_mixes_keep_their_sources(pool: ExperiencePool) -> None:
     mix = concatenate([pool, generate_pool(Random(), TRACES, VIDEO, EPISODES)])
     assert mix.source["policies"] == ["bba", "random"]
     assert len(mix.episode_starts) == 6
+    going_on = replace(
+        pool, dones=pool.dones & (np.arange(len(pool)) < 140)
+    )  # an original's pool can end within an episode
+    assert going_on.episode_starts.tolist() == [0, 47, 94]
+    assert going_on.episode_lengths.tolist() == [47] * 3
     with pytest.raises(PoolError, match="0 episodes are to be played"):
         generate_pool(BBA(), TRACES, VIDEO, EPISODES.rows([]))
 
@@ -93,7 +98,6 @@ def nan_at(row: int) -> Callable[[np.ndarray], np.ndarray]:
             r"transition 139 has a level outside .* \(2 such",
         ),
         ("actions", lambda a: a - 1, "transition 0 has a level outside"),
-        ("dones", lambda a: np.zeros_like(a), "not marked as the end"),
         ("states", lambda a: a.astype(np.float64), "float64"),
         ("states", lambda a: a[:, :5], "shape"),
         ("rewards", lambda a: a[:-1], "shape"),
@@ -263,7 +267,6 @@ HOSTILE: dict[str, dict[str, bytes]] = {
     "level 6": {"actions": npy((2,), "<i8", np.array([0, 6]).tobytes())},
     "fractions": {"actions": npy((2,), "<f4")},
     "nan": {"states": npy((2, 6, 6), "<f4", np.full(72, np.nan, "f4").tobytes())},
-    "no end": {"dones": npy((2,), "|b1")},
     "short": {"dones": npy((1,), "|b1", b"\1")},
     "empty": {"dones": b""},
 }

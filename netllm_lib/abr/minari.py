@@ -106,7 +106,7 @@ def _episodes(pool: ExperiencePool) -> Iterator[EpisodeBuffer]:
             actions=pool.actions[rows],
             rewards=pool.rewards[rows],
             terminations=pool.dones[rows],
-            truncations=np.zeros(length, dtype=bool),
+            truncations=(np.arange(length) == length - 1) & ~pool.dones[rows],
         )
 
 

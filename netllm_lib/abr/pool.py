@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -24,15 +24,8 @@ from netllm_lib.abr.qoe import CHUNKS, LEVELS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import TraceSet, Video
 from netllm_lib.arrays import array_hash, blocks
-from netllm_lib.runs import (
-    atomic_path,
-    content_hash,
-    flush,
-    lock,
-    read_json,
-    storage_errors,
-    write_json,
-)
+from netllm_lib.returns import episode_ends
+from netllm_lib.runs import atomic_path, content_hash, flush, lock, read_json, storage_errors, write_json
 
 ARRAYS: dict[str, tuple[type, tuple[int, ...]]] = {
     "states": (np.float32, (6, 6)),
@@ -44,10 +37,10 @@ ARRAYS: dict[str, tuple[type, tuple[int, ...]]] = {
 Block = list[Any]  # of a generation: [end, digest] of its transitions, as JSON has it
 CONFIG = "config.json"
 BLOCK = 1024  # episodes that are played before they are written to disk: about 8 MB of a pool
-MAX_PACKING = (
-    100  # older files are packed to an eighth or so; one that unpacks to more than this is not read, unless it is small
-)
-SMALL_BYTES = 2**26
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Of archives that are read: other ways of packing take the memory that a file asks for."""
+MAX_PACKING, SMALL_BYTES = 100, 2**26
+"""Pools were packed to an eighth or so: an archive that unpacks to more than so many times its size must be small to be read."""
 
 
 class PoolError(ValueError):
@@ -59,7 +52,8 @@ class ExperiencePool:
     """Transitions of whole episodes, one after the other.
 
     An episode has 47 transitions: the first chunk, which no policy chooses, is dropped. A transition holds the state that
-    the level was chosen from, the level, the reward that it brought, and whether the episode ended with it.
+    the level was chosen from, the level, the reward that it brought, and whether the episode ended with it. The last one's may
+    go on, as an original's can.
     """
 
     states: np.ndarray  # [T, 6, 6] float32
@@ -80,8 +74,6 @@ class ExperiencePool:
         _refuse(self.states, lambda states: ~np.isfinite(states).all(axis=(1, 2)), "a state that is not finite")
         _refuse(self.rewards, lambda rewards: ~np.isfinite(rewards), "a reward that is not finite")
         _refuse(self.actions, lambda levels: (levels < 0) | (levels >= LEVELS), f"a level outside 0..{LEVELS - 1}")
-        if not self.dones[-1]:
-            raise PoolError("pool: the last transition is not marked as the end of an episode (done)")
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -95,12 +87,12 @@ class ExperiencePool:
     @property
     def episode_starts(self) -> np.ndarray:
         """[E] index of the first transition of each episode."""
-        return np.concatenate([[0], np.flatnonzero(self.dones)[:-1] + 1])
+        return np.concatenate([[0], episode_ends(self.dones)[:-1]])
 
     @property
     def episode_lengths(self) -> np.ndarray:
         """[E] transitions per episode."""
-        return np.diff(np.concatenate([self.episode_starts, [len(self)]]))
+        return np.diff(episode_ends(self.dones), prepend=0)
 
     def episode_returns(self) -> np.ndarray:
         """[E] sum of rewards per episode."""
@@ -188,8 +180,7 @@ def load_pool(path: Path) -> ExperiencePool:
 def _mapped(path: Path) -> np.memmap:
     """The array in an .npy file, as a read-only map of it."""
     with open(path, "rb") as stream:
-        if (version := np.lib.format.read_magic(stream)) != (1, 0):  # the only one whose header cannot be long
-            raise ValueError(f"{path.name} has a header of version {version}")
+        _check_version(path.name, stream)
     array: np.memmap = np.load(path, mmap_mode="r")
     if path.stat().st_size != array.offset + array.nbytes:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {array.offset + array.nbytes}")
@@ -198,6 +189,11 @@ def _mapped(path: Path) -> np.memmap:
 
 def _maps(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(_mapped(folder / f"{name}.npy")) for name in ARRAYS}
+
+
+def _check_version(name: str, stream: IO[bytes]) -> None:
+    if (version := np.lib.format.read_magic(stream)) != (1, 0):  # the only one whose header cannot be long
+        raise ValueError(f"{name} has a header of version {version}")
 
 
 def _unpacked(path: Path) -> dict[str, np.ndarray]:
@@ -209,14 +205,10 @@ def _unpacked(path: Path) -> dict[str, np.ndarray]:
         if total > max(MAX_PACKING * size, SMALL_BYTES):
             raise ValueError(f"{total} bytes packed into {size}, more than any pool")
         for name, member in members.items():
-            if member.compress_type not in (
-                zipfile.ZIP_STORED,
-                zipfile.ZIP_DEFLATED,
-            ):  # others take what the file asks for
+            if member.compress_type not in PACKINGS:
                 raise ValueError(f"{name} is packed in an unknown way")
             with archive.open(member) as stream:
-                if (version := np.lib.format.read_magic(stream)) != (1, 0):
-                    raise ValueError(f"{name} has a header of version {version}")
+                _check_version(name, stream)
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1000)
                 data_bytes = member.file_size - stream.tell()
                 if fortran or dtype.hasobject or dtype.itemsize * math.prod(shape) != data_bytes:
@@ -384,9 +376,13 @@ def _generate_on_disk(plan: _Plan, path: Path) -> ExperiencePool:
             break
     pool = ExperiencePool(**_maps(beside), source=plan.source)
     write_json(beside / CONFIG, pool._facts() | {"made_from": key, "blocks": there})
-    shutil.rmtree(path, ignore_errors=True)  # killed after this, the next call finds the whole pool beside
-    os.replace(beside, path)
+    old = path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(beside, path)  # killed before this, the next call finds the whole pool beside
     flush(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
     return load_pool(path)
 
 
