@@ -6,6 +6,7 @@ is better when it is higher, as for an error.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,15 +119,13 @@ class Scores:
 
     def _headline(self) -> dict[str, Any]:
         """What the index shows: the subject (or the best policy), its mean, and its difference to the best other one."""
-        means = {policy: self.measure.sign * float(self.of(policy).mean()) for policy in self.policies}
-        policy = self.subject or max(means, key=means.__getitem__)
-        found: dict[str, Any] = {
-            "policy": policy,
-            **dict(zip(("score", "low", "high"), self.mean(policy), strict=True)),
-        }
-        if others := {name: mean for name, mean in means.items() if name != policy}:
-            other = max(others, key=others.__getitem__)
-            found |= {"best other": other, "difference": self.difference(policy, other).mean}
+        best_first = sorted(self.policies, key=lambda policy: -self.measure.sign * float(self.of(policy).mean()))
+        policy = self.subject or best_first[0]
+        found: dict[str, Any] = {"policy": policy}
+        with contextlib.suppress(ValueError):  # figures that are not finite, or policies that share no sample
+            found |= dict(zip(("score", "low", "high"), self.mean(policy), strict=True))
+            if others := [name for name in best_first if name != policy]:
+                found |= {"best other": others[0], "difference": self.difference(policy, others[0]).mean}
         return found
 
     @classmethod

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from netllm_lib import stats
-from netllm_lib.measure import TABLE, Measure, Scores
+from netllm_lib.measure import TABLE, Measure, Scores, read_headline
 
 ERROR = Measure("error", "degrees", "lower", "user")
 REWARD = Measure("reward")
@@ -65,6 +65,11 @@ def test_scores_come_back_and_broken_ones_are_named(tmp_path: Path) -> None:
     again = Scores.read(tmp_path)
     assert (again.measure, again.subject, again.tested_on) == (ERROR, "mine", "nowhere")
     pd.testing.assert_frame_equal(again.table, test.table)
+    names = ("measure", "tested on", "policy", "score", "low", "high", "best other", "difference")
+    headline = dict(zip(names, ("error", "nowhere", "mine", 1.5, 1.0, 2.0, "base", -0.75), strict=True))
+    assert read_headline(tmp_path) == headline
+    scores(ERROR, mine=[1.0, np.inf], base=[0.5, 4.0]).save(tmp_path)  # an odd figure is kept, and has no headline
+    assert "score" not in read_headline(tmp_path)
     (tmp_path / TABLE).write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"scores\.parquet: it cannot be read as a table of scores"):
         Scores.read(tmp_path)
