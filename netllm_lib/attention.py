@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 ATTENTION = "netllm_grouped_sdpa"
+GROUPED = ("llama", "mistral", "qwen2")
+"""Models whose heads can share keys in the same way."""
 LAST_LAYER_PARTS = {
     "llama": ("self_attn.q_proj", "self_attn.o_proj", "mlp"),
     "mistral": ("self_attn.q_proj", "self_attn.o_proj", "mlp"),
@@ -119,11 +121,9 @@ def _grouped_sdpa(
     if query.device.type == "cpu" and half and query.requires_grad:
         # PyTorch's CPU kernel for the gradient of attention is 2.5 times slower in bfloat16 than in float32
         with torch.autocast("cpu", enabled=False):
-            mask = (
-                attention_mask.float()
-                if attention_mask is not None and attention_mask.is_floating_point()
-                else attention_mask
-            )
+            mask = attention_mask
+            if mask is not None and mask.is_floating_point():
+                mask = mask.float()
             out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **kwargs)
         return out.to(value.dtype), None
     groups = query.shape[1] // key.shape[1]
@@ -150,12 +150,8 @@ def choose_attention(hf_config: Any, kind: str) -> str | None:
 
     if kind == "eager":
         return "eager"
-    kv_heads = getattr(hf_config, "num_key_value_heads", None)
-    if kv_heads in (None, getattr(hf_config, "num_attention_heads", None)) or hf_config.model_type not in (
-        "llama",
-        "mistral",
-        "qwen2",
-    ):
+    heads, kv_heads = (getattr(hf_config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if hf_config.model_type not in GROUPED or kv_heads in (None, heads):
         return None
     AttentionInterface.register(ATTENTION, _grouped_sdpa)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)

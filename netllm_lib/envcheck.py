@@ -29,8 +29,6 @@ GB = 1e9
 DISK_NEEDED_GB, DISK_WANTED_GB = 1.0, 5.0
 KERNELS = {"netllm-llm": "make env", "netllm-tf": "make env-tf"}
 """Kernels that the notebooks name, and what makes them."""
-TENSORFLOWS = ("tensorflow-cpu", "tensorflow", "tensorflow-macos")
-"""Builds for one kind of machine have names of their own; any of them will do."""
 
 
 class CheckFailed(RuntimeError):
@@ -100,6 +98,10 @@ def guarded(name: str, checks: Callable[[], list[Check]]) -> list[Check]:
 # --- Python and packages --------------------------------------------------------------------------------------------
 
 
+def _project() -> dict[str, Any]:
+    return tomllib.loads((runs.PROJECT / "pyproject.toml").read_text())["project"]
+
+
 def python_check() -> Check:
     """Python against `requires-python`."""
     wanted, found = _project()["requires-python"], f"{platform.python_version()} at {sys.executable}"
@@ -116,10 +118,12 @@ def packages_check(extra: str = "") -> Check:
     for requirement in map(Requirement, texts):
         if requirement.marker is not None and not requirement.marker.evaluate():
             continue
-        version = _installed(requirement.name)
-        if version is None:
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
             misfits.append(f"{requirement.name} is not installed")
-        elif not requirement.specifier.contains(version, prereleases=True):
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
             misfits.append(f"{requirement.name} {version}, needs {requirement.specifier}")
         else:
             good.append(f"{requirement.name} {version}")
@@ -128,19 +132,6 @@ def packages_check(extra: str = "") -> Check:
         advice = f'in the checkout: pip install -e ".[{extra}]"' if extra else "in the checkout: pip install -e ."
         return Check(name, "fail", "; ".join(misfits), advice)
     return Check(name, "pass", ", ".join(good))
-
-
-def _project() -> dict[str, Any]:
-    return tomllib.loads((runs.PROJECT / "pyproject.toml").read_text())["project"]
-
-
-def _installed(name: str) -> str | None:
-    for candidate in TENSORFLOWS if name in TENSORFLOWS else (name,):
-        try:
-            return importlib.metadata.version(candidate)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 # --- device and memory ----------------------------------------------------------------------------------------------

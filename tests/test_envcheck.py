@@ -108,7 +108,7 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_needs_neither_torch_nor_papermill() -> None:
     program = (
-        "import sys, netllm_lib.envcheck, netllm_lib.notebooks, netllm_lib.pipelines, netllm_lib.cli\n"
+        "import sys, netllm_lib.envcheck, netllm_lib.cli\n"
         "print(sorted({'torch', 'papermill', 'tensorflow', 'pandas', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -23,33 +23,18 @@ POOL = toy_pool(episodes=2)
 _, SCALE = pool_returns(POOL)
 
 SMALL: dict[str, Any] = {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-DEEP: dict[str, Any] = SMALL | {
-    "hidden_size": WIDTH,
-    "intermediate_size": 96,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "initializer_range": 0.1,
-}
+SHORT: dict[str, Any] = SMALL | {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+SHORT |= {"initializer_range": 0.1}
+DEEP: dict[str, Any] = SHORT | {"intermediate_size": 96}
 GROUPED: dict[str, Any] = DEEP | {"num_key_value_heads": 2}
 HEADS: dict[str, Any] = GROUPED | {"head_dim": 16}
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,
-}  # fmt: skip
-OPT: dict[str, Any] = SMALL | {
-    "hidden_size": WIDTH, "ffn_dim": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "init_std": 0.1,
-    "word_embed_proj_dim": WIDTH,
-}  # fmt: skip
-SHORT: dict[str, Any] = SMALL | {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "initializer_range": 0.1,
-}
+ROPE: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+OPT: dict[str, Any] = SHORT | {"ffn_dim": 96, "init_std": 0.1, "word_embed_proj_dim": WIDTH}
 
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", GROUPED),
-    "llama-3": ("LlamaConfig", GROUPED | {"rope_parameters": LLAMA3, "max_position_embeddings": 1024}),
+    "llama-3": ("LlamaConfig", GROUPED | {"rope_parameters": ROPE, "max_position_embeddings": 1024}),
     "mistral": ("MistralConfig", GROUPED),
     "mistral, no window": ("MistralConfig", GROUPED | {"sliding_window": None}),
     "mistral, small window": ("MistralConfig", GROUPED | {"sliding_window": 24}),
@@ -71,19 +56,13 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 CAUSAL = [name for name in DECODERS if name != "t5-lm"]
 
 
-def make_config(kind: str, values: dict[str, Any]) -> Any:
-    import transformers as hf
-
-    return getattr(hf, kind)(**values)
-
-
 def write(folder: Path, kind: str, values: dict[str, Any]) -> Path:
     """A random model in Hugging Face layout. Every parameter is random: biases and norms, which start as constants, too."""
     import transformers as hf
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        model = hf.AutoModel.from_config(make_config(kind, values))
+        model = hf.AutoModel.from_config(getattr(hf, kind)(**values))
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -169,14 +148,6 @@ def test_early_stop_is_the_first_layers_and_the_final_norm(zoo: Any, name: str) 
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_a_token_does_not_see_later_ones(zoo: Any, name: str) -> None:
-    plm, x, y = load_plm(PLMConfig(zoo(name), rank=0)), tokens(), tokens()
-    y[:, 30:] = tokens(seed=1)[:, 30:]
-    torch.testing.assert_close(run(plm, x)[:, :30], run(plm, y)[:, :30], atol=1e-5, rtol=0)
-    assert float((run(plm, x) - run(plm, y))[:, 30:].abs().max()) > 0.1
-
-
-@pytest.mark.parametrize("name", CAUSAL)
 def test_cached_logits_are_the_recomputed_ones(zoo: Any, name: str) -> None:
     """Logits of the policy at every step of a window, from whole sequences and step by step."""
     network = network_of(PLMConfig(zoo(name), rank=4))
@@ -257,40 +228,39 @@ def test_null_window_and_long_rope_break_nothing(zoo: Any) -> None:
 # --- positions ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["opt", "gpt_neo", "gptj", "codegen"])
-def test_too_few_positions_are_refused_before_anything_is_played(tmp_path: Path, kind: str) -> None:
-    name, values = {
-        "opt": ("OPTConfig", OPT),
-        "gpt_neo": (
-            "GPTNeoConfig",
-            SMALL | {"hidden_size": WIDTH, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
-        ),
-        "gptj": ("GPTJConfig", SMALL | {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
-        "codegen": ("CodeGenConfig", SMALL | {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
-    }[kind]
-    size = "n_positions" if "n_embd" in values else "max_position_embeddings"
-    enough, short, tiny = (write(tmp_path / str(n), name, values | {size: n}) for n in (375, 374, 160))
-    network = network_of(PLMConfig(str(enough), rank=4))
-    meta = describe(network, PolicySettings(20, SCALE))
-    assert network.plm.max_tokens == 375
-    LLMPolicy(network, meta, EvalConfig())  # 46 steps of eight tokens and the last seven
-    network = network_of(PLMConfig(str(short), rank=4))
+SMALL_GPT = SMALL | {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
+NEO = SMALL | {"hidden_size": WIDTH, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "size"),
+    [
+        ("OPTConfig", OPT, "max_position_embeddings"),
+        ("GPTNeoConfig", NEO, "max_position_embeddings"),
+        ("GPTJConfig", SMALL_GPT, "n_positions"),
+    ],
+)
+def test_too_few_positions_are_refused_before_anything_is_played(
+    tmp_path: Path, kind: str, values: dict[str, Any], size: str
+) -> None:
+    enough, short, tiny = (
+        network_of(PLMConfig(str(write(tmp_path / str(n), kind, values | {size: n})), rank=4)) for n in (375, 374, 160)
+    )
+    meta = describe(enough, PolicySettings(20, SCALE))
+    assert enough.plm.max_tokens == 375
+    LLMPolicy(enough, meta, EvalConfig())  # 46 steps of eight tokens and the last seven
     with pytest.raises(ValueError, match=r'positions for 374 tokens, 375 are needed; use context_window="rolling"'):
-        LLMPolicy(network, meta, EvalConfig())
-    with pytest.raises(ValueError, match="375 are needed; use a smaller w"):
-        LLMPolicy(network, meta, EvalConfig(context_window="rolling", w=60))
-    LLMPolicy(network, meta, EvalConfig(context_window="rolling"))
-    network = network_of(PLMConfig(str(tiny), rank=4))
+        LLMPolicy(short, meta, EvalConfig())
+    LLMPolicy(short, meta, EvalConfig(context_window="rolling"))
     with pytest.raises(ValueError, match="positions for 160 tokens, 167 are needed; use a smaller w"):
-        LLMPolicy(network, meta, EvalConfig(context_window="rolling"))
-    LLMPolicy(network, meta, EvalConfig(context_window="rolling", w=19))
-    assert run(network.plm, tokens(160)).shape == (2, 160, WIDTH)
+        LLMPolicy(tiny, meta, EvalConfig(context_window="rolling"))
+    LLMPolicy(tiny, meta, EvalConfig(context_window="rolling", w=19))
     with pytest.raises(ValueError, match="positions for 160 tokens, 161 are needed"):
-        run(network.plm, tokens(161))
-    cache = network.plm.new_cache(200)
+        run(tiny.plm, tokens(161))
+    cache = tiny.plm.new_cache(200)
     with torch.inference_mode(), pytest.raises(ValueError, match="positions for 160 tokens, 180 are needed"):
         for part in tokens(180).split([140, 40], dim=1):
-            network.plm(part, cache=cache)
+            tiny.plm(part, cache=cache)
 
 
 def test_no_limit_where_positions_are_computed(zoo: Any) -> None:
@@ -306,11 +276,8 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", DEEP),
     "roberta": ("RobertaConfig", DEEP),
     "xlnet": ("XLNetConfig", SMALL | {"d_model": WIDTH, "n_layer": 2, "n_head": 4, "d_inner": 96}),
-    "deberta": ("DebertaConfig", DEEP),
     "deberta-v2": ("DebertaV2Config", DEEP),
-    "electra": ("ElectraConfig", DEEP | {"embedding_size": WIDTH}),
     "distilbert": ("DistilBertConfig", SMALL | {"dim": WIDTH, "n_layers": 2, "n_heads": 4, "hidden_dim": 96}),
-    "albert": ("AlbertConfig", DEEP | {"embedding_size": WIDTH}),
     "modernbert": ("ModernBertConfig", DEEP | {"cls_token_id": 1, "sep_token_id": 2}),
 }
 
@@ -324,22 +291,11 @@ def test_encoders_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_encoder_decoders_other_than_t5_are_refused(tmp_path: Path) -> None:
-    sizes = {
-        f"{part}_{what}": n
-        for part in ("encoder", "decoder")
-        for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 96))
-    }
-    folder = write(tmp_path / "bart", "BartConfig", SMALL | {"d_model": WIDTH} | sizes)
+    sizes = {f"{part}_layers": 2 for part in ("encoder", "decoder")} | {"d_model": WIDTH}
+    heads = {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")}
+    folder = write(tmp_path / "bart", "BartConfig", SMALL | sizes | heads)
     with pytest.raises(ValueError, match=f"{folder}: a bart model does not run on inputs_embeds"):
         load_plm(PLMConfig(str(folder)))
-
-
-def test_bert_as_a_decoder_is_one(tmp_path: Path) -> None:
-    plm = load_plm(PLMConfig(str(write(tmp_path / "bert", "BertConfig", DEEP | {"is_decoder": True})), rank=0))
-    x, cache = tokens(), plm.new_cache(60)
-    with torch.inference_mode():
-        pieces = torch.cat([plm(part, cache=cache) for part in x.split(20, dim=1)], dim=1)
-    torch.testing.assert_close(pieces, run(plm, x), atol=1e-5, rtol=0)
 
 
 # --- files of the original ----------------------------------------------------------------------------------------------
