@@ -45,8 +45,6 @@ def device_map(model: nn.Module, devices: list[str], placement: tuple[int, ...] 
 
     What comes before the layers lies with the first of them, what comes behind (the last norm) with the last.
     """
-    if len(devices) == 1 and placement is None:
-        return {"": devices[0]}
     places: dict[str, str] = {}
     last = devices[0]
     for stack in LAYER_LISTS:

@@ -283,8 +283,10 @@ def load_plm(config: PLMConfig) -> PLM:
     architecture = {key: getattr(hf_config, key, None) for key in IDENTITY_KEYS}
     options = _options(hf_config, config)
     devices = devices_of(config.device)
-    with torch.device("meta"):
-        places = device_map(AutoModel.from_config(hf_config), devices, config.placement)
+    places = {"": devices[0]}
+    if len(devices) > 1 or config.placement is not None:
+        with torch.device("meta"):
+            places = device_map(AutoModel.from_config(hf_config), devices, config.placement)
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if source is None or config.random_weights:
