@@ -94,7 +94,6 @@ unseen = pool.load_pool(Path(pool_dir) / "validation_pool")
 held_out = batches.make_windows(unseen, windows.config, like=windows.scale)
 options = {"validate": validate, "held_out": held_out, "progress": runs.progress("training"), "track": track}
 result = train.train(network, windows, config, folder=folder, settings=windows.settings, **options)
-result.save(out)
 result.evaluations
 
 # %%
