@@ -30,7 +30,6 @@ class Trained(Protocol):
     end_loss: float | None  # of the training, at its end
     learned: bool | None  # the loss ended below the bar; None where no loss is known
     loss_bar: float  # the loss that a model which learnt something ends below
-    loss_bar_is: str  # the bar in words: a sentence that ends with the number
     reference_losses: dict[str, float]  # further losses to compare with, by name
 
 
@@ -160,7 +159,7 @@ def undertrained(case: Trained) -> Verdict | None:
         return None
     after = "" if steps is None else f" after {steps} steps"
     numbers = {"final_loss": loss, "loss_bar": case.loss_bar, "steps": steps} | case.reference_losses
-    title = f"the loss ended at {loss:.2f}{after}: {case.loss_bar_is} {case.loss_bar:.2f}"
+    title = f"the loss ended at {loss:.2f}{after}, where a trained model ends below {case.loss_bar:.2f}"
     return Verdict(blame(case), title, numbers)
 
 

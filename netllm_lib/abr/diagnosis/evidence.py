@@ -180,12 +180,6 @@ class Evidence:
         return max(0.05, conditional * (1.05 if conditional > 0.9 * entropy else 1.0))
 
     @property
-    def loss_bar_is(self) -> str:
-        if self.pool is None:
-            return "a trained policy usually ends below"
-        return "repeating what usually follows the previous level would give"
-
-    @property
     def reference_losses(self) -> dict[str, float]:
         """Losses to hold a training against: chance, the behaviour policy's entropies."""
         entropies = (

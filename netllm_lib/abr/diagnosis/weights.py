@@ -48,10 +48,14 @@ def closes_gap(evidence: Evidence, before: Any, after: Any) -> bool:
     return gap.mean < 0 and (left.mean > 0.1 * gap.mean or not left.high < 0)
 
 
-def set_wrongly(evidence: Evidence, name: str, title: str, numbers: dict[str, Any], costs: bool = True) -> Verdict:
-    """A switch that was off in the test: with its measured effect, or, where there is none, by its setting alone."""
+def switch(
+    evidence: Evidence, name: str, off: bool, title: str, numbers: dict[str, Any], costs: bool = True
+) -> Verdict | None:
+    """A switch of the test: judged by its measured effect, or, where there is none, by its setting alone if that is `off`."""
     measured = switched(evidence, name)
-    return measured or Verdict("suspect" if evidence.failing and costs else "note", title, numbers)
+    if measured is not None or not off:
+        return measured
+    return Verdict("suspect" if evidence.failing and costs else "note", title, numbers)
 
 
 @rule(
@@ -122,10 +126,9 @@ def _not_replayed(evidence: Evidence) -> Verdict | None:
 @rule("sampling", fix='choose the most probable level (EvalConfig.choose = "argmax")', figure="waterfall")
 def sampling(evidence: Evidence) -> Verdict | None:
     """Levels are the most probable ones, not drawn at random."""
-    if evidence.setting.get("choose") != "sample":
-        return switched(evidence, "sampling")
+    choose, original = evidence.setting.get("choose"), evidence.setting.get("original")
     title = "the levels were drawn from the policy's probabilities"
-    return set_wrongly(evidence, "sampling", title, {"choose": "sample"}, costs=not evidence.setting.get("original"))
+    return switch(evidence, "sampling", choose == "sample", title, {"choose": choose}, costs=not original)
 
 
 @rule(
@@ -135,11 +138,9 @@ def sampling(evidence: Evidence) -> Verdict | None:
 )
 def dropout_on(evidence: Evidence) -> Verdict | None:
     """Dropout is off in a test."""
-    if (found := _by_dropout(evidence)) is not None:
-        return found
-    if not (dropout := evidence.setting.get("dropout")):
-        return switched(evidence, "dropout-on")
-    return set_wrongly(evidence, "dropout-on", "dropout was on in the test", {"dropout": dropout})
+    dropout = evidence.setting.get("dropout")
+    found = _by_dropout(evidence)
+    return found or switch(evidence, "dropout-on", bool(dropout), "dropout was on in the test", {"dropout": dropout})
 
 
 def _by_dropout(evidence: Evidence) -> Verdict | None:
@@ -164,10 +165,9 @@ def _by_dropout(evidence: Evidence) -> Verdict | None:
 @rule("context-leak", fix='clear the context between traces (EvalConfig.context = "clear")', figure="waterfall")
 def context_leak(evidence: Evidence) -> Verdict | None:
     """The context is cleared between traces."""
-    if evidence.setting.get("context") != "leak":
-        return switched(evidence, "context-leak")
+    context = evidence.setting.get("context")
     title = "each trace began with the end of the previous one in its context"
-    return set_wrongly(evidence, "context-leak", title, {"context": "leak"}, costs=False)
+    return switch(evidence, "context-leak", context == "leak", title, {"context": context}, costs=False)
 
 
 @rule(
@@ -178,20 +178,17 @@ def context_leak(evidence: Evidence) -> Verdict | None:
 def window_mismatch(evidence: Evidence) -> Verdict | None:
     """A test sees as many steps as training did."""
     w, trained = evidence.setting.get("w"), evidence.recipe.w
-    if w is None or trained is None or w == trained:
-        return switched(evidence, "window-mismatch")
     title = f"the test saw {w} steps, the training {trained}"
-    return set_wrongly(evidence, "window-mismatch", title, {"w": w, "train_w": trained})
+    off = None not in (w, trained) and w != trained
+    return switch(evidence, "window-mismatch", off, title, {"w": w, "train_w": trained})
 
 
 @rule("target-return", fix="ask for what was seen in training (target_return_scale = 1)", figure="waterfall")
 def target_return(evidence: Evidence) -> Verdict | None:
     """The test asks for the training pool's largest return (target_return_scale = 1)."""
-    scale = evidence.setting.get("target_return_scale")
-    if scale is None or scale == 1:
-        return switched(evidence, "target-return")
+    scale = evidence.setting.get("target_return_scale", 1)
     title = f"the test asked for {scale:g} times the training pool's largest return"
-    return set_wrongly(evidence, "target-return", title, {"target_return_scale": scale})
+    return switch(evidence, "target-return", scale != 1, title, {"target_return_scale": scale})
 
 
 @rule(
@@ -202,9 +199,9 @@ def target_return(evidence: Evidence) -> Verdict | None:
 def wrong_pool(evidence: Evidence) -> Verdict | None:
     """Target return and reward range at test are those of the training pool."""
     pools = {"training": evidence.pool, "test": evidence.test_pool}
-    hashes = {f"{name}_pool": pool.content_hash() for name, pool in pools.items() if pool is not None}
-    if len(set(hashes.values())) < 2:
-        return switched(evidence, "wrong-pool")
-    ranges = {f"{n}_range": [pool.rewards.min(), pool.rewards.max()] for n, pool in pools.items() if pool is not None}
+    there = {name: pool for name, pool in pools.items() if pool is not None}
+    numbers: dict[str, Any] = {f"{name}_pool": pool.content_hash() for name, pool in there.items()}
+    off = len(set(numbers.values())) > 1
+    numbers |= {f"{name}_range": [pool.rewards.min(), pool.rewards.max()] for name, pool in there.items()}
     title = "the test took target return and reward range from another pool than the training's"
-    return set_wrongly(evidence, "wrong-pool", title, {**hashes, **ranges})
+    return switch(evidence, "wrong-pool", off, title, numbers)
