@@ -56,7 +56,8 @@ def visible_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.split()
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.split()
+    return [word for word in listed if word.isdigit()]  # without a GPU it says so in words
 
 
 def local_workers(

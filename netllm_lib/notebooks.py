@@ -6,7 +6,7 @@ it succeeds only when every cell was executed and every promised file is there.
 
 A notebook has a cell tagged `parameters` with lines `name: type = value  # what it is`, among them `run_dir: str = ""`,
 which becomes the folder it writes to. It writes `metrics.json` there and, if it promises more files, says so in a comment
-`# expected: pool/config.json, table.parquet` in any code cell. A parameter that is annotated `"Path"`, or `"list[Path]"`,
+`# expected: pool/config.json, table.parquet` in any code cell. A parameter of the type `Path`, or `list[Path]`,
 names a file or folder: what lies there is part of what the run is made from. Notebooks run in the project's folder, where
 relative paths start.
 """
