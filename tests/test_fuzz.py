@@ -128,14 +128,9 @@ def pools(draw: st.DrawFn) -> ExperiencePool:
 @given(pools())
 def test_any_pool_comes_back_from_both_formats(tmp_path: Path, pool: ExperiencePool) -> None:
     assert load_pool(pool.save(tmp_path / "pool")).content_hash() == pool.content_hash()
-    with watched_after(write_pool(pool, tmp_path / "pool.pkl")) as path:
-        assert load_pool(path).content_hash() == pool.content_hash()
-
-
-@contextmanager
-def watched_after(path: Path) -> Iterator[Path]:
+    path = write_pool(pool, tmp_path / "pool.pkl")
     with watched():
-        yield path
+        assert load_pool(path).content_hash() == pool.content_hash()
 
 
 @quick
@@ -411,28 +406,16 @@ def test_large_files_need_memory_in_proportion(tmp_path: Path) -> None:
         b"NN\x86" * count,
         b"]" + b"\x94" * count,
         b"(NNt" * count,
+        b"]" * count,
     ):
         path.write_bytes(data := b"\x80\x04" + body + b".")
         tracemalloc.start()
         try:
             with pytest.raises(PoolError):
                 read_pool(path)
-            assert tracemalloc.get_traced_memory()[1] < 60 * len(data)
+            assert tracemalloc.get_traced_memory()[1] < 100 * len(data)
         finally:
             tracemalloc.stop()
-
-
-def test_a_large_pool_is_read(tmp_path: Path) -> None:
-    count = 100 * 47
-    rng = np.random.default_rng(0)
-    dones = np.arange(count) % 47 == 46
-    pool = ExperiencePool(
-        rng.random((count, 6, 6)).astype(np.float32), rng.integers(0, 6, count), rng.normal(size=count), dones
-    )
-    for protocol in (2, 4, 5):
-        path = tmp_path / "exp_pool.pkl"
-        path.write_bytes(upstream_pickle(protocol, **lists_of(pool)))
-        assert read_pool(path).content_hash() == pool.content_hash()
 
 
 # --- mutated pools ------------------------------------------------------------------------------------------------------
@@ -509,18 +492,12 @@ def fuzz(count: int, seed: int, path: Path) -> tuple[int, int]:
     return refused, count - refused
 
 
-def test_mutated_pools(tmp_path: Path) -> None:
-    refused, read = fuzz(500, 1, tmp_path / "exp_pool.pkl")
-    assert refused > 300
-    assert read > 5  # a changed number is still a pool
-
-
-@pytest.mark.slow
-def test_many_mutated_pools(tmp_path: Path) -> None:
-    refused, read = fuzz(20_000, 2, tmp_path / "exp_pool.pkl")
-    assert refused > 12_000
-    assert read > 200
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["exp_pool.pkl"]
+@pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_mutated_pools(tmp_path: Path, count: int) -> None:
+    refused, read = fuzz(count, count, tmp_path / "exp_pool.pkl")
+    assert refused > 0.6 * count
+    assert read > 0.01 * count  # a changed number is still a pool
+    assert [path.name for path in tmp_path.iterdir()] == ["exp_pool.pkl"]
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------
@@ -583,15 +560,10 @@ def fuzz_weights(checkpoints: Path, folder: Path, count: int) -> None:
                 assert all(torch.equal(value, original[key]) for key, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["ours", "theirs"])
-def test_mutated_weights(checkpoints: Path, tmp_path: Path, kind: str) -> None:
-    fuzz_weights(checkpoints, tmp_path / kind, 25)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ours", "theirs"])
-def test_many_mutated_weights(checkpoints: Path, tmp_path: Path, kind: str) -> None:
-    fuzz_weights(checkpoints, tmp_path / kind, 500)
+def test_mutated_weights(checkpoints: Path, tmp_path: Path, kind: str, count: int) -> None:
+    fuzz_weights(checkpoints, tmp_path / kind, count)
 
 
 VALUES = [None, -1, 0, 10**12, 10**400, 1.5, -0.5, "", "x", True, [], {}, [None], {"a": 1}]
@@ -615,19 +587,12 @@ def fuzz_config(checkpoints: Path, folder: Path, file: str, count: int) -> int:
     return refused
 
 
+@pytest.mark.parametrize("count", [40, pytest.param(600, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "file"), [("ours", "config.json"), ("ours", "adapter_config.json"), ("theirs", "adapter_config.json")]
 )
-def test_mutated_configs(checkpoints: Path, tmp_path: Path, kind: str, file: str) -> None:
-    assert fuzz_config(checkpoints, tmp_path / kind, file, 40) > 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "file"), [("ours", "config.json"), ("ours", "adapter_config.json"), ("theirs", "adapter_config.json")]
-)
-def test_many_mutated_configs(checkpoints: Path, tmp_path: Path, kind: str, file: str) -> None:
-    assert fuzz_config(checkpoints, tmp_path / kind, file, 600) > 200
+def test_mutated_configs(checkpoints: Path, tmp_path: Path, kind: str, file: str, count: int) -> None:
+    assert fuzz_config(checkpoints, tmp_path / kind, file, count) > 0.25 * count
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ from upstream_tree import (
     write_results,
     write_train_losses,
     write_tree,
-)
+)  # fmt: skip
 
 RUNS = sorted(path.parent.name for path in GOLDEN.glob("upstream_run/*/run.json")) or ["absent"]
 TERMINAL = "the terminal's first lines"
@@ -72,6 +72,13 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NETLLM_PLMS", str(tmp_path / "no_plms"))
     monkeypatch.delenv("NETLLM_DATA", raising=False)
     return tmp_path / "reports"
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path) -> Path:
+    """A data folder in which nothing is, so that no pool can be made anew."""
+    (tmp_path / "data" / "traces").mkdir(parents=True)
+    return tmp_path / "data"
 
 
 def files(folder: Path) -> set[str]:
@@ -129,7 +136,7 @@ def test_a_whole_tree(tree: Tree, reports: Path) -> None:
     told = about(run)
     known = {key: value for key, value in SETTINGS.items() if not key.startswith(("test_", "target_"))}
     assert runs.plain(known).items() <= told["settings"].items()
-    assert (told["settings"]["eval_per_epoch"], told["settings"]["lora_alpha"]) == (2, 32)
+    assert told["settings"]["lora_alpha"] == 32
     assert told["contradictions"] == told["problems"] == []
     assert (told["pool"]["origin"], told["pool"]["test_hash"]) == ("found", None)
     assert told["pool"]["hash"] == told["pool"]["named_hash"] == load_pool(run.folder).content_hash()
@@ -139,7 +146,7 @@ def test_a_whole_tree(tree: Tree, reports: Path) -> None:
     assert told["console"]["epochs"] == 3
     assert told["results"]["results"]["mean_reward"] == pytest.approx(tree.mean_reward)
     inputs = run.manifest["inputs"]
-    assert {"results results", "console log", "training losses", "weights", "plm", "pool"} < inputs.keys()
+    assert {"files", "plm", "pool", "traces sample-test"} == inputs.keys()
 
 
 def test_the_test_is_reproduced_from_the_import(tree: Tree, reports: Path) -> None:
@@ -166,14 +173,6 @@ def test_importing_again_changes_nothing(tree: Tree, reports: Path, tmp_path: Pa
     assert import_run(moved.root, data=SAMPLE).folder != run.folder
     assert {name: (run.folder / name).stat().st_mtime_ns for name in files(run.folder)} == before
     assert len(list((reports / "runs" / "import").iterdir())) == 2
-
-
-def test_two_processes_never_write_one_import(tree: Tree, reports: Path) -> None:
-    place = import_run(tree.root, data=SAMPLE).folder
-    runs.write_json(place / runs.MANIFEST, runs.read_json(place / runs.MANIFEST) | {"status": "started"})
-    with runs.lock(place), pytest.raises(runs.Busy, match=place.name):
-        import_run(tree.root, data=SAMPLE)
-    assert import_run(tree.root, data=SAMPLE).done
 
 
 def test_an_import_that_was_interrupted_is_done_again(
@@ -209,20 +208,14 @@ def test_other_kinds_of_runs(tmp_path: Path, reports: Path, changes: dict[str, A
 
 SUBSETS = [
     *[[part] for part in PARTS if part not in ("pool", "plm")],
-    *[[other for other in PARTS if other != part] for part in PARTS],
-    ["console", "results"],
-    ["losses", "results", "plm"],
-    ["best_model", "pool"],
+    *[[other for other in PARTS if other != part] for part in ("best_model", "pool", "plm")],
     ["checkpoint", "pool", "plm"],
 ]
 
 
 @pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
-def test_any_part_of_a_tree(tree: Tree, reports: Path, tmp_path: Path, parts: list[str]) -> None:
-    """Without data, so that a missing pool cannot be made anew."""
+def test_any_part_of_a_tree(tree: Tree, reports: Path, tmp_path: Path, nowhere: Path, parts: list[str]) -> None:
     some = tree.copy(tmp_path / "some", parts)
-    nowhere = tmp_path / "data"
-    (nowhere / "traces").mkdir(parents=True)
     run = import_run(some.root, data=nowhere)
     assert run.done
     present, told = files(run.folder), about(run)
@@ -297,12 +290,11 @@ def test_baselines_come_along(tree: Tree, reports: Path, tmp_path: Path) -> None
     write_results(test / "udr_1" / "seed_2", table, "sample-test", blank_line=True)
     found = discover(some.root)
     assert {(r.name, r.baseline) for r in found.results} == {
-        *(("results", None), ("results-mpc", "mpc")),
-        *(("results-udr_1-test_seed_1", "udr_1"), ("results-udr_1-test_seed_2", "udr_1")),
+        *(("results", None), ("results-mpc", "mpc"), ("results-udr_1", "udr_1"), ("results-udr_1-2", "udr_1"))
     }
     run = import_run(some.root, data=SAMPLE)
     tables = Test.read(run.folder).tables
-    assert set(tables) == {"llm", "mpc (original)", "udr_1 (original)", "udr_1 (original) results-udr_1-test_seed_2"}
+    assert set(tables) == {"llm", "mpc (original)", "udr_1 (original)", "udr_1 (original) results-udr_1-2"}
     only = import_run(test / "mpc", data=SAMPLE)
     assert Test.read(only.folder).subject == ""
     assert any(line.startswith("result files") for line in about(only)["missing"])
@@ -364,7 +356,7 @@ def test_several_logs_and_several_results_alone(tree: Tree, reports: Path, tmp_p
     assert discover(some.root, "rank_64").settings["rank"] == 64
     shutil.copytree(some.results, some.results.with_name(some.results.name.replace("seed_1", "seed_2")))
     found = discover(some.root, "rank_4")
-    assert [r.name for r in found.results] == ["results-test_seed_1", "results-test_seed_2"]
+    assert [r.name for r in found.results] == ["results", "results-2"]
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -394,7 +386,6 @@ def test_arguments_of_the_terminal(tree: Tree, reports: Path, tmp_path: Path) ->
     assert any(
         line.startswith("pool: sample-train_sample") and "artifacts_exp_pools" in line for line in found.contradictions
     )
-    assert found.settings["test_pool"] == tree.settings["pool"]
     assert not any(line.startswith(TERMINAL) for line in about(import_run(some.root, data=SAMPLE))["missing"])
 
 
@@ -428,20 +419,14 @@ def test_a_pool_is_made_anew_where_the_data_are(tree: Tree, reports: Path, tmp_p
     some = tree.copy(tmp_path / "some", [part for part in PARTS if part != "pool"])
     run = import_run(some.root, data=SAMPLE)
     digest = load_pool(tree.pool).content_hash()
-    assert about(run)["pool"] == {
-        "origin": "made anew",
-        "path": None,
-        "named": tree.settings["pool"],
-        "test_hash": None,
-        "hash": digest,
-        "named_hash": digest,
-    }
+    expected = {"origin": "made anew", "path": None, "named": tree.settings["pool"], "test_hash": None}
+    assert about(run)["pool"] == expected | {"hash": digest, "named_hash": digest}
     assert load_pool(run.folder).content_hash() == digest
     assert (run.folder / "policy" / "config.json").is_file()
     assert not any(line.startswith("training pool") for line in about(run)["missing"])
 
 
-def test_another_pool_than_the_one_named(tree: Tree, reports: Path, tmp_path: Path) -> None:
+def test_another_pool_than_the_one_named(tree: Tree, reports: Path, tmp_path: Path, nowhere: Path) -> None:
     """The training's is the one that the run's folder names; the test was given the other one."""
     pool = toy_pool()
     run = import_run(tree.root, data=SAMPLE, pool=pool)
@@ -450,8 +435,6 @@ def test_another_pool_than_the_one_named(tree: Tree, reports: Path, tmp_path: Pa
     assert told["hash"] == told["named_hash"] == load_pool(tree.pool).content_hash()
     assert load_pool(run.folder / "test_pool").content_hash() == pool.content_hash()
     assert read_meta(run.folder / "policy", PolicyNetwork).settings.pool_hash == told["hash"]
-    nowhere = tmp_path / "data"
-    (nowhere / "traces").mkdir(parents=True)
     run = import_run(tree.root, data=nowhere, pool=pool)  # it cannot be made anew, but lies in the tree
     assert (about(run)["pool"]["origin"], about(run)["pool"]["test_hash"]) == ("found", pool.content_hash())
     some = tree.copy(tmp_path / "some", [part for part in PARTS if part != "pool"])
@@ -461,7 +444,7 @@ def test_another_pool_than_the_one_named(tree: Tree, reports: Path, tmp_path: Pa
     assert ["not the training pool" in text for text in problems(run)] == [True]
 
 
-def test_pools_in_the_tree(tree: Tree, reports: Path, tmp_path: Path) -> None:
+def test_pools_in_the_tree(tree: Tree, reports: Path, tmp_path: Path, nowhere: Path) -> None:
     some = tree.copy(tmp_path / "some")
     other = some.pool.parents[2] / "sample-train_sample" / "mpc" / some.pool.parent.name / "exp_pool.pkl"
     write_pool(toy_pool(), other)
@@ -475,8 +458,6 @@ def test_pools_in_the_tree(tree: Tree, reports: Path, tmp_path: Path) -> None:
     assert len(discover(some.root).pools) == 2
     (some.root / "other.pkl").write_bytes(b"something else")
     assert len(discover(some.root).pools) == 2
-    nowhere = tmp_path / "data"
-    (nowhere / "traces").mkdir(parents=True)
     run = import_run(some.root, data=nowhere)
     assert any("2 pools here, name one with --pool" in line for line in about(run)["missing"])
 
@@ -690,11 +671,9 @@ def test_an_imported_policy_can_be_played(tree: Tree, reports: Path, capsys: pyt
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", RUNS)
-def test_complete_runs_of_the_original(golden: Path, reports: Path, tmp_path: Path, name: str) -> None:
+def test_complete_runs_of_the_original(golden: Path, reports: Path, tmp_path: Path, nowhere: Path, name: str) -> None:
     folder = golden / "upstream_run" / name
     described = read_json(folder / "run.json")
-    nowhere = tmp_path / "data"
-    (nowhere / "traces").mkdir(parents=True)
     run = import_run(folder, pool=folder / described["pool"], data=nowhere)
     told = about(run)
     assert {name: result["mean_reward"] for name, result in told["results"].items()} == {

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from netllm_lib.checkpoint import (
     on_cpu,
     read_safetensors,
 )
-from netllm_lib.plm import PLMConfig
+from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.returns import ReturnScale
 from netllm_lib.safe_pickle import Part
 
@@ -94,18 +94,15 @@ def load_upstream_checkpoint(
     except ValueError as error:
         if whole:
             raise
-        build(
-            PolicyNetwork, dataclasses.replace(plm, rank=0), sizes, folder
-        )  # else it is the PLM that cannot be loaded
+        build(PolicyNetwork, dataclasses.replace(plm, rank=0), sizes, folder)  # raises if it is the PLM's fault
         raise ForeignAdapter(str(error)) from None
     loaded = network.plm
     load_strictly(nn.ModuleList(network.around_plm().values()), modules, modules_path)
     if whole:
         inner = _with_own_tokens(_below(whole, "plm."), loaded.model)
         inner = {key: value for key, value in inner.items() if not key.endswith(DERIVED_BUFFERS)}
+        inner |= {key: value for key, value in loaded.model.state_dict().items() if key == NO_POSITIONS}
         load_strictly(loaded.model, _without_skipped_layers(inner, loaded.layers), modules_path)
-        named = {key: v for key, v in whole.items() if not key.startswith(("plm.", "modules_except_plm."))}
-        load_strictly(nn.ModuleDict(network.around_plm()), named, modules_path)
     else:
         adapter = _without_skipped_layers(adapter, loaded.layers)
         try:
@@ -128,7 +125,10 @@ def save_upstream_checkpoint(folder: Path, network: PolicyNetwork) -> Path:
             torch.save(modules, aside / MODULES)
             runs.write_json(aside / ADAPTER_CONFIG, adapter_config(network))
         else:
-            whole = {f"plm.{key}": value for key, value in on_cpu(plm.model.state_dict()).items()}
+            inner = plm.model.state_dict()
+            if plm.config.layers is not None:  # the original keeps layers that an early stop does not reach
+                inner = load_plm(dataclasses.replace(plm.config, layers=None)).model.state_dict() | inner
+            whole = {f"plm.{key}": value for key, value in on_cpu(inner).items() if key != NO_POSITIONS}
             whole |= on_cpu(module_weights(network))
             whole |= {f"modules_except_plm.{key}": value for key, value in modules.items()}
             torch.save(whole, aside / WHOLE)
@@ -157,6 +157,8 @@ def _read_adapter(folder: Path) -> tuple[Path, Weights]:
     return paths[0], _read(paths[0])
 
 
+NO_POSITIONS = "wpe.weight"
+"""Positions of a gpt2: the original adds none, so its files hold none and ours are zero."""
 DERIVED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias")
 """Saved by older libraries among the weights, computed from the config by newer ones."""
 
@@ -170,22 +172,29 @@ def _sizes(modules: Weights, path: Path) -> NetworkConfig:
         raise ValueError(f"{path}: no state encoder or timestep table; not saved by the original") from None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Lora:
+    """What is read of adapter_config.json."""
+
+    peft_type: Literal["LORA"]
+    r: int
+    lora_alpha: int
+    lora_dropout: float
+    target_modules: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"r is {self.r}")
+
+
 def _read_lora(path: Path) -> dict[str, Any]:
     values = runs.read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a LoRA adapter config")
-    if values.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: a {values.get('peft_type')!r:.40} adapter; the original uses LORA")
-    kinds: dict[str, Any] = {"r": int, "lora_alpha": int, "lora_dropout": float, "target_modules": tuple[str, ...]}
-    try:
-        found: dict[str, Any] = {name: config.parse(kind, values.get(name), name) for name, kind in kinds.items()}
-        rank, alpha, dropout, targets = found.values()
-        if rank < 1:
-            raise ValueError(f"r is {rank}")
-    except ValueError as error:
-        raise ValueError(f"{path}: not a LoRA adapter config ({error})") from None
-    lora = {"rank": rank, "lora_alpha": alpha, "lora_dropout": dropout}
-    return lora | {"target_modules": tuple(sorted(targets))}
+    wanted = {field.name: values.get(field.name) for field in dataclasses.fields(_Lora)}
+    lora: _Lora = config.parse(_Lora, wanted, f"{path}: not a LoRA adapter config")
+    settings = {"lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
+    return {"rank": lora.r, **settings, "target_modules": tuple(sorted(lora.target_modules))}
 
 
 def _without_skipped_layers(weights: Weights, layers: int) -> Weights:

@@ -16,8 +16,8 @@ Each of them is there if the run had what it takes. Nothing in foreign files is 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,17 +46,16 @@ class _Import:
 
     found: Found
     registry: Registry
+    problems: list[dict[str, str | None]]  # finding, text
     chosen: str | None = None  # the result set that is the run's test
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)  # by result set
     losses: logs.Losses | None = None
     pool: ExperiencePool | None = None  # of the training
-    pool_origin: str | None = None  # given, found, made anew
-    pool_path: Path | None = None
+    origin: tuple[str, Path | None] | None = None  # of that pool: given, found or made anew, and its path
     test_pool: ExperiencePool | None = None  # of the test, if it is another one
     named_hash: str | None = None  # of the pool that the run's folder names, made anew
     plm: Path | None = None
     reasons: dict[str, str] = field(default_factory=dict)  # why there is no pool or PLM
-    problems: list[dict[str, str | None]] = field(default_factory=list)
 
     def problem(self, error: Exception | str, finding: str | None = None) -> None:
         self.problems.append({"finding": finding, "text": str(error)})
@@ -94,18 +93,16 @@ def import_run(
     pool, PLM or result set that was asked for and is not there or is broken.
     """
     found = discover(Path(folder), run)
-    work = _Import(found, find_registry(data))
-    for text in found.problems:
-        work.problem(text)
+    work = _Import(found, find_registry(data), [{"finding": None, "text": text} for text in found.problems])
     _read_results(work, results)
-    if found.losses is not None:
-        try:
-            work.losses = logs.train_losses(found.losses)
-        except ValueError as error:
-            work.problem(error)
+    try:
+        work.losses = None if found.losses is None else logs.train_losses(found.losses)
+    except ValueError as error:
+        work.problem(error)
     _find_pools(work, pool)
     _find_plm(work, plm)
     config = {"format": FORMAT, "settings": found.settings, "chosen": work.chosen}
+    config["results"] = {result.name: result.settings for result in found.results}
     imported = runs.open_run(KIND, found.name, config, _inputs(work), root=root)
     if not imported.done:
         with runs.lock(imported.folder):
@@ -148,92 +145,84 @@ def _read_results(work: _Import, asked: str | None) -> None:
     own = [result.name for result in work.found.results if result.baseline is None and result.name in work.tables]
     if asked is not None and asked not in own:
         raise ValueError(f"{work.found.folder}: no result set {asked!r} in it; there are {', '.join(own) or 'none'}")
-    printed = None if work.found.console is None else work.found.console.mean_reward
+    console = work.found.console or logs.Console()
     alone = []  # made by a process of their own, which can be reproduced
-    for name in own:
+    for name in own if console.mean_reward is not None else ():
         mean = qoe.summarise(work.tables[name]).reward
-        if printed is None:
-            continue
-        if math.isclose(mean, printed, rel_tol=0, abs_tol=1e-9):
-            leaked = ", in the process that trained: its first decisions saw a leaked context"
-            ending = leaked if work.found.console and work.found.console.epochs else ""
-            work.found.notes.append(f"{name}: the test in the console log{ending}")
+        if abs(mean - (console.mean_reward or 0)) < 1e-9:
+            said = "the test in the console log"
+            said += ", in the process that trained: its first decisions saw a leaked context" if console.epochs else ""
         else:
             alone.append(name)
-            said = f"not the {printed:.6f} of the console log, so another test than that one"
-            work.found.notes.append(f"{name}: mean {mean:.6f}, {said}")
+            said = (
+                f"mean {mean:.6f}, not the {console.mean_reward:.6f} of the console log, so another test than that one"
+            )
+        work.found.notes.append(f"{name}: {said}")
     work.chosen = asked or next(iter(alone + own), None)
 
 
 def _find_pools(work: _Import, given: str | Path | ExperiencePool | None) -> None:
-    """The training pool and the test's."""
-    found, named = work.found, None
-    own: ExperiencePool | None = None
+    """The training pool and the test's: `given`, or the one in the folder, is both unless the run's folder names another one."""
+    found, named, there = work.found, None, next(iter(work.found.pools), None)
+    exact = there is not None and "pool" in names.settings_of(there)
     if isinstance(given, ExperiencePool):
-        own, work.pool_origin = given, "given"
+        work.pool, work.origin = given, ("given", None)
     elif given is not None:
-        own, work.pool_origin, work.pool_path = load_pool(Path(given)), "given", Path(given)
-    elif len(found.pools) == 1 or (found.pools and names.settings_of(found.pools[0]).get("pool")):
+        work.pool, work.origin = load_pool(Path(given)), ("given", Path(given))
+    elif there is not None and (exact or len(found.pools) == 1):
         try:
-            own, work.pool_origin, work.pool_path = load_pool(found.pools[0]), "found", found.pools[0]
+            work.pool, work.origin = load_pool(there), ("found", there)
         except (ValueError, OSError) as error:
             work.problem(error)
     elif found.pools:
         work.reasons["pool"] = f"{len(found.pools)} pools here, name one with --pool"
-    origin, path = "made anew", None
+    origin: tuple[str, Path | None] = ("made anew", None)
     try:
         named = remake_pool(found.settings, work.registry)
         work.named_hash = named.content_hash()
     except (ValueError, OSError, RuntimeError) as error:
         work.reasons.setdefault("pool", str(error))
-        # it cannot be made anew, but may lie where the run's folder says
-        if given is not None and (here := [p for p in found.pools if names.settings_of(p).get("pool")]):
-            named, origin, path = load_pool(here[0]), "found", here[0]
-    work.pool = own
-    differs = own is not None and named is not None and own.content_hash() != named.content_hash()
-    if own is None or (differs and (given is not None or names.settings_of(work.pool_path or "").get("pool"))):
-        work.pool, work.test_pool = named, own
-        work.pool_origin, work.pool_path = (origin, path) if named is not None else (None, None)
+        if given is not None and there is not None and exact:  # it cannot be made anew, but lies where the folder says
+            named, origin = load_pool(there), ("found", there)
+    if named is None or (work.pool is not None and work.pool.content_hash() == named.content_hash()):
+        return
+    if work.pool is None or given is not None or exact:
+        work.test_pool, work.pool, work.origin = work.pool, named, origin
 
 
 def _find_plm(work: _Import, asked: str | Path | None) -> None:
     """The PLM's folder. One that was asked for has to be there and complete."""
-    if asked is not None:
-        place = find_plm(str(asked))
+    plms, settings = work.found.plms, work.found.settings
+    if len(plms) > 1 and asked is None:
+        work.reasons["plm"] = f"{len(plms)} PLMs here, name one with --plm"
+        return
+    name = asked or (
+        plms[0] if plms else f"{settings['plm_type']}/{settings['plm_size']}" if "plm_type" in settings else ""
+    )
+    try:
+        place = find_plm(str(name)) if name else None
         if not isinstance(place, Path):
-            raise FileNotFoundError(f"no PLM {str(asked)!r} on this machine: give its folder")
+            raise FileNotFoundError(f"no PLM {str(name)!r} on this machine: give its folder")
         if problems := describe_folder(place).problems:
             raise ValueError("; ".join(problems))
         work.plm = place
-        return
-    candidates, settings = list(work.found.plms), work.found.settings
-    if not candidates and "plm_type" in settings:
-        try:
-            place = find_plm(f"{settings['plm_type']}/{settings['plm_size']}")
-            candidates = [place] if isinstance(place, Path) else []
-        except FileNotFoundError as error:
-            work.reasons["plm"] = str(error)
-    if len(candidates) > 1:
-        work.reasons["plm"] = f"{len(candidates)} PLMs here, name one with --plm"
-    elif candidates:
-        problems = describe_folder(candidates[0]).problems
-        work.plm = None if problems else candidates[0]
-        work.reasons["plm"] = "; ".join(problems)
+    except (ValueError, OSError) as error:
+        if asked is not None:
+            raise
+        work.reasons["plm"] = str(error) if name else ""
 
 
 def _inputs(work: _Import) -> dict[str, str]:
     """What the run is made from, by content."""
-    found, inputs = work.found, {}
+    found = work.found
+    files = [file for result in found.results for file in logs.result_files(result.folder)]
+    files += [path for path in (found.console_file, found.losses) if path is not None]
+    files += [saved.folder / name for saved in found.weights for name in WEIGHT_FILES]
+    hashes = [[path.name, runs.file_hash(path)] for path in files if path.is_file()]
+    inputs = {"files": runs.content_hash(hashes, 16)}
     for result in found.results:
-        inputs[f"results {result.name}"] = _hash_of(logs.result_files(result.folder))
         if isinstance(traces := _trace_set(result, work.registry), TraceSet):
             inputs[f"traces {traces.name}"] = traces.content_hash
-    for name, path in (("console log", found.console_file), ("training losses", found.losses)):
-        if path is not None:
-            inputs[name] = runs.file_hash(path)
-    files = [saved.folder / name for saved in found.weights for name in WEIGHT_FILES]
-    if there := [file for file in files if file.is_file()]:
-        inputs["weights"] = _hash_of(there)
     for name, pool in (("pool", work.pool), ("pool of the test", work.test_pool)):
         if pool is not None:
             inputs[name] = pool.content_hash()
@@ -241,10 +230,6 @@ def _inputs(work: _Import) -> dict[str, str]:
         sizes = {path.name: path.stat().st_size for path in sorted(work.plm.iterdir()) if path.is_file()}
         inputs["plm"] = runs.content_hash([runs.file_hash(work.plm / "config.json"), sizes], 16)
     return inputs
-
-
-def _hash_of(files: Iterable[Path]) -> str:
-    return runs.content_hash([[path.name, runs.file_hash(path)] for path in files], 16)
 
 
 # --- what is written ----------------------------------------------------------------------------------------------------
@@ -260,35 +245,28 @@ def _write(work: _Import, folder: Path) -> None:
     training, notes = training_run(found, work.losses, work.pool)
     if training is not None:
         training.save(folder)
-    console = found.console
+    console, best = found.console, found.best
+    epochs = [] if console is None else console.epochs
+    weights = [
+        dataclasses.replace(saved, epoch=console.best_epoch) if console and saved.kind == "best_model" else saved
+        for saved in sorted(found.weights, key=lambda saved: saved is not best)
+    ]
     about: dict[str, Any] = {
-        "folder": found.folder,
-        "run": found.run,
-        "name": found.name,
-        "settings": found.settings,
-        "sources": found.sources,
-        "contradictions": found.contradictions,
+        **{name: getattr(found, name) for name in ("folder", "run", "name", "settings", "sources", "contradictions")},
         "notes": [*found.notes, *notes],
         "missing": list(_missing(work)),
         "problems": work.problems,
         "console": console
         and {
             "file": found.console_file,
-            "epochs": len(console.epochs),
-            "last_loss": [console.epochs[-1].loss_mean, console.epochs[-1].loss_std] if console.epochs else None,
-            "mean_reward": console.mean_reward,
-            "best_epoch": console.best_epoch,
-            "evaluations": sum(epoch.episodes_return is not None for epoch in console.epochs),
-            "cut": console.cut,
-            "earlier_runs": console.earlier_runs,
+            "epochs": len(epochs),
+            "last_loss": [epochs[-1].loss_mean, epochs[-1].loss_std] if epochs else None,
+            "evaluations": sum(epoch.episodes_return is not None for epoch in epochs),
+            **{name: getattr(console, name) for name in ("mean_reward", "best_epoch", "cut", "earlier_runs")},
         },
-        "weights": [
-            {"folder": saved.folder, "kind": saved.kind, "epoch": _epoch(saved, found), "problem": saved.problem}
-            for saved in sorted(found.weights, key=lambda saved: saved is not found.best)
-        ],
+        "weights": weights,
         "pool": {
-            "origin": work.pool_origin,
-            "path": work.pool_path,
+            **dict(zip(("origin", "path"), work.origin or (None, None), strict=True)),
             "hash": work.pool and work.pool.content_hash(),
             "named": found.settings.get("pool"),
             "named_hash": work.named_hash,
@@ -297,10 +275,8 @@ def _write(work: _Import, folder: Path) -> None:
         "plm": work.plm,
         "results": {
             result.name: {
-                "folder": result.folder,
-                "baseline": result.baseline,
-                "settings": result.settings,
-                "files": len(logs.result_files(result.folder)),
+                **runs.plain(result),
+                "files": work.tables[result.name]["trace"].nunique(),
                 "mean_reward": qoe.summarise(work.tables[result.name]).reward,
             }
             for result in found.results
@@ -311,13 +287,8 @@ def _write(work: _Import, folder: Path) -> None:
     runs.write_json(folder / IMPORT, about)
 
 
-def _epoch(saved: Any, found: Found) -> int | None:
-    """Of the best model, the console log tells it."""
-    return found.console.best_epoch if saved.kind == "best_model" and found.console is not None else saved.epoch
-
-
 def _write_tests(work: _Import, folder: Path) -> None:
-    """The chosen result set with the baselines' as the run's test, and every one on its own."""
+    """Every result set on its own, and the chosen one with the baselines' as the run's test."""
     from netllm_lib.abr.policies.llm import EvalConfig  # PyTorch
 
     baselines: dict[str, pd.DataFrame] = {}
@@ -325,17 +296,16 @@ def _write_tests(work: _Import, folder: Path) -> None:
         if result.baseline is not None and result.name in work.tables:
             name = f"{result.baseline} (original)"
             baselines[name if name not in baselines else f"{name} {result.name}"] = work.tables[result.name]
-    tests: dict[str, Test] = {}
     for result in work.found.results:
-        if result.baseline is None and result.name in work.tables:
-            asked = {key: result.settings[key] for key in ("w", "target_return_scale") if key in result.settings}
-            setting = runs.plain(EvalConfig.upstream(**asked)) | _setting(result, work)
-            tests[result.name] = Test({SUBJECT: work.tables[result.name]} | baselines, SUBJECT, setting)
-    for name, test in tests.items():
-        test.save(folder / "results" / name)
-    if work.chosen is not None:
-        tests[work.chosen].save(folder)
-    elif baselines:
+        if result.baseline is not None or result.name not in work.tables:
+            continue
+        asked = {key: result.settings[key] for key in ("w", "target_return_scale") if key in result.settings}
+        setting = runs.plain(EvalConfig.upstream(**asked)) | _setting(result, work)
+        test = Test({SUBJECT: work.tables[result.name]} | baselines, SUBJECT, setting)
+        test.save(folder / "results" / result.name)
+        if result.name == work.chosen:
+            test.save(folder)
+    if work.chosen is None and baselines:
         Test(baselines, "", {"original": True}).save(folder)
 
 
@@ -394,23 +364,20 @@ def _write_policy(work: _Import, folder: Path) -> None:
 def _missing(work: _Import) -> Iterator[str]:
     """What is not there, and what it would add."""
     found, settings = work.found, work.found.settings
-    if work.chosen is None:
-        yield "result files (artifacts/results/…/result_sim_abr_*): reward by trace, its parts, levels, stalls"
-    if found.console is None:
-        yield "console log (early_stop_*_console.log): losses by epoch, evaluations, which epoch's model is the best"
-    elif not found.console.arguments:
-        yield "the terminal's first lines (Namespace(…)): accumulation steps, scale"
-    if work.losses is None:
-        yield f"{LOSSES} (written when training ends): the loss of every window, so how it moved within an epoch"
-    if found.best is None:
-        yield "fine-tuned weights (early_stop_*_best_model): whether they took effect, replay, ablation"
-    for what, there, name, adds in (
-        ("pool", work.pool, settings.get("pool"), "its target return and reward range, its teacher's reward; policy/"),
-        ("plm", work.plm, settings.get("plm_type"), "replay and ablation of the test; policy/"),
+    console = found.console
+    wanted = {
+        "result files (artifacts/results/…/result_sim_abr_*): reward by trace, its parts, levels, stalls": work.chosen,
+        "console log (early_stop_*_console.log): losses by epoch, evaluations, which epoch's model is the best": console,
+        "the terminal's first lines (Namespace(…)): accumulation steps, scale": console is None or console.arguments,
+        f"{LOSSES} (written when training ends): the loss of every window, so how it moved within an epoch": work.losses,
+        "fine-tuned weights (early_stop_*_best_model): whether they took effect, replay, ablation": found.best,
+        "the original's folder names: hyperparameters": settings,
+    }
+    yield from (line for line, there in wanted.items() if not there)
+    pool, plm = settings.get("pool", ""), settings.get("plm_type", "")
+    for what, there, line in (
+        ("pool", work.pool, f"training pool {pool}: its target return and reward range, its teacher's reward; policy/"),
+        ("plm", work.plm, f"PLM {plm}: replay and ablation of the test; policy/"),
     ):
         if there is None:
-            kind = "training pool" if what == "pool" else "PLM"
-            reason = work.reasons.get(what)
-            yield f"{kind}{f' {name}' if name else ''}: {adds}" + (f" ({reason})" if reason else "")
-    if not settings:
-        yield "the original's folder names: hyperparameters"
+            yield line.replace(" :", ":") + (f" ({work.reasons[what]})" if work.reasons.get(what) else "")

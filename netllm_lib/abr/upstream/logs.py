@@ -234,77 +234,55 @@ def read_console(source: Path | str) -> Console:
     """
     text = source if isinstance(source, str) else read_text(Path(source))
     *lines, _ = _ESCAPES.sub("", text).split("\n")  # what follows the last end of a line is cut
-    reader = _ConsoleReader()
-    for line in lines:
-        if len(line) <= _MOST_LINE:
-            for event in _EVENT.finditer(line):
-                reader.read(event)
-    if not reader.found:
+    console, known, running = Console(), False, False
+    for event in (event for line in lines if len(line) <= _MOST_LINE for event in _EVENT.finditer(line)):
+        kind, said = str(event.lastgroup), event[event.lastgroup or 0].strip()
+        now = console.epochs[-1] if console.epochs else Epoch(-1)  # the numbers before the first epoch's line are lost
+        if (
+            kind == "step"
+        ):  # the progress of an epoch comes before its line, its numbers, checkpoint and evaluation after it
+            running = True
+        elif kind == "epoch":
+            if int(said) <= now.epoch:  # training began anew
+                console = Console(arguments=console.arguments, earlier_runs=console.earlier_runs + 1)
+            console.cut |= not console.epochs and int(said) > 0
+            console.epochs.append(Epoch(int(said)))
+            running = False
+        elif kind == "value" and event["key"] in _EPOCH_KEYS:
+            setattr(now, _EPOCH_KEYS[event["key"]], float(said))
+        elif kind == "mean" or (kind == "value" and event["key"] == "mean_reward"):
+            console.mean_reward = float(said)
+        elif kind == "arguments" and (arguments := _namespace(said)) is not None:
+            console.arguments.append(arguments)
+        elif kind == "model":
+            console.model, console.mean_reward, console.results = said, None, None
+        elif kind == "results":
+            console.results = said
+        elif kind == "checkpoint":
+            console.checkpoints.append(said)
+        elif kind == "best":
+            console.best_models.append(said)
+            now.saved = True
+        else:
+            continue
+        known = True
+    if not known:
         what = "the text" if isinstance(source, str) else str(source)
-        said = "no line that the original prints in it (such as 'Step 0 - mean train loss  2.119107')"
-        raise ValueError(f"{what}: {said}")
-    return reader.result()
+        expected = "no line that the original prints in it (such as 'Step 0 - mean train loss  2.119107')"
+        raise ValueError(f"{what}: {expected}")
+    unfinished = bool(console.epochs) and console.epochs[-1].loss_std is None
+    console.cut |= running or unfinished or (console.model is not None and console.mean_reward is None)
+    return console
 
 
-class _ConsoleReader:
-    """Takes the events in the order of printing: an epoch's progress lines come before its `Training Iteration` line; its numbers,
-    its checkpoint, and its evaluation after it."""
-
-    def __init__(self) -> None:
-        self.console = Console()
-        self.found = False
-        self.open = False  # progress of an epoch that has not ended
-
-    def read(self, event: re.Match[str]) -> None:
-        console, text = self.console, event[event.lastgroup or 0]
-        match event.lastgroup:
-            case "epoch":
-                self._epoch(int(text))
-            case "step":
-                self.open = True
-            case "value":
-                if not self._number(event["key"], float(text)):
-                    return  # of another program
-            case "checkpoint":
-                console.checkpoints.append(text.strip())
-            case "best":
-                console.best_models.append(text.strip())
-                if console.epochs:
-                    console.epochs[-1].saved = True
-            case "model":
-                console.model, console.mean_reward, console.results = text.strip(), None, None
-            case "mean":
-                console.mean_reward = float(text)
-            case "results":
-                console.results = text.strip()
-            case "arguments":
-                if (arguments := _namespace(text)) is None:
-                    return
-                console.arguments.append(arguments)
-        self.found = True
-
-    def _epoch(self, number: int) -> None:
-        if (last := self.console.last_epoch) is not None and number <= last:  # training began anew
-            before = self.console
-            self.console = Console(arguments=before.arguments, earlier_runs=before.earlier_runs + 1)
-        self.console.cut |= not self.console.epochs and number > 0
-        self.console.epochs.append(Epoch(number))
-        self.open = False
-
-    def _number(self, key: str, value: float) -> bool:
-        if key == "mean_reward":
-            self.console.mean_reward = value
-        elif key not in _EPOCH_KEYS:
-            return False
-        elif self.console.epochs:  # else of an epoch whose beginning is not there
-            setattr(self.console.epochs[-1], _EPOCH_KEYS[key], value)
-        return True
-
-    def result(self) -> Console:
-        console = self.console
-        unfinished = bool(console.epochs) and console.epochs[-1].loss_std is None
-        console.cut |= self.open or unfinished or (console.model is not None and console.mean_reward is None)
-        return console
+def is_console(path: Path) -> bool:
+    """Whether a file begins as a log of the original's does."""
+    try:
+        with open(path, "rb") as stream:
+            read_console(decoded(stream.read(200_000)))
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _namespace(text: str) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.upstream.discover import LOSSES, Found
-from netllm_lib.abr.upstream.logs import Losses
+from netllm_lib.abr.upstream.logs import Console, Losses
 from netllm_lib.training_run import TrainingRun
 
 DOCUMENTED_ACCUMULATION = 32
@@ -25,51 +25,43 @@ def training_run(
     Its history has the loss of every window, or else of every epoch, and `facts` say which ("rows": "windows" or "epochs"), how
     many epochs were planned, and how many windows span two episodes ("crossing").
     """
-    settings = found.settings
-    printed = [] if found.console is None else [line for line in found.console.epochs if line.loss_mean is not None]
+    settings, console = found.settings, found.console or Console()
+    printed = [line for line in console.epochs if line.loss_mean is not None]
+    scores = [(line.epoch, line.episodes_return) for line in console.epochs if line.episodes_return is not None]
     if losses is None and not printed and "lr" not in settings:
         return None, []
-    planned, done = settings.get("epochs"), len(printed) or None
-    windows, crossing = (None, None) if pool is None else _windows(pool, settings)
-    expected = windows
+    planned, epochs = settings.get("epochs"), len(printed) or settings.get("epochs")
+    expected, crossing = (None, None) if pool is None else _windows(pool, settings)
+    windows = expected
+    history: dict[str, Any] = {"epoch": [line.epoch for line in printed], "loss": [line.loss_mean for line in printed]}
+    micro_steps = (windows or 0) * (epochs or 0) or None
     if losses is not None:
-        for epochs in (done, None if windows else planned):
-            if epochs and len(losses.values) % epochs == 0:
-                windows = len(losses.values) // epochs  # what was really trained on
-                break
-    accumulation = settings.get("grad_accum_steps", DOCUMENTED_ACCUMULATION)
-    micro_steps = len(losses.values) if losses is not None else (windows or 0) * (done or planned or 0) or None
-    steps = None
+        micro_steps = len(losses.values)
+        if epochs and micro_steps % epochs == 0 and (printed or windows is None):
+            windows = micro_steps // epochs  # what was really trained on
+        history = {"epoch": np.arange(micro_steps) // (windows or micro_steps), "loss": losses.values}
+    accumulation, steps = settings.get("grad_accum_steps", DOCUMENTED_ACCUMULATION), None
     if micro_steps is not None:
-        whole, rest = divmod(micro_steps, windows) if windows else (0, micro_steps)
+        whole, rest = divmod(micro_steps, windows or micro_steps + 1)
         steps = whole * -(-(windows or 0) // accumulation) + -(
             -rest // accumulation
         )  # an epoch's last step may be short
     lr, warmup = settings.get("lr"), settings.get("warmup_steps", WARMUP)
-    scores = (
-        [] if found.console is None else [line for line in found.console.epochs if line.episodes_return is not None]
-    )
-    history: dict[str, Any] = {"epoch": [line.epoch for line in printed], "loss": [line.loss_mean for line in printed]}
-    if losses is not None:
-        micro_step = np.arange(len(losses.values))
-        history = {"epoch": micro_step // windows if windows else 0, "loss": losses.values}
     run = TrainingRun(
         history=pd.DataFrame(history) if len(history["loss"]) else None,
-        evaluations=pd.DataFrame({"epoch": [s.epoch for s in scores], "score": [s.episodes_return for s in scores]})
-        if scores
-        else None,
+        evaluations=pd.DataFrame(scores, columns=["epoch", "score"]) if scores else None,
         steps=steps,
         micro_steps=micro_steps,
         accumulation=accumulation,
         accumulation_assumed="grad_accum_steps" not in settings,
         samples=windows,
-        epochs=done or planned,
+        epochs=epochs,
         lr=lr,
         lr_peak=None if lr is None or steps is None else lr * min(1.0, steps / max(1, warmup)),
         warmup_steps=warmup,
         clip="micro",
         final_loss=printed[-1].loss_mean if losses is None and printed else None,
-        best_score=max((s.episodes_return or 0 for s in scores), default=None),
+        best_score=max((score for _, score in scores), default=None),
         selected_on_test=bool(scores),
         truncated=losses is not None and losses.truncated,
         facts={"crossing": crossing, "rows": "epochs" if losses is None else "windows", "epochs_planned": planned},
