@@ -6,7 +6,7 @@ There is one way only: a run of the original is imported first, and then read li
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ def load(
         evidence = _with_subject(evidence, place / POLICY if (place / POLICY).is_dir() else place, plm)
     imported = _first(family, IMPORT)
     about = {} if imported is None else runs.read_json(imported / IMPORT)
-    evidence = replace(evidence, recipe=_recipe(evidence, about.get("settings", {})))
+    evidence = replace(evidence, recipe=_recipe(evidence, about.get("settings", {}), registry))
     if imported is not None:
         evidence = _with_import(evidence, about, imported, tested=not tests or imported == tests[0])
     if pool is not None and evidence.test_pool is None:
@@ -140,12 +140,16 @@ def _with_subject(evidence: Evidence, folder: Path, plm: str | Path | None) -> E
     return replace(evidence, subject=Subject(network, meta, config))
 
 
-def _recipe(evidence: Evidence, settings: Mapping[str, Any]) -> Recipe:
-    """From the pool, else from what the test says, else from the `settings` of an import."""
-    source = {} if evidence.pool is None else {f"train_{name}": told for name, told in evidence.pool.source.items()}
-    known = {**settings, **evidence.setting, **source}
+def _recipe(evidence: Evidence, settings: Mapping[str, Any], registry: Registry) -> Recipe:
+    """From the pool, else from what the test says, else from the `settings` of an import; names that are known here first."""
+    pool = {} if evidence.pool is None else {f"train_{name}": value for name, value in evidence.pool.source.items()}
+
+    def named(key: str, known: Collection[str]) -> str | None:
+        names = [source[key] for source in (pool, evidence.setting, settings) if source.get(key)]
+        return next((name for name in names if name in known), next(iter(names), None))
+
     w = evidence.subject.meta.settings.w if evidence.subject else settings.get("w")
-    return Recipe(known.get("train_traces"), known.get("train_video"), w)
+    return Recipe(named("train_traces", registry.trace_folders()), named("train_video", registry.video_folders()), w)
 
 
 def _with_pool(evidence: Evidence, pool: ExperiencePool) -> Evidence:
