@@ -22,7 +22,6 @@ from netllm_lib.abr.diagnosis.decisions import (
     mean_mbps,
     optimum,
     shadow,
-    swapped,
 )
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.model import PolicySettings
@@ -139,25 +138,19 @@ def test_confusion_and_divergence_by_hand() -> None:
     assert [counts.loc[4, 5], counts.loc[4, 4], counts.loc[5, 0]] == [1, 1, 0]
     assert (counts.index.name, counts.columns.name) == ("run", "other")
     assert first_divergence(run, other).tolist() == [2, 4, 2]
-    with pytest.raises(ValueError, match="shapes"):
-        confusion(run, other[:2])
 
 
 def test_optimum_on_a_steady_line_is_to_go_up_at_once() -> None:
     traces, video = steady()
     simulator = Simulator(traces, video, sound_episodes(traces))
-    table = play(Constant(2), simulator)
-    best = optimum(table, simulator, rows=[1])
-    assert (best.levels[0] == UNKNOWN).all()
-    assert np.isnan(best.lost[0]).all()
-    assert best.levels[1, 1:].tolist() == [5] * 47
+    best = optimum(play(Constant(2), simulator), simulator)
+    assert (best.levels[:, 1:] == 5).all()
     # before chunk c at level 2, going up to level 5 costs the change once and gains 4.3 a chunk
     chunks = np.arange(2, CHUNKS)
     np.testing.assert_allclose(best.values[1, 2:, 5], (CHUNKS - chunks) * 4.3 - 3.1)
     # staying at level 2 once more: the same one chunk later
     np.testing.assert_allclose(best.values[1, 2:-1, 2], 1.2 + (CHUNKS - chunks[:-1] - 1) * 4.3 - 3.1)
     np.testing.assert_allclose(best.lost[1, 2:-1], 4.3 - 1.2)
-    assert "1 of 2 episodes" in repr(best)
 
 
 def test_optimum_of_real_play(simulator: Simulator) -> None:
@@ -214,7 +207,8 @@ def test_costliest_by_hand() -> None:
     np.testing.assert_allclose(found["gain"], [4.0 + 8.0, 4.3 - 1.85 + 2 * 2.45])
     assert found["share"].sum() == pytest.approx(1)
     assert (found["continued"] == "recorded").all()
-    better = swapped(table, simulator, found)
+    levels[1, [7, 20]] = 5
+    better = play(Replay(levels), simulator)
     assert better["reward"].sum() - table["reward"].sum() == pytest.approx(found["gain"].sum())
 
 
@@ -244,13 +238,12 @@ def test_gains_of_one_trace_add_up(simulator: Simulator) -> None:
     assert len(found) > 5
     assert found["trace"].value_counts().max() > 1
     assert (found["gain"] > 0).all()
-    better = swapped(table, simulator, found, BBA())
+    given = np.full_like(reference, UNKNOWN)
+    given[[TRACES.names.index(name) for name in found["trace"]], found["chunk"]] = found["instead"]
+    better = play(Prefixed(BBA(), given, CHUNKS), simulator)
     change = qoe.per_trace(better)["reward"] - qoe.per_trace(table)["reward"]
     np.testing.assert_allclose(change.sum() * 47, found["gain"].sum())
     assert 0 < found["share"].sum() <= 1 + 1e-9
-    alone = found.groupby("trace").head(1).iloc[:1]
-    one = qoe.per_trace(swapped(table, simulator, alone, BBA()))["reward"] - qoe.per_trace(table)["reward"]
-    assert one.sum() * 47 == pytest.approx(alone["gain"].iloc[0])
 
 
 def test_a_policy_that_does_not_reproduce_the_run_is_not_trusted(simulator: Simulator) -> None:
@@ -263,14 +256,8 @@ def test_a_policy_that_does_not_reproduce_the_run_is_not_trusted(simulator: Simu
         assert (found["continued"] == "recorded").all()
         pd.testing.assert_frame_equal(found, recorded)
     assert costliest(table, simulator, levels_of(table), BBA()).empty
-    with pytest.raises(ValueError, match="must be at least 1"):
-        costliest(table, simulator, instead, k=0)
     with pytest.raises(ValueError, match="reference has levels of shape"):
         costliest(table, simulator, instead[:2])
-    with pytest.raises(ValueError, match="no trace 'nowhere'"):
-        swapped(table, simulator, pd.DataFrame({"trace": ["nowhere"], "chunk": [3], "instead": [1]}))
-    with pytest.raises(ValueError, match=r"chunks 1\.\.47"):
-        swapped(table, simulator, pd.DataFrame({"trace": [TRACES.names[0]], "chunk": [0], "instead": [1]}))
 
 
 def test_counterfactuals_under_the_original_protocol() -> None:
@@ -297,28 +284,23 @@ def tiny_table() -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["trace", "chunk", "level", "bitrate_kbps", "rebuffer_s", "smoothness_mbps"])
     table["reward"] = table["bitrate_kbps"] / 1000 - 4.3 * table["rebuffer_s"] - table["smoothness_mbps"]
     table["size_bytes"] = 950_000
-    table["delay_ms"] = np.where(table["trace"] == "a", 8080.0, 1080.0)  # 1 and 8 Mbps with headers
+    table["delay_ms"] = np.where(table["trace"] == "a", 8000.0, 1080.0)
     return table
 
 
 def test_breakdown_by_hand() -> None:
     table = tiny_table()
-    by_trace = breakdown(table, "trace")
-    np.testing.assert_allclose(by_trace.loc["a"], [2, (0.3 - 1.4) / 2, 0.975, 2.15 / 2, 0.45])
-    np.testing.assert_allclose(by_trace.loc["b"], [2, 0.75, 1.2, 0, 0.45])
     by_level = breakdown(table, "level")
     assert by_level.index.tolist() == [1, 2]
     np.testing.assert_allclose(by_level.loc[1], [1, 0.3, 0.75, 0, 0.45])
     np.testing.assert_allclose(by_level.loc[2, ["chunks", "rebuffering"]], [3, 2.15 / 3])
     assert breakdown(table, "chunk").index.tolist() == [1, 2]
-    np.testing.assert_allclose(mean_mbps(table), [1, 8])
+    np.testing.assert_allclose(mean_mbps(table), [0.95, 7.6 / 1.08])
     by_regime = breakdown(table, "regime", bands=2)
-    assert by_regime.index.tolist() == ["1: 1.00–1.00 Mbps", "2: 8.00–8.00 Mbps"]
-    np.testing.assert_allclose(by_regime.to_numpy(), by_trace.to_numpy())
+    assert by_regime.index.tolist() == ["1: 0.95–0.95 Mbps", "2: 7.04–7.04 Mbps"]
+    np.testing.assert_allclose(by_regime.loc["1: 0.95–0.95 Mbps"], [2, (0.3 - 1.4) / 2, 0.975, 2.15 / 2, 0.45])
     with pytest.raises(ValueError, match=r"give 1\.\.2"):
         breakdown(table, "regime")
-    with pytest.raises(ValueError, match="by must be"):
-        breakdown(table, "day")  # type: ignore[arg-type]
 
 
 def test_regimes_follow_the_traces_bandwidth_and_parts_add_up(simulator: Simulator) -> None:
@@ -327,18 +309,15 @@ def test_regimes_follow_the_traces_bandwidth_and_parts_add_up(simulator: Simulat
     assert whole["chunks"].tolist() == [3 * 47, 3 * 47, 2 * 47]
     means = TRACES.describe()["mean_mbps"].sort_values().to_numpy()
     assert whole.index[0] == f"1: {means[0]:.2f}–{means[2]:.2f} Mbps"
-    for by in ("trace", "regime", "chunk", "level"):
+    for by in ("regime", "chunk", "level"):
         groups = breakdown(table, by, TRACES)
         np.testing.assert_allclose(groups["reward"], groups["quality"] - groups["rebuffering"] - groups["smoothness"])
         total = np.average(groups["reward"], weights=groups["chunks"])
         assert total == pytest.approx(qoe.summarise(table).reward)
-    by_name = mean_mbps(table.drop(columns="trace_index"), TRACES)
-    pd.testing.assert_series_equal(by_name, mean_mbps(table, TRACES))
-    twice = Simulator(TRACES, VIDEO, sound_episodes(TRACES, repeats=2))
-    again = mean_mbps(play(BBA(), twice).drop(columns="trace_index"), TRACES)
-    assert again.iloc[8:].tolist() == again.iloc[:8].tolist()
+    twice = mean_mbps(play(BBA(), Simulator(TRACES, VIDEO, sound_episodes(TRACES, repeats=2))), TRACES)
+    assert twice.iloc[8:].tolist() == twice.iloc[:8].tolist()
     with pytest.raises(ValueError, match="give the trace set that was played"):
-        mean_mbps(table.drop(columns="trace_index"), replace(TRACES, traces=TRACES.traces[:3]))
+        mean_mbps(table, replace(TRACES, traces=TRACES.traces[:3]))
 
 
 def test_concentration_by_hand() -> None:
@@ -351,5 +330,3 @@ def test_concentration_by_hand() -> None:
     assert rows["worst"].tolist()[:2] == ["t16", "t17"]
     assert concentration(-gap)["share"].isna().all()
     assert concentration(pd.Series([3.0, -1.0]))["share"].tolist() == [1.5, 1.0]
-    with pytest.raises(ValueError, match="no traces"):
-        concentration(gap[:0])
