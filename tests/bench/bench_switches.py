@@ -15,12 +15,13 @@ import argparse
 import dataclasses
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
+from measured import publish
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.batches import WindowConfig, make_windows
@@ -34,7 +35,6 @@ from netllm_lib.abr.pool import ExperiencePool, generate_pool
 from netllm_lib.abr.traces import Registry, TraceSet, Video, find_registry
 from netllm_lib.checkpoint import CheckpointMeta, describe
 from netllm_lib.plm import PLMConfig, load_plm
-from netllm_lib.runs import PROJECT
 from netllm_lib.stats import Interval, bootstrap
 from netllm_lib.train import TrainConfig, train
 
@@ -60,6 +60,7 @@ TEST: dict[str, dict[str, Any]] = {
     "target_return_scale 2": {"target_return_scale": 2.0},
 }
 AGAINST = {"draws": "choose", "context": "context_window", "extra_step": "context"}  # else the sound test
+Trained = tuple[PolicyNetwork, CheckpointMeta]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +79,10 @@ class Bench:
         episodes = upstream_episodes(traces, trace_num=min(100, len(traces)), pool=True)
         return generate_pool(RobustMPC(self.video, MPCConfig.upstream(pool=True)), traces, self.video, episodes)
 
-    def train(
-        self, pool: ExperiencePool, seed: int, changes: dict[str, Any]
-    ) -> tuple[PolicyNetwork, CheckpointMeta, float]:
-        """Trained network, its meta data and the loss of the last epoch."""
-        cut = {key: changes[key] for key in ("windows", "w", "stride", "scale") if key in changes}
-        windows = make_windows(pool, WindowConfig(**cut))
-        rest = {key: value for key, value in changes.items() if key not in cut}
+    def train(self, pool: ExperiencePool, seed: int, changes: dict[str, Any]) -> tuple[Trained, float]:
+        """Trained network with its meta data, and the loss of the last epoch."""
+        windows = make_windows(pool, WindowConfig(changes.get("windows", "episode")))
+        rest = {key: value for key, value in changes.items() if key != "windows"}
         config = TrainConfig(epochs=self.epochs, seed=seed, precision="float32", **rest)
         plm = load_plm(PLMConfig("tiny-llama", rank=32, seed=seed))
         network = PolicyNetwork(plm, NetworkConfig(state_feature_dim=64, seed=seed))
@@ -92,74 +90,53 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             history = train(network, windows, config, folder=Path(folder) / "run", settings=windows.settings).history
         loss = float(history[history["epoch"] == history["epoch"].max()]["loss"].mean())
-        return network, describe(network, windows.settings), loss
+        return (network, describe(network, windows.settings)), loss
 
 
 def difference(ours: pd.Series, other: pd.Series) -> Interval:
     return bootstrap((ours - other).to_numpy())
 
 
-def mpc_rows(bench: Bench) -> list[str]:
+def mpc_rows(bench: Bench) -> Iterator[str]:
     sound, upstream = MPCConfig(), MPCConfig.upstream()
     base, original = bench.play(RobustMPC(bench.video, sound)), bench.play(RobustMPC(bench.video, upstream))
-    rows = [f"Sound {base.mean():.4f}, as the original {original.mean():.4f}.", ""]
-    rows += ["| field | the original's alone, in the sound MPC | sound alone, in the original's MPC |", "|---|---|---|"]
+    yield f"Sound {base.mean():.4f}, as the original {original.mean():.4f}.\n"
+    yield "| field | the original's alone, in the sound MPC | sound alone, in the original's MPC |\n|---|---|---|"
     for field in dataclasses.fields(MPCConfig):
         ours, theirs = getattr(sound, field.name), getattr(upstream, field.name)
-        if ours == theirs:
-            continue
-        worse = bench.play(RobustMPC(bench.video, dataclasses.replace(sound, **{field.name: theirs})))
-        better = bench.play(RobustMPC(bench.video, dataclasses.replace(upstream, **{field.name: ours})))
-        cells = f"{worse.mean():.4f}: {difference(worse, base)} | {better.mean():.4f}: {difference(better, original)}"
-        rows.append(f"| `{field.name}` | {cells} |")
-    return rows
+        if ours != theirs:
+            worse = bench.play(RobustMPC(bench.video, dataclasses.replace(sound, **{field.name: theirs})))
+            better = bench.play(RobustMPC(bench.video, dataclasses.replace(upstream, **{field.name: ours})))
+            cells = (
+                f"{worse.mean():.4f}: {difference(worse, base)} | {better.mean():.4f}: {difference(better, original)}"
+            )
+            yield f"| `{field.name}` | {cells} |"
 
 
-def training_rows(
-    bench: Bench, pool: ExperiencePool, seeds: int
-) -> tuple[list[str], tuple[PolicyNetwork, CheckpointMeta]]:
-    def results(
-        changes: dict[str, Any],
-    ) -> tuple[pd.Series, list[float], list[float], tuple[PolicyNetwork, CheckpointMeta]]:
-        played, losses, first = [], [], None
-        for seed in range(1, seeds + 1):
-            network, meta, loss = bench.train(pool, seed, changes)
-            played.append(bench.play(LLMPolicy(network, meta)))
-            losses.append(loss)
-            first = first or (network, meta)
-            print(f"  {changes or 'sound'} seed {seed}: loss {loss:.3f}, reward {played[-1].mean():.3f}", flush=True)
-        assert first is not None
-        mean = pd.Series(np.mean([p.to_numpy() for p in played], axis=0), index=played[0].index)
-        return mean, losses, [float(p.mean()) for p in played], first
-
-    base, losses, means, kept = results({})
+def training_rows(bench: Bench, pool: ExperiencePool, seeds: int) -> tuple[list[str], Trained]:
+    """Rows of the table, and what the sound training of seed 1 left."""
     rows = ["| switch | loss by seed | reward by seed | difference to sound |", "|---|---|---|---|"]
-    rows.append(f"| sound | {_list(losses)} | {_list(means)} | |")
-    for name, changes in TRAINING.items():
-        reward, losses, means, _ = results(changes)
-        rows.append(f"| `{name}` | {_list(losses)} | {_list(means)} | {difference(reward, base)} |")
+    base, kept = None, None
+    for name, changes in {"sound": {}, **TRAINING}.items():
+        runs = [bench.train(pool, seed, changes) for seed in range(1, seeds + 1)]
+        played = [bench.play(LLMPolicy(*trained)) for trained, _ in runs]
+        mean = sum(played) / seeds
+        base, kept = (mean, runs[0][0]) if base is None else (base, kept)
+        losses, means = ", ".join(f"{loss:.3f}" for _, loss in runs), ", ".join(f"{p.mean():.3f}" for p in played)
+        rows.append(f"| `{name}` | {losses} | {means} | {difference(mean, base) if changes else ''} |")
+        print(rows[-1], flush=True)
+    assert kept is not None
     return rows, kept
 
 
-def test_rows(bench: Bench, kept: tuple[PolicyNetwork, CheckpointMeta]) -> list[str]:
-    played = {"": bench.play(LLMPolicy(*kept))}
-    rows = [
-        "| switch | against | reward | difference |",
-        "|---|---|---|---|",
-        f"| sound | | {played[''].mean():.4f} | |",
-    ]
+def test_rows(bench: Bench, trained: Trained) -> Iterator[str]:
+    played = {"sound": bench.play(LLMPolicy(*trained))}
+    yield "| switch | against | reward | difference |\n|---|---|---|---|"
+    yield f"| sound | | {played['sound'].mean():.4f} | |"
     for name, changes in TEST.items():
-        played[name] = bench.play(LLMPolicy(*kept, EvalConfig(**changes)))
-        against = AGAINST.get(name, "")
-        rows.append(
-            f"| `{name}` | {against or 'sound'} | {played[name].mean():.4f} | {difference(played[name], played[against])} |"
-        )
-        print(rows[-1], flush=True)
-    return rows
-
-
-def _list(values: list[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in values)
+        played[name] = bench.play(LLMPolicy(*trained, EvalConfig(**changes)))
+        against = AGAINST.get(name, "sound")
+        yield f"| `{name}` | {against} | {played[name].mean():.4f} | {difference(played[name], played[against])} |"
 
 
 def main() -> None:
@@ -173,40 +150,34 @@ def main() -> None:
     traces = registry.trace_set(registry.default_traces("test"))
     bench = Bench(registry, traces, registry.video(registry.default_video()), arguments.epochs)
     pool = bench.pool()
-    mpc = mpc_rows(bench)
-    training, kept = training_rows(bench, pool, arguments.seeds)
-    test = test_rows(bench, kept)
-    text = [
-        "# What each switch costs",
-        "",
-        f"{traces.name}, {bench.video.name}, {len(traces)} traces in fixed order; mean reward, differences with their 95 %",
-        "interval over traces, paired. An interval that holds zero shows no difference. Regenerate with",
-        f"`python tests/bench/bench_switches.py --seeds {arguments.seeds} --epochs {arguments.epochs}`; it took "
-        f"{(time.perf_counter() - start) / 60:.0f} min on one thread.",
-        "",
-        "## MPC",
-        "",
-        *mpc,
-        "",
-        "## Training",
-        "",
-        f"A tiny random llama (2 layers, hidden 192, LoRA rank 32), a pool of {len(pool.episode_starts)} episodes by MPC as",
-        f"published, {arguments.epochs} epochs, seeds 1 to {arguments.seeds}; each row turns one switch of the sound TrainConfig",
-        "to the original's value.",
-        "The intervals are over traces; with so few seeds they do not hold what another seed would move.",
-        "",
-        *training,
-        "",
-        "## Test",
-        "",
-        "The soundly trained weights of seed 1, each row one switch of EvalConfig.",
-        "",
-        *test,
-        "",
-    ]
-    path = PROJECT / "reports" / "benchmarks" / "switches.md"
-    path.write_text("\n".join(text))
-    print(f"wrote {path}")
+    training, trained = training_rows(bench, pool, arguments.seeds)
+    mpc, test = "\n".join(mpc_rows(bench)), "\n".join(test_rows(bench, trained))
+    command = f"python tests/bench/bench_switches.py --seeds {arguments.seeds} --epochs {arguments.epochs}"
+    text = f"""# What each switch costs
+
+{traces.name}, {bench.video.name}, {len(traces)} traces in fixed order; mean reward, differences with their 95 % interval over
+traces, paired. An interval that holds zero shows no difference. Regenerate with `{command}`; it took
+{(time.perf_counter() - start) / 60:.0f} min on one thread.
+
+## MPC
+
+{mpc}
+
+## Training
+
+A tiny random llama (2 layers, hidden 192, LoRA rank 32), a pool of {len(pool.episode_starts)} episodes by MPC as published,
+{arguments.epochs} epochs, seeds 1 to {arguments.seeds}; each row turns one switch of the sound TrainConfig to the original's value.
+The intervals are over traces; with so few seeds they do not hold what another seed would move.
+
+{chr(10).join(training)}
+
+## Test
+
+The soundly trained weights of seed 1, each row one switch of EvalConfig.
+
+{test}
+"""
+    publish("switches", text)
 
 
 if __name__ == "__main__":
