@@ -44,7 +44,7 @@ def shadow(table: pd.DataFrame, policy: Policy, simulator: Simulator) -> np.ndar
 
     It sees the whole episode as the run played it. Raises ValueError if the table is not of the simulator's episodes.
     """
-    levels, _ = _replayed(table, simulator)
+    levels, _ = replayed(table, simulator)
     wanted = rollout(Prefixed(policy, levels, CHUNKS), simulator).extras["wanted"]
     wanted[:, 0] = levels[:, 0]
     return wanted.astype(np.int64)
@@ -63,7 +63,7 @@ def optimum(table: pd.DataFrame, simulator: Simulator, progress: Progress | None
 
     Raises ValueError if the table is not of the simulator's episodes.
     """
-    levels, _ = _replayed(table, simulator)
+    levels, _ = replayed(table, simulator)
     values = continuations(simulator, levels, progress=progress)
     lost = values.max(axis=2) - np.take_along_axis(values, levels[..., None], axis=2)[..., 0]
     best = np.where(lost > 0, values.argmax(axis=2), levels)
@@ -111,7 +111,7 @@ def costliest(
     the whole gap, where `gap` gives it in mean reward per trace, as `regret(table, plans)` does), continued ("policy"; "recorded"
     where there is none, where it carries state from trace to trace, or where by itself it does not play what the run played).
     """
-    levels, rewards = _replayed(table, simulator)
+    levels, rewards = replayed(table, simulator)
     if reference.shape != levels.shape:
         raise ValueError(f"the reference has levels of shape {reference.shape}, the run {levels.shape}")
     differ = (reference != levels) & (reference >= 0)
@@ -239,7 +239,7 @@ def _regimes(rates: pd.Series, bands: int) -> pd.Series:
         raise ValueError(f"{bands} bands of {len(rates)} traces: give 1..{len(rates)}")
     band = (rates.rank(method="first").astype(int) - 1) * bands // len(rates)
     labels = [f"{b + 1}: {rates[band == b].min():.2f}–{rates[band == b].max():.2f} Mbps" for b in range(bands)]
-    return pd.Series(pd.Categorical.from_codes(band.to_numpy(), labels, ordered=True), index=rates.index)
+    return pd.Series(pd.Categorical([labels[b] for b in band], categories=labels, ordered=True), index=rates.index)
 
 
 def concentration(gap: pd.Series, shares: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)) -> pd.DataFrame:
@@ -275,19 +275,19 @@ def _column(table: pd.DataFrame, name: str) -> np.ndarray:
     return table[name].to_numpy().reshape(count, chunks)
 
 
-def _replayed(table: pd.DataFrame, simulator: Simulator) -> tuple[np.ndarray, np.ndarray]:
+def replayed(table: pd.DataFrame, simulator: Simulator) -> tuple[np.ndarray, np.ndarray]:
     """(levels, rewards) [N, chunks] of a run, replayed. Raises ValueError if that is not what the table says."""
     levels, rewards = levels_of(table), _column(table, "reward")
     if levels.shape != (len(simulator), CHUNKS):
         raise ValueError(
             f"the table has {levels.shape[0]} traces of {levels.shape[1]} chunks, the simulator {len(simulator)} of {CHUNKS}"
         )
-    replayed = simulator.replay(levels).reward
-    wrong = np.abs(replayed - rewards)[:, 1:] > REPLAY_TOLERANCE
+    again = simulator.replay(levels).reward
+    wrong = np.abs(again - rewards)[:, 1:] > REPLAY_TOLERANCE
     if wrong.any():
         row, chunk = np.argwhere(wrong)[0] + (0, 1)
         raise ValueError(
             f"trace {_names(table)[row]}, chunk {chunk}: the table has a reward of {rewards[row, chunk]:.4f}, replaying its levels "
-            f"gives {replayed[row, chunk]:.4f}: give the traces, video, start pointers and noise that were played"
+            f"gives {again[row, chunk]:.4f}: give the traces, video, start pointers and noise that were played"
         )
-    return levels, replayed
+    return levels, again

@@ -6,7 +6,8 @@ prints in black and white stay legible. `timeline.py` draws single traces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,10 +29,10 @@ BETTER, WORSE, UNSHOWN = PALETTE[2], PALETTE[3], "0.4"
 PARTS = (("quality", 1, PALETTE[0], ""), ("rebuffering", -1, PALETTE[3], "///"), ("smoothness", -1, PALETTE[1], "..."))
 """Parts of the reward: their sign in it, colour and hatch."""
 LEVEL_NAMES = [f"{level}\n{kbps / 1000:g}" for level, kbps in enumerate(qoe.BITRATES_KBPS)]
-BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
 
 
-def _legend(axes: Axes, **place: object) -> Axes:
+def _legend(axes: Axes, **place: Any) -> Axes:
     axes.legend(frameon=False, fontsize=8, **place)
     return axes
 
@@ -312,27 +313,60 @@ def returns(pool: ExperiencePool, axes: Axes | None = None) -> Axes:
 
 # --- the figure of a finding --------------------------------------------------------------------------------------------
 
-Draw = Callable[[Finding, Evidence, pd.DataFrame | None], Axes | None]
-
-
-def figure_of(finding: Finding, evidence: Evidence, table: pd.DataFrame | None = None) -> tuple[str, Axes] | None:
-    """Name and axes of the figure that belongs to a finding; None where it has none, or what it would show is not at hand.
-
-    `table` is the waterfall of the ablation, if it was made (`Diagnosis.waterfall`).
-    """
-    name, draw = FIGURE_OF.get(finding.id, ("", None))
-    axes = draw(finding, evidence, table) if draw is not None else None
-    return None if axes is None else (name, axes)
-
 
 def gallery(diagnosis: Diagnosis, evidence: Evidence, without: Sequence[str] = ()) -> Iterator[tuple[str, Axes]]:
     """(name, axes) of the figures of all findings, the most important first; each figure once, and none of `without`."""
-    drawn = set(without)
+    drawn = {"", *without}
     for finding in diagnosis.findings:
-        name = FIGURE_OF.get(finding.id, ("", None))[0]
-        if name not in drawn and (found := figure_of(finding, evidence, diagnosis.waterfall)) is not None:
+        name = finding.rule.figure
+        if name not in drawn and (axes := figure_of(finding, evidence, diagnosis.waterfall)) is not None:
             drawn.add(name)
-            yield found
+            yield name, axes
+
+
+def figure_of(finding: Finding, evidence: Evidence, table: pd.DataFrame | None = None) -> Axes | None:
+    """The figure that belongs to a finding (its rule's); None where it has none, or what it would show is not at hand.
+
+    `table` is the waterfall of the ablation, if it was made (`Diagnosis.waterfall`).
+    """
+    run, pool, training, reference = evidence.table, evidence.pool, evidence.training, evidence.reference
+    numbers, others = finding.evidence, {} if reference is None else {reference: evidence.tables[reference]}
+    match finding.rule.figure:
+        case "waterfall" if table is not None and finding.id in set(table["switch"]):
+            return waterfall(table, {name: qoe.summarise(other).reward for name, other in others.items()})
+        case "losses" if training is not None and training.losses is not None:
+            extra = numbers.get("checkpoint_loss")
+            more = {} if extra is None else {"this checkpoint": float(extra)}
+            return losses(training, reference_losses(evidence) | more)
+        case "learning-rate" if training is not None and training.lr and training.steps and training.warmup_steps:
+            return learning_rate(training)
+        case "labels" if pool is not None:
+            inside = ~np.asarray(pool.dones)[:-1]
+            pairs = (pool.actions[:-1][inside], previous_levels(pool)[1:][inside])
+            counts = decisions.confusion(*(np.stack([np.zeros_like(levels), levels], axis=1) for levels in pairs))
+            return confusion(counts, ("the pool", "the next state"))
+        case "pool-levels" if pool is not None:
+            return plots.plot_pool_levels(pool)
+        case "pool-episodes" if pool is not None:
+            reward = numbers.get("mpc_reward")
+            return plots.plot_pool_episodes(pool, {} if reward is None else {"MPC as published": float(reward)})
+        case "pool-rewards" if pool is not None:
+            return plots.plot_pool_rewards(pool)
+        case "returns" if pool is not None:
+            return returns(pool)
+        case "throughput" if pool is not None and run is not None:
+            return shift(pool, run)
+        case "sizes" if pool is not None and evidence.video is not None:
+            return sizes(pool_sizes_mb(pool).mean(axis=0), evidence.video.sizes_bytes.mean(axis=1) / 1e6)
+        case "levels" if run is not None:
+            return levels({evidence.run: run, **others})
+        case "stalls" if run is not None:
+            return stalls({evidence.run: run, **others})
+        case "differences" if run is not None and len(evidence.tables) > 1:
+            return plots.plot_differences(differences(evidence))
+        case "overlap" if run is not None and others and evidence.clean is not None:
+            return plots.plot_differences(_by_overlap(run, others[str(reference)], evidence.clean, str(reference)))
+    return None
 
 
 def differences(evidence: Evidence) -> dict[str, Interval]:
@@ -347,67 +381,14 @@ def differences(evidence: Evidence) -> dict[str, Interval]:
     }
 
 
-def _with_reference(evidence: Evidence) -> dict[str, pd.DataFrame]:
-    """The tables of the run and of the policy that it is compared with."""
-    return {name: evidence.tables[name] for name in (evidence.run, evidence.reference) if name in evidence.tables}
-
-
-def _waterfall(finding: Finding, evidence: Evidence, table: pd.DataFrame | None) -> Axes | None:
-    if table is None or finding.id not in set(table["switch"]):
-        return None
-    shown = {name: qoe.summarise(other).reward for name, other in _with_reference(evidence).items()}
-    return waterfall(table, {name: reward for name, reward in shown.items() if name != evidence.run})
-
-
-def _losses(finding: Finding, evidence: Evidence, table: pd.DataFrame | None) -> Axes | None:
-    if evidence.training is None or evidence.training.losses is None:
-        return None
-    extra = finding.evidence.get("checkpoint_loss")
-    more = {} if extra is None else {"this checkpoint": float(extra)}
-    return losses(evidence.training, reference_losses(evidence) | more)
-
-
-def _labels(finding: Finding, evidence: Evidence, table: pd.DataFrame | None) -> Axes | None:
-    """The pool's levels against those that the next state says were played."""
-    pool = evidence.pool
-    assert pool is not None
-    inside = ~np.asarray(pool.dones)[:-1]
-    pairs = (pool.actions[:-1][inside], previous_levels(pool)[1:][inside])
-    counts = decisions.confusion(*(np.stack([np.zeros_like(levels), levels], axis=1) for levels in pairs))
-    return confusion(counts, ("the pool", "the next state"))
-
-
-def _teacher(finding: Finding, evidence: Evidence, table: pd.DataFrame | None) -> Axes | None:
-    reward = finding.evidence.get("mpc_reward")
-    return plots.plot_pool_episodes(evidence.pool, {} if reward is None else {"MPC as published": float(reward)})
-
-
-def _sizes(finding: Finding, evidence: Evidence, table: pd.DataFrame | None) -> Axes | None:
-    if evidence.video is None or evidence.pool is None:
-        return None
-    return sizes(pool_sizes_mb(evidence.pool).mean(axis=0), evidence.video.sizes_bytes.mean(axis=1) / 1e6)
-
-
-def _differences(finding: Finding, evidence: Evidence, table: pd.DataFrame | None) -> Axes | None:
-    return plots.plot_differences(differences(evidence)) if len(evidence.tables) > 1 else None
-
-
-FIGURE_OF: dict[str, tuple[str, Draw]] = {
-    **dict.fromkeys(
-        ("sampling", "dropout-on", "context-leak", "window-mismatch", "target-return", "wrong-pool"),
-        ("waterfall", _waterfall),
-    ),
-    **dict.fromkeys(("diverged", "undertrained", "wrong-checkpoint", "non-finite"), ("losses", _losses)),
-    **dict.fromkeys(("gap", "handicapped-baseline", "too-few-traces"), ("differences", _differences)),
-    "warmup-too-long": ("learning-rate", lambda finding, evidence, table: learning_rate(evidence.training)),
-    "label-shift": ("label-shift", _labels),
-    "weak-teacher": ("weak-teacher", _teacher),
-    "video-shift": ("video-shift", _sizes),
-    "pool-too-small": ("pool-levels", lambda finding, evidence, table: plots.plot_pool_levels(evidence.pool)),
-    "reward-outliers": ("pool-rewards", lambda finding, evidence, table: plots.plot_pool_rewards(evidence.pool)),
-    "flat-returns": ("flat-returns", lambda finding, evidence, table: returns(evidence.pool)),
-    "trace-shift": ("trace-shift", lambda finding, evidence, table: shift(evidence.pool, evidence.table)),
-    "level-collapse": ("levels", lambda finding, evidence, table: levels(_with_reference(evidence))),
-    "rare-bad-actions": ("stalls", lambda finding, evidence, table: stalls(_with_reference(evidence))),
-}
-"""The figure of each finding: its name and what draws it. A rule that fired has what its figure needs, unless that is checked."""
+def _by_overlap(run: pd.DataFrame, other: pd.DataFrame, clean: np.ndarray, reference: str) -> dict[str, Interval]:
+    """Paired differences over all traces, and over those that share, or do not share, content with the training."""
+    names = qoe.per_trace(run).index.to_numpy()
+    groups = {"all {} traces": np.ones(len(names), dtype=bool)}
+    if len(clean) == len(names):
+        groups |= {"the {} clean ones": clean, "the {} seen in training": ~clean}
+    return {
+        f"− {reference}, {group.format(int(keep.sum()))}": paired(run[run["trace"].isin(names[keep])], other)
+        for group, keep in groups.items()
+        if keep.any()
+    }

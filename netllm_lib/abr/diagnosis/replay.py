@@ -9,7 +9,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +20,18 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from netllm_lib.abr import qoe
+from netllm_lib.abr.diagnosis import decisions
 from netllm_lib.abr.diagnosis.evidence import Evidence, Subject, paired
 from netllm_lib.abr.episodes import Episodes, upstream_episodes
+from netllm_lib.abr.evaluate import SEED
 from netllm_lib.abr.play import play
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.stats import Interval
 
 if TYPE_CHECKING:
-    from netllm_lib.abr.model import PolicyNetwork
     from netllm_lib.abr.policies.llm import LLMPolicy
+    from netllm_lib.checkpoint import CheckpointMeta
 
 Progress = Callable[[str], None]
 
@@ -65,9 +67,8 @@ class Ablation:
     same_levels: float | None = None  # share of the recorded levels that the replay as run chose too
     too_short: str = ""  # why nothing was replayed, where the budget was too small
     retrained_with: dict[str, Any] | None = None  # how the retrained policy was trained
-    with_dropout: pd.DataFrame | None = (
-        None  # as run, but for dropout; played where the recorded test is unexplained and worse
-    )
+    with_dropout: pd.DataFrame | None = None
+    """As run, but for dropout; played where the recorded test is unexplained and worse."""
 
     @property
     def unexplained(self) -> bool:
@@ -83,19 +84,10 @@ class Ablation:
         rows = []
         for name, played in self.tables.items():
             effect = self.effects.get(name)
-            nothing = float("nan")
-            rows.append(
-                {
-                    "switch": name,
-                    "what": SWITCHES[name][0] if name in SWITCHES else "",
-                    "reward": qoe.summarise(played).reward,
-                    "effect": effect.mean if effect else nothing,
-                    "low": effect.low if effect else nothing,
-                    "high": effect.high if effect else nothing,
-                    "noise": effect is not None and not effect.excludes_zero,
-                    "traces": played["trace"].nunique(),
-                }
-            )
+            row: dict[str, Any] = {"switch": name, "what": SWITCHES[name][0] if name in SWITCHES else ""}
+            row |= {"reward": qoe.summarise(played).reward, "noise": effect is not None and not effect.excludes_zero}
+            row |= dict(zip(("effect", "low", "high"), effect or (math.nan,) * 3, strict=True))
+            rows.append({**row, "traces": played["trace"].nunique()})
         return pd.DataFrame(rows)
 
 
@@ -126,14 +118,10 @@ def replay(subject: Subject, sound: Sequence[str], simulator: Simulator, *, cach
     `cached` computes each token once where that is allowed (a cleared context, a causal PLM).
     """
     lora = subject.lora or "adapter-not-applied" in sound
-    network = _network(subject, sound)
-    off = network.plm.model.disable_adapter() if not lora and network.plm.has_lora else contextlib.nullcontext()
-    with off:
-        return play(variant(subject, sound, cached=cached and lora), simulator)
-
-
-def _network(subject: Subject, sound: Sequence[str]) -> PolicyNetwork:
-    return subject.network if subject.played is None or "wrong-checkpoint" in sound else subject.played
+    policy = variant(subject, sound, cached=cached and lora)
+    plm = policy.network.plm
+    with contextlib.nullcontext() if lora or not plm.has_lora else plm.model.disable_adapter():
+        return play(policy, simulator)
 
 
 def variant(subject: Subject, sound: Sequence[str], *, cached: bool = False) -> LLMPolicy:
@@ -145,13 +133,14 @@ def variant(subject: Subject, sound: Sequence[str], *, cached: bool = False) -> 
         config = replace(config, **SWITCHES[name][1])
     if cached and subject.network.plm.causal and config.context == "clear" and not config.dropout:
         config = replace(config, context_window="cached", merge_lora=True)
-    scale = subject.meta.settings.scale if subject.test_scale is None or "wrong-pool" in sound else subject.test_scale
-    return LLMPolicy(
-        _network(subject, sound),
-        replace(subject.meta, settings=replace(subject.meta.settings, scale=scale)),
-        config,
-        name="run",
-    )
+    network = subject.network if subject.played is None or "wrong-checkpoint" in sound else subject.played
+    return LLMPolicy(network, subject.meta if "wrong-pool" in sound else tested_meta(subject), config, name="run")
+
+
+def tested_meta(subject: Subject) -> CheckpointMeta:
+    """The weights' meta data with the reward range and target return of the recorded test."""
+    scale = subject.test_scale or subject.meta.settings.scale
+    return replace(subject.meta, settings=replace(subject.meta.settings, scale=scale))
 
 
 def episodes_of(evidence: Evidence) -> Episodes:
@@ -159,25 +148,35 @@ def episodes_of(evidence: Evidence) -> Episodes:
     assert evidence.table is not None
     assert evidence.traces is not None
     count = evidence.table["trace"].nunique()
-    return upstream_episodes(
-        evidence.traces,
-        trace_num=count,
-        fixed_order=bool(evidence.setting.get("fixed", count == len(evidence.traces))),
-        seed=int(evidence.setting.get("seed", 100003)),
-        clock="episode",
-    )
+    fixed = bool(evidence.setting.get("fixed", count == len(evidence.traces)))
+    seed = int(evidence.setting.get("seed", SEED))
+    return upstream_episodes(evidence.traces, trace_num=count, fixed_order=fixed, seed=seed, clock="episode")
+
+
+def recorded_episodes(evidence: Evidence) -> Episodes | None:
+    """The run's episodes in its table's order, if playing its levels in them gives its rewards; else None.
+
+    None where traces or video are not at hand, or are not those of the test, or the table is not whole.
+    """
+    table, traces, video = evidence.table, evidence.traces, evidence.video
+    if table is None or traces is None or video is None or not set(table["trace"]) <= set(traces.names):
+        return None
+    episodes = episodes_of(evidence)
+    if [traces.names[i] for i in episodes.trace_index] != list(dict.fromkeys(table["trace"])):
+        return None
+    try:
+        decisions.replayed(table, Simulator(traces, video, episodes))
+    except ValueError:
+        return None
+    return episodes
 
 
 def can_replay(evidence: Evidence) -> bool:
     """Are weights, PLM, traces and video at hand, and is it known how the test was made?"""
-    return (
-        evidence.subject is not None
-        and evidence.subject.config is not None
-        and evidence.table is not None
-        and evidence.traces is not None
-        and evidence.video is not None
-        and set(evidence.table["trace"]) <= set(evidence.traces.names)
-    )
+    known = evidence.subject is not None and evidence.subject.config is not None and evidence.video is not None
+    if not known or evidence.table is None or evidence.traces is None:
+        return False
+    return set(evidence.table["trace"]) <= set(evidence.traces.names)
 
 
 # --- the replay ----------------------------------------------------------------------------------------------------------
@@ -193,63 +192,61 @@ def ablate(
     """
     if not can_replay(evidence) or (budget_s <= 0 and retrain_s <= 0):
         return None
-    subject = evidence.subject
+    subject, recorded = evidence.subject, evidence.table
     assert subject is not None
-    assert evidence.table is not None
+    assert recorded is not None
     started = time.perf_counter()
-    say = progress or (lambda line: None)
-    simulator = _simulator(evidence, None)
-    tables: dict[str, pd.DataFrame] = {}
-    same, too_short = None, ""
+    simulator, found = _simulator(evidence), Ablation({AS_RUN: recorded}, {}, 0.0, subject)
     if budget_s > 0:
-        first = min(CHECK_TRACES, len(simulator))
-        clock = time.perf_counter()
-        check = _simulator(evidence, first)
-        same = same_levels(replay(subject, [], check), evidence.table)
-        per_trace_s = (time.perf_counter() - clock) / first
-        if same < REPRODUCED and not (
-            subject.config and subject.config.dropout
-        ):  # its masks depend on what is played beside
-            subject, same = identify(evidence, subject, check, same)
-        names = switched(subject)
-        # as run and every switch alone, each about as dear; all sound is cached and costs next to nothing
-        alone = names if len(names) > 1 else []
-        plays = len(alone) + (0 if same == 1 else 1) + 0.3
-        count = min(len(simulator), int((budget_s - (time.perf_counter() - started)) / per_trace_s / plays))
-        if count >= min(FEWEST_TRACES, len(simulator)):
-            simulator = _simulator(evidence, count)
-            played = {simulator.traces.names[i] for i in simulator.episodes.trace_index}
-            if same == 1:  # the recorded table is what a replay would give
-                tables[AS_RUN] = evidence.table[evidence.table["trace"].isin(played)]
-            else:
-                say(f"{AS_RUN}: {count} traces")
-                tables[AS_RUN] = replay(subject, [], simulator)
-            for name in alone:
-                say(f"{name}: {count} traces")
-                tables[name] = replay(subject, [name], simulator)
-            if names:
-                say(f"{ALL_SOUND}: {count} traces")
-                together = replay(subject, names, simulator, cached=True)
-                tables |= {names[0]: together} if len(names) == 1 else {}
-                tables[ALL_SOUND] = together
-        else:
-            least = FEWEST_TRACES * plays * per_trace_s + time.perf_counter() - started
-            too_short = f"time to replay the test, {per_trace_s:.1f} s a trace: what each switch is worth (--budget {least:.0f})"
-            tables[AS_RUN] = evidence.table
-    with_ = None
+        found, simulator = _switches(evidence, found, budget_s, progress or (lambda line: None))
     if retrain_s > 0 and evidence.pool is not None:
-        say(f"{RETRAINED}: about {retrain_s:.0f} s")
-        again, with_ = retrain(subject, evidence.pool, retrain_s)
-        tables.setdefault(AS_RUN, evidence.table)
-        tables[RETRAINED] = replay(again, [], simulator, cached=True)
-    if AS_RUN not in tables:
-        return None
-    effects = {name: paired(table, tables[AS_RUN]) for name, table in tables.items() if name != AS_RUN}
-    found = Ablation(tables, effects, time.perf_counter() - started, subject, same, too_short, with_)
-    if found.unexplained and subject.config is not None and paired(tables[AS_RUN], evidence.table).low > 0:
-        noisy = replace(subject, config=replace(subject.config, dropout=True, merge_lora=False))
+        again, how = retrain(found.subject, evidence.pool, retrain_s)
+        tables = found.tables | {RETRAINED: replay(again, [], simulator, cached=True)}
+        found = replace(found, tables=tables, retrained_with=how)
+    effects = {name: paired(table, found.tables[AS_RUN]) for name, table in found.tables.items() if name != AS_RUN}
+    config = found.subject.config
+    if found.unexplained and config is not None and paired(found.tables[AS_RUN], recorded).low > 0:
+        noisy = replace(found.subject, config=replace(config, dropout=True, merge_lora=False))
         found = replace(found, with_dropout=replay(noisy, [], simulator))
-    return found
+    return replace(found, effects=effects, seconds=time.perf_counter() - started)
+
+
+def _switches(evidence: Evidence, found: Ablation, budget_s: float, say: Progress) -> tuple[Ablation, Simulator]:
+    """The ablation with every switch played, within the budget, and the simulator of the traces that were played."""
+    subject, recorded, started = found.subject, found.tables[AS_RUN], time.perf_counter()
+    check = _simulator(evidence, CHECK_TRACES)
+    same = same_levels(replay(subject, [], check), recorded)
+    per_trace_s = (time.perf_counter() - started) / len(check)
+    # masks of dropout depend on what is played beside: such a test cannot be told by its levels
+    if same < REPRODUCED and not (subject.config and subject.config.dropout):
+        subject, same = identify(evidence, subject, check, same)
+    names = switched(subject)
+    # as run and every switch alone, each takes about as long; all sound is cached and takes next to nothing
+    alone = names if len(names) > 1 else []
+    plays = len(alone) + (0 if same == 1 else 1) + 0.3
+    spent_s = time.perf_counter() - started
+    simulator = _simulator(evidence)
+    count = min(len(simulator), int((budget_s - spent_s) / per_trace_s / plays))
+    found = replace(found, subject=subject, same_levels=same)
+    if count < min(FEWEST_TRACES, len(simulator)):
+        needed_s = FEWEST_TRACES * plays * per_trace_s + spent_s
+        why = (
+            f"time to replay the test, {per_trace_s:.1f} s a trace: what each switch changes (--budget {needed_s:.0f})"
+        )
+        return replace(found, too_short=why), simulator
+    simulator = _simulator(evidence, count)
+
+    def played(name: str, sound: Sequence[str], cached: bool = False) -> pd.DataFrame:
+        say(f"{name}: {count} traces")
+        return replay(subject, sound, simulator, cached=cached)
+
+    traces = {simulator.traces.names[i] for i in simulator.episodes.trace_index}
+    as_run = recorded[recorded["trace"].isin(traces)] if same == 1 else played(AS_RUN, [])
+    tables = {AS_RUN: as_run} | {name: played(name, [name]) for name in alone}
+    if names:
+        together = played(ALL_SOUND, names, cached=True)
+        tables |= dict.fromkeys([*([] if alone else names), ALL_SOUND], together)
+    return replace(found, tables=tables), simulator
 
 
 def identify(evidence: Evidence, subject: Subject, simulator: Simulator, same: float) -> tuple[Subject, float]:
@@ -257,46 +254,34 @@ def identify(evidence: Evidence, subject: Subject, simulator: Simulator, same: f
 
     Tries a handful of other settings on a few traces, and takes one that gives the recorded levels.
     """
-    config = subject.config
+    config, recorded = subject.config, evidence.table
     assert config is not None
-    assert evidence.table is not None
-    tries: list[Callable[[], Subject]] = []
-    if subject.test_scale is not None:
-        tries.append(lambda: replace(subject, test_scale=None))
-    if subject.network.plm.has_lora:
-        tries.append(lambda: replace(subject, lora=False))
-    tries.append(
-        lambda: replace(subject, config=replace(config, choose="argmax" if config.choose == "sample" else "sample"))
-    )
-    if config.context == "leak":
-        tries.append(lambda: replace(subject, config=replace(config, context="clear", extra_step=False)))
-    tries += [
-        lambda w=w: replace(subject, config=replace(config, w=w))  # type: ignore[misc]
-        for w in WINDOWS
-        if w != (config.w or subject.meta.settings.w)
-    ]
-    tries += [
-        lambda scale=scale: replace(subject, config=replace(config, target_return_scale=scale))  # type: ignore[misc]
-        for scale in TARGET_SCALES
-        if scale != config.target_return_scale
-    ]
-    tries += [
-        lambda make=make, place=place: replace(subject, played=make(), played_from=place)  # type: ignore[misc]
-        for place, make in evidence.other_weights.items()
-    ]
-    for make in tries:
-        other = make()
-        share = same_levels(replay(other, [], simulator), evidence.table)
-        if share >= REPRODUCED:
+    assert recorded is not None
+    changes: list[dict[str, Any]] = [{"choose": "argmax" if config.choose == "sample" else "sample"}]
+    changes += [{"context": "clear", "extra_step": False}] if config.context == "leak" else []
+    changes += [{"w": w} for w in WINDOWS if w != (config.w or subject.meta.settings.w)]
+    changes += [{"target_return_scale": scale} for scale in TARGET_SCALES if scale != config.target_return_scale]
+
+    def tries() -> Iterator[Subject]:
+        if subject.test_scale is not None:
+            yield replace(subject, test_scale=None)
+        if subject.network.plm.has_lora:
+            yield replace(subject, lora=False)
+        yield from (replace(subject, config=replace(config, **change)) for change in changes)
+        yield from (replace(subject, played=make(), played_from=at) for at, make in evidence.other_weights.items())
+
+    for other in tries():
+        if (share := same_levels(replay(other, [], simulator), recorded)) >= REPRODUCED:
             return other, share
     return subject, same
 
 
-def _simulator(evidence: Evidence, count: int | None) -> Simulator:
+def _simulator(evidence: Evidence, count: int | None = None) -> Simulator:
+    """The test's episodes, or the first `count` of them."""
     assert evidence.traces is not None
     assert evidence.video is not None
     episodes = episodes_of(evidence)
-    return Simulator(evidence.traces, evidence.video, episodes if count is None else episodes.rows(range(count)))
+    return Simulator(evidence.traces, evidence.video, episodes.rows(range(len(episodes))[:count]))
 
 
 def same_levels(a: pd.DataFrame, b: pd.DataFrame) -> float:
@@ -308,7 +293,7 @@ def same_levels(a: pd.DataFrame, b: pd.DataFrame) -> float:
 def retrain(subject: Subject, pool: ExperiencePool, budget_s: float) -> tuple[Subject, dict[str, Any]]:
     """The same PLM trained on the same pool with the sound defaults, for about `budget_s` seconds.
 
-    Returns what to play and how it was trained (epochs, steps, final loss).
+    Returns what to play and how it was trained (epochs, steps, final loss, seconds).
     """
     from netllm_lib.abr.batches import WindowConfig, make_windows
     from netllm_lib.abr.model import PolicyNetwork
@@ -319,21 +304,13 @@ def retrain(subject: Subject, pool: ExperiencePool, budget_s: float) -> tuple[Su
 
     network = PolicyNetwork(load_plm(subject.network.plm.config), subject.network.config)
     windows = make_windows(pool, WindowConfig(w=subject.meta.settings.w))
-    config = TrainConfig(epochs=1)
-    flight = preflight(network, windows, config)
-    one_epoch_s = flight.seconds or budget_s
-    config = replace(config, epochs=max(1, int(budget_s / max(one_epoch_s, 1e-3))))
+    one_epoch_s = preflight(network, windows, TrainConfig(epochs=1)).seconds or budget_s
+    config = TrainConfig(epochs=max(1, int(budget_s / max(one_epoch_s, 1e-3))))
     with tempfile.TemporaryDirectory() as folder:
-        result = train(network, windows, config, folder=Path(folder) / "retrained", settings=windows.settings)
-    meta = describe(network, windows.settings)
-    with_ = {
-        "epochs": config.epochs,
-        "steps": result.steps,
-        "final_loss": result.final_loss,
-        "seconds": result.seconds,
-    }
+        run = train(network, windows, config, folder=Path(folder) / "retrained", settings=windows.settings)
+    how = {"epochs": config.epochs, "steps": run.steps, "final_loss": run.final_loss, "seconds": run.seconds}
     sound = EvalConfig() if network.plm.causal else EvalConfig(context_window="rolling")
-    return Subject(network.eval(), meta, sound), with_
+    return Subject(network.eval(), describe(network, windows.settings), sound), how
 
 
 # --- what the weights know ------------------------------------------------------------------------------------------------
