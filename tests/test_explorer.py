@@ -155,7 +155,9 @@ def test_less_is_shown_where_less_is_known(tested: Callable[..., Evidence]) -> N
         without.replay()
     with pytest.raises(ValueError, match="nothing can be played again"):
         without.turn(choose="sample")
-    logs = Explorer(replace(evidence, traces=None, video=None, tables={"llm": evidence.tables["llm"]}))
+    logs = Explorer(
+        replace(evidence, traces=None, video=None, test=replace(evidence.test, tables={"llm": evidence.tables["llm"]}))
+    )
     assert logs.observation() is None
     assert logs.runs == ["llm"]
     assert logs.ordered_by == "lowest reward"
@@ -176,7 +178,7 @@ def test_episodes_are_refused_where_the_table_does_not_follow_from_them(tested: 
         "names": table.assign(trace="other"),
     }
     for other in changed.values():
-        assert recorded_episodes(replace(evidence, tables={"llm": other})) is None
+        assert recorded_episodes(replace(evidence, test=replace(evidence.test, tables={"llm": other}))) is None
 
 
 def test_widgets_follow_the_explorer(tested: Callable[..., Evidence]) -> None:

@@ -189,16 +189,12 @@ def test_losses_mark_the_first_that_is_no_number() -> None:
     shown: Any = figures.losses(TrainingRun(history=history(losses), accumulation=2), {"chance": 1.79})
     assert shown.lines[-1].get_xdata()[0] == 1  # the second optimizer step
     assert "chance: 1.79" in words(shown)
-    with pytest.raises(ValueError, match="not known"):
-        figures.losses(TrainingRun(), {})
 
 
 def test_learning_rate_shows_what_was_reached() -> None:
     ax = figures.learning_rate(TrainingRun(lr=1e-3, steps=100, warmup_steps=2000))
     assert np.max(ax.lines[1].get_ydata()) == pytest.approx(1e-3 * 100 / 2000, rel=0.06)
     assert "the training ended after 100 steps" in words(ax)
-    with pytest.raises(ValueError, match="not all known"):
-        figures.learning_rate(TrainingRun(lr=1e-3))
 
 
 def test_stalls_by_hand() -> None:
@@ -282,15 +278,10 @@ def finding(name: str, **numbers: Any) -> Finding:
     return Finding("cause", "", numbers, rule=RULES[name])
 
 
-WITHOUT = {"adapter-not-applied", "clipping", "crossing-windows", "protocol-mismatch", "selected-on-test"}
-"""Findings whose evidence is a word or a single number."""
-
-
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.figure])
 def test_findings_have_their_figures(name: str, tables: dict, pool: ExperiencePool) -> None:
-    table = pd.concat([fall()] + [fall().iloc[[1]].assign(switch=switch) for switch in figures.SWITCHES])
-    ax = figures.figure_of(finding(name), evidence(tables, pool), table)
-    assert (ax is None) == (name in WITHOUT)
+    table = pd.concat([fall(), fall().iloc[[1]].assign(switch=name)])
+    assert figures.figure_of(finding(name), evidence(tables, pool), table) is not None
     assert figures.figure_of(finding(name), Evidence()) is None
 
 
