@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import browser
 import nbformat
 import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-import browser
 from netllm_lib import reports, runs
 from netllm_lib.measure import Measure, Scores
 from netllm_lib.reports import COLUMNS, list_runs, write_index

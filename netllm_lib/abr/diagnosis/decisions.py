@@ -22,8 +22,8 @@ from netllm_lib.abr.optimum import continuations
 from netllm_lib.abr.play import rollout
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.simple import Prefixed
-from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.qoe import CHUNKS
+from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import TraceSet
 
 UNKNOWN = -1  # in an array of levels: not computed, or left to the policy
