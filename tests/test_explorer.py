@@ -14,6 +14,7 @@ from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import Evidence
 from netllm_lib.abr.diagnosis import load as sources
 from netllm_lib.abr.diagnosis.explorer import ORACLE, REPLAY, Explorer, explore, recorded_episodes
+from netllm_lib.abr.evaluate import Test
 from netllm_lib.abr.optimum import best_plans
 from run_fixtures import SmallRun, prepare_run, write_test
 
@@ -155,9 +156,7 @@ def test_less_is_shown_where_less_is_known(tested: Callable[..., Evidence]) -> N
         without.replay()
     with pytest.raises(ValueError, match="nothing can be played again"):
         without.turn(choose="sample")
-    logs = Explorer(
-        replace(evidence, traces=None, video=None, test=replace(evidence.test, tables={"llm": evidence.tables["llm"]}))
-    )
+    logs = Explorer(replace(evidence, traces=None, video=None, test=Test({"llm": evidence.tables["llm"]}, "llm")))
     assert logs.observation() is None
     assert logs.runs == ["llm"]
     assert logs.ordered_by == "lowest reward"
@@ -178,7 +177,7 @@ def test_episodes_are_refused_where_the_table_does_not_follow_from_them(tested: 
         "names": table.assign(trace="other"),
     }
     for other in changed.values():
-        assert recorded_episodes(replace(evidence, test=replace(evidence.test, tables={"llm": other}))) is None
+        assert recorded_episodes(replace(evidence, test=Test({"llm": other}, "llm", evidence.setting))) is None
 
 
 def test_widgets_follow_the_explorer(tested: Callable[..., Evidence]) -> None:
