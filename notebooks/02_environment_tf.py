@@ -62,6 +62,8 @@ traces, video = registry.trace_set(registry.default_traces("test")), registry.vi
 chosen = sound_episodes(traces).rows(range(min(episodes, len(traces))))
 draws = chosen.action_draws[:, :-1].ravel()
 rows = {}
+
+# %%
 for name, folder in folders.items():
     actor = pensieve.Actor.load(exported[name])
     played = rollout(pensieve.Pensieve(actor), Simulator(traces, video, chosen), keep_states=True)

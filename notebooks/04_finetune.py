@@ -115,12 +115,8 @@ result.save(out)
 
 # %%
 metrics = {"steps": flight.steps, "warmup_steps": flight.warmup_steps, "lr": flight.lr, "lr_peak": flight.lr_peak}
-metrics |= {
-    "windows": flight.samples,
-    "crossing": flight.crossing,
-    "final_loss": result.final_loss,
-    "seconds": result.seconds,
-}
+metrics |= {"windows": flight.samples, "crossing": flight.crossing}
+metrics |= {"final_loss": result.final_loss, "seconds": result.seconds}
 metrics |= {"held_out_loss": result.held_out_loss, "validation_reward": result.best_score}
 metrics |= {"plm": plm, "layers": network.plm.layers, "random_weights": random_weights, "tokens": tokens}
 metrics["pool_hash"] = experience.content_hash()

@@ -154,7 +154,7 @@ def test_junit_holds_what_xml_cannot_and_stays_whole(tmp_path: Path, monkeypatch
     assert case.get("time") == "1.250"
     assert case.get("name") == "red nul half  pair  ]]> <&> 𝄞"
     assert str(case.findtext("failure")).startswith("ValueError: red nul")
-    monkeypatch.setattr(runs, "_flush", lambda aside: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(runs.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(runs.StorageError, match="the disk is full"):
         junit.write(path, "new", [])
     assert check_counts(path).get("name") == "old"
