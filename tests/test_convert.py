@@ -118,6 +118,8 @@ def test_columns_and_units_of_a_csv(tmp_path: Path) -> None:
         ("csv", "time_s,mbps\n0,1\n1,2\n1,2\n", "sample 3 has 2 Mbps at 1 s; .*times must increase"),
         ("csv", "time_s,mbps\n0,1\n1,0\n", "zero throughout"),
         ("csv", 'time_s,mbps\n0,"1\n', r"x:\d: "),
+        ("csv", '"time_s,mbps\n', r"x:\d: "),
+        ("csv", "time_s,mbps\n0,1\ninf,1\n", "sample 2 has 1 Mbps at inf s"),
         ("sabre", "", "not valid JSON"),
         ("sabre", "{}", "it should be a valid"),
         ("sabre", '[{"duration_ms": 1000}]', "it needs 0.bandwidth_kbps"),

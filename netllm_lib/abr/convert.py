@@ -101,8 +101,10 @@ def _trace(path: Path, time_s: np.ndarray, mbps: np.ndarray) -> Trace:
     """A trace that can be played, beginning at 0 s. Raises ValueError by file and sample."""
     if len(time_s) < 2:
         raise ValueError(f"{path}: {len(time_s)} samples, at least two are needed")
-    time_s = np.array([float(f"{value:.10g}") for value in time_s - time_s[0]])  # as trace files have it
-    bad = ~(np.isfinite(time_s) & np.isfinite(mbps) & (mbps >= 0)) | (np.diff(time_s, prepend=-1) <= 0)
+    with np.errstate(invalid="ignore", over="ignore"):  # of times that are not finite, which are refused below
+        time_s = np.array([float(f"{value:.10g}") for value in time_s - time_s[0]])  # as trace files have it
+        steps_s = np.diff(time_s, prepend=-1)
+    bad = ~(np.isfinite(time_s) & np.isfinite(mbps) & (mbps >= 0) & (steps_s > 0))
     if bad.any():
         i = int(np.argmax(bad))
         raise ValueError(
@@ -174,20 +176,18 @@ def read_csv(path: Path, unit: str, bandwidth: str = "mbps", time: str = "time_s
         separator = max(",;\t", key=stream.readline().count)
         stream.seek(0)
         rows = csv.DictReader(stream, delimiter=separator, strict=True)
-        header = rows.fieldnames or []
-        for option, column in (("--time", time), ("--bandwidth", bandwidth)):
-            if header.count(column) != 1:
-                raise ValueError(
-                    f"{path}: no column {column!r}; name one of {', '.join(header) or 'none'} with {option}"
-                )
         try:
+            header = rows.fieldnames or []
+            for option, column in (("--time", time), ("--bandwidth", bandwidth)):
+                if header.count(column) != 1:
+                    raise ValueError(f"no column {column!r}; name one of {', '.join(header) or 'none'} with {option}")
             for row in rows:
                 if None in row or None in row.values():
                     raise ValueError(f"another number of fields than the header's {len(header)}")
-                samples.append((float(row[time]), float(row[bandwidth])))
+                samples.append((float(row[time]) * TO_S[time_unit], float(row[bandwidth]) * TO_MBPS[unit]))
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"{path}:{rows.line_num}: {error}") from None
-    time_s, mbps = np.array(samples, dtype=float).reshape(-1, 2).T * [[TO_S[time_unit]], [TO_MBPS[unit]]]
+            raise ValueError(f"{path}:{max(rows.line_num, 1)}: {error}") from None
+    time_s, mbps = np.array(samples, dtype=float).reshape(-1, 2).T
     return _trace(path, time_s, mbps)
 
 
