@@ -31,7 +31,7 @@ from hypothesis.extra import numpy as npst
 
 from netllm_lib.abr.pool import ExperiencePool, PoolError, load_pool
 from netllm_lib.abr.traces import read_trace, read_trace_set
-from netllm_lib.abr.upstream.pickles import read_pool, write_pool
+from netllm_lib.abr.upstream.pickles import write_pool
 from pool_fixtures import GOOD, lists_of, original_class, upstream_pickle
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -139,7 +139,7 @@ def test_any_pool_of_the_original_is_read(tmp_path: Path, pool: ExperiencePool, 
     path = tmp_path / "exp_pool.pkl"
     path.write_bytes(upstream_pickle(protocol, numpy_1, **lists_of(pool)))
     with watched():
-        read = read_pool(path)
+        read = load_pool(path)
     assert read.content_hash() == pool.content_hash()
 
 
@@ -376,7 +376,7 @@ def test_hostile_pool_is_refused(tmp_path: Path, kind: str) -> None:
 def test_the_hostile_pools_are_sound_but_for_one_thing(tmp_path: Path) -> None:
     path = tmp_path / "exp_pool.pkl"
     path.write_bytes(with_lists())
-    assert len(read_pool(path)) == 1
+    assert len(load_pool(path)) == 1
 
 
 def test_every_hostile_opcode_is_unknown(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_every_hostile_opcode_is_unknown(tmp_path: Path) -> None:
             path.write_bytes(
                 good[:2] + opcode.code.encode("latin1") + bytes(1 if opcode.name == "PROTO" else 8) + good[2:]
             )
-            assert len(read_pool(path)) == 2
+            assert len(load_pool(path)) == 2
         else:
             assert_refused(path, data)
 
@@ -412,7 +412,7 @@ def test_large_files_need_memory_in_proportion(tmp_path: Path) -> None:
         tracemalloc.start()
         try:
             with pytest.raises(PoolError):
-                read_pool(path)
+                load_pool(path)
             assert tracemalloc.get_traced_memory()[1] < 100 * len(data)
         finally:
             tracemalloc.stop()
@@ -478,7 +478,7 @@ def fuzz(count: int, seed: int, path: Path) -> tuple[int, int]:
             tracemalloc.reset_peak()
             before, started = tracemalloc.get_traced_memory()[0], time.process_time()
             with watched():
-                pool, message = attempt(lambda: read_pool(path), (PoolError,))
+                pool, message = attempt(lambda: load_pool(path), (PoolError,))
             if pool is None:
                 refused += 1
                 assert message.startswith(str(path))

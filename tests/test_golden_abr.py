@@ -18,10 +18,10 @@ from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.policies.pensieve import Actor, exported_actor, tensorflow_python
 from netllm_lib.abr.policies.simple import Replay
-from netllm_lib.abr.pool import generate_pool
+from netllm_lib.abr.pool import generate_pool, load_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import Registry
-from netllm_lib.abr.upstream.pickles import read_pool, write_pool
+from netllm_lib.abr.upstream.pickles import write_pool
 from netllm_lib.cli import main
 from netllm_lib.runs import read_json
 
@@ -103,8 +103,8 @@ def test_pool_is_bit_equal(golden: Path, registry: Registry, tmp_path: Path, nam
         np.testing.assert_array_equal(getattr(pool, field), arrays[field], err_msg=field)
     pickled = golden / "abr" / "pools" / f"{name}.pkl"
     if pickled.exists():
-        assert read_pool(pickled).content_hash() == pool.content_hash()
-    assert read_pool(write_pool(pool, tmp_path / "exp_pool.pkl")).content_hash() == pool.content_hash()
+        assert load_pool(pickled).content_hash() == pool.content_hash()
+    assert load_pool(write_pool(pool, tmp_path / "exp_pool.pkl")).content_hash() == pool.content_hash()
 
 
 def test_actors_equal_tensorflow(golden: Path, registry: Registry) -> None:

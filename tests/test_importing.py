@@ -29,7 +29,7 @@ from netllm_lib.abr.traces import SAMPLE, Registry
 from netllm_lib.abr.upstream import logs, names
 from netllm_lib.abr.upstream.discover import discover
 from netllm_lib.abr.upstream.imports import import_run
-from netllm_lib.abr.upstream.pickles import read_pool, write_pool
+from netllm_lib.abr.upstream.pickles import write_pool
 from netllm_lib.abr.upstream.remake import remake_pool
 from netllm_lib.checkpoint import read_meta
 from netllm_lib.cli import main
@@ -487,7 +487,7 @@ def test_remaking_pools_of_several_policies() -> None:
 def test_pools_of_the_original_are_made_anew(golden: Path, real_data: Path) -> None:
     registry = Registry(real_data)
     made = remake_pool(names.settings_of("fcc-train_video1_mpc_seed_1_trace_num_100_fixed_False_ss_5"), registry)
-    assert made.content_hash() == read_pool(golden / "plm" / "mpc100_exp_pool.pkl").content_hash()
+    assert made.content_hash() == load_pool(golden / "plm" / "mpc100_exp_pool.pkl").content_hash()
     for name, how in read_json(golden / "abr" / "pools" / "summary.json").items():
         settings = {
             "train_traces": how["traces"], "train_video": how["video"], "pool_models": (how["policy"],),
@@ -688,7 +688,7 @@ def test_complete_runs_of_the_original(golden: Path, reports: Path, tmp_path: Pa
     assert not any("not the training pool" in note or "two runs" in note for note in told["notes"])
     assert (
         read_meta(run.folder / "policy", PolicyNetwork).settings.pool_hash
-        == read_pool(folder / described["pool"]).content_hash()
+        == load_pool(folder / described["pool"]).content_hash()
     )
     test = Test.read(run.folder)
     assert told["chosen"] == "results_test_alone"  # which can be reproduced

@@ -23,12 +23,11 @@ from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings, l
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
-from netllm_lib.abr.pool import generate_pool
+from netllm_lib.abr.pool import generate_pool, load_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import Registry
 from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
-from netllm_lib.abr.upstream.pickles import read_pool
 from netllm_lib.checkpoint import CheckpointMeta, describe
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.runs import read_json
@@ -233,7 +232,7 @@ def test_greedy_episodes_of_the_original(golden: Path, real_data: Path, path: Pa
     """Two traces: every level and reward equal, probabilities within 1e-5."""
     recorded, folder = np.load(golden / path), (golden / path).parent
     meta_file, layer = read_json(folder / "meta.json"), int(path.stem.rpartition("layer")[2])
-    _, scale = pool_returns(read_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta_file["scale"])
+    _, scale = pool_returns(load_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta_file["scale"])
     plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1)
     network, meta = load_upstream_checkpoint(folder / "adapter", plm, scale, meta_file["w"])
     config = EvalConfig.upstream(choose="argmax", context="leak" if "noclear" in path.stem else "clear")
@@ -274,7 +273,7 @@ def test_complete_run_of_the_original(golden: Path, real_data: Path, path: Path)
     trained, tested = best.parent.name, next(iter(results.values())).parent.name  # the names hold the settings
     w, gamma = int(setting(trained, "w")), setting(trained, "gamma")
     layer, target_scale = int(setting(best.name, "early_stop")), setting(tested, "tgt_scale")
-    _, scale = pool_returns(read_pool(folder / run_file["pool"]), gamma)
+    _, scale = pool_returns(load_pool(folder / run_file["pool"]), gamma)
     plm = PLMConfig.upstream(str(folder / run_file["plm"]), layers=None if layer < 0 else layer + 1)
     network, meta = load_upstream_checkpoint(best, plm, scale, w)
     registry = Registry(real_data)

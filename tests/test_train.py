@@ -18,8 +18,8 @@ from conftest import GOLDEN
 from llm_fixtures import batch_loss, tiny_network, toy_pool, train_on
 from netllm_lib.abr.batches import WindowConfig, Windows, make_windows, pool_returns
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, load_policy
+from netllm_lib.abr.pool import load_pool
 from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
-from netllm_lib.abr.upstream.pickles import read_pool
 from netllm_lib.checkpoint import read_meta
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.runs import read_json
@@ -381,7 +381,7 @@ def test_steps_of_the_original(golden: Path, tmp_path: Path, path: Path) -> None
     """Losses, gradient norms and rates of 12 micro-batches, and the weights after three optimizer steps."""
     recorded, folder = np.load(golden / path), (golden / path).parent
     meta, layer = read_json(folder / "meta.json"), int(path.stem.removeprefix("train_layer"))
-    pool = read_pool(golden / "plm" / "mpc100_exp_pool.pkl")
+    pool = load_pool(golden / "plm" / "mpc100_exp_pool.pkl")
     _, scale = pool_returns(pool, scale=meta["scale"])
     plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1, plm_dropout=0.0)
     network, _ = load_upstream_checkpoint(folder / "adapter", plm, scale, meta["w"])

@@ -11,7 +11,6 @@ import torch
 from llm_fixtures import toy_pool
 from netllm_lib.abr.batches import WindowConfig, Windows, make_windows, pool_returns
 from netllm_lib.abr.pool import ExperiencePool, load_pool
-from netllm_lib.abr.upstream.pickles import read_pool
 from netllm_lib.runs import read_json
 
 
@@ -157,7 +156,7 @@ def test_impossible_windows(change: dict) -> None:
 
 @pytest.mark.golden
 def test_windows_of_the_original(golden: Path) -> None:
-    pool = read_pool(golden / "plm" / "mpc100_exp_pool.pkl")
+    pool = load_pool(golden / "plm" / "mpc100_exp_pool.pkl")
     compared = 0
     for path in sorted(golden.glob("plm/*/forward_layer*.npz")):
         recorded, meta = np.load(path), read_json(path.parent / "meta.json")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from netllm_lib.abr.pool import ExperiencePool, PoolError
 from netllm_lib.runs import atomic_path
 from netllm_lib.safe_pickle import Part, load
+
+if TYPE_CHECKING:
+    from netllm_lib.abr.pool import ExperiencePool
 
 POOL_CLASS = ("plm_special.data.exp_pool", "ExperiencePool")
 _NUMBER_TYPES = frozenset(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)) | {"f2", "f4", "f8", "b1"}
@@ -90,21 +92,14 @@ for _core in ("numpy._core", "numpy.core"):  # NumPy 2 and NumPy 1
     _NAMES[f"{_core}.numeric", "_frombuffer"] = _frombuffer  # protocol 5
 
 
-def read_pool(path: Path) -> ExperiencePool:
-    """Read the original's `exp_pool.pkl`, pickled by any Python 3 (protocols 2 to 5) with NumPy 1 or 2.
+def read_pool(path: Path) -> dict[str, np.ndarray]:
+    """The four arrays of the original's `exp_pool.pkl`, pickled by any Python 3 (protocols 2 to 5) with NumPy 1 or 2.
 
-    Raises PoolError, with the file and the reason, for anything else; nothing in the file is run.
+    Raises ValueError for anything else; nothing in the file is run. `load_pool` makes a pool of them.
     """
-    path = Path(path)
     if (size := path.stat().st_size) > _MOST_BYTES:
-        raise PoolError(f"{path}: {size} bytes, larger than any experience pool")
-    try:
-        return _to_pool(load(path.read_bytes(), _NAMES), {"file": path.name, "format": "original"})
-    except (ValueError, OverflowError) as error:
-        raise PoolError(f"{path}: not the original's experience pool: {str(error).removeprefix('pool: ')}") from None
-
-
-def _to_pool(record: Any, source: dict[str, Any]) -> ExperiencePool:
+        raise ValueError(f"{size} bytes, larger than any experience pool")
+    record = load(path.read_bytes(), _NAMES)
     if type(record) is not _Pool:
         raise ValueError("an object of another class")
     states = [value.values for value in _entries(record, "states", _Array)]
@@ -112,13 +107,12 @@ def _to_pool(record: Any, source: dict[str, Any]) -> ExperiencePool:
         raise ValueError("a state is not a 6 × 6 array of floating point numbers")
     with np.errstate(over="ignore", invalid="ignore"):  # a number beyond float32 becomes infinite, which a pool refuses
         matrices = np.array(states, dtype=np.float32).reshape(-1, 6, 6)
-    return ExperiencePool(
-        states=matrices,
-        actions=np.array(_entries(record, "actions", int), dtype=np.int64),
-        rewards=np.array(_entries(record, "rewards", int, float), dtype=np.float64),
-        dones=np.array(_entries(record, "dones", bool), dtype=np.bool_),
-        source=source,
-    )
+    return {
+        "states": matrices,
+        "actions": np.array(_entries(record, "actions", int), dtype=np.int64),
+        "rewards": np.array(_entries(record, "rewards", int, float), dtype=np.float64),
+        "dones": np.array(_entries(record, "dones", bool), dtype=np.bool_),
+    }
 
 
 def _entries(record: _Pool, name: str, *kinds: type) -> list[Any]:
