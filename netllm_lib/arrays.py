@@ -10,22 +10,18 @@ from typing import Any
 import numpy as np
 
 
-def array_hash(*arrays: np.ndarray, digits: int = 16) -> str:
+def array_hash(*arrays: np.ndarray) -> str:
     """Hex digest of arrays by dtype, shape and bytes."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         for _, part in blocks(array):
             digest.update(np.ascontiguousarray(part).data)
-    return digest.hexdigest()[:digits]
+    return digest.hexdigest()[:16]
 
 
 def blocks(array: np.ndarray, size_bytes: int = 2**23) -> Iterator[tuple[int, np.ndarray]]:
-    """(index of the first row, rows) of an array, in blocks of about `size_bytes`.
-
-    Of a memory-mapped array, the pages of a block leave this process when the next one is asked for, so that a walk over an
-    array of any size holds one block. (They stay in the system's file cache while there is room.)
-    """
+    """(index of the first row, rows) of an array, in blocks of about `size_bytes`; pages of a mapped one are given back."""
     rows = max(1, size_bytes // max(1, array[:1].nbytes)) if array.ndim else 1
     for first in range(0, len(array) if array.ndim else 1, rows):
         yield first, array[first : first + rows] if array.ndim else array
@@ -33,10 +29,7 @@ def blocks(array: np.ndarray, size_bytes: int = 2**23) -> Iterator[tuple[int, np
 
 
 def give_back(array: np.ndarray) -> None:
-    """Let the pages of a read-only memory-mapped array leave this process; they are read again when they are used again.
-
-    Nothing happens to an array in memory, or where the system has no such call.
-    """
+    """Let the pages of a read-only memory-mapped array leave this process; they are read again when they are used again."""
     base: Any = array
     while isinstance(base, np.ndarray) and not array.flags.writeable:
         base = base.base

@@ -15,7 +15,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ import pydantic
 T = TypeVar("T")
 UNIONS = (types.UnionType, typing.Union)
 UNKNOWN = "unexpected_keyword_argument"  # as pydantic calls it
+WORDS = {"true": True, "yes": True, "false": False, "no": False, "none": None, "null": None}
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -58,35 +59,27 @@ def parse(kind: type[T] | Any, value: Any, where: str) -> T:
         raise ValueError(f"{where}: {error}, got {value!r:.60}") from None
 
 
-WORDS = {"true": True, "yes": True, "false": False, "no": False, "none": None, "null": None}
-
-
 def parse_text(kind: Any, text: str, where: str) -> Any:
     """A word of the command line as the type `kind`: "true" for a bool, "a,b" or "['a', 'b']" for a list, "none" for None.
 
     ValueError, beginning with `where`, for a word that is nothing of the kind.
     """
+    word, items = text.strip(), [item.strip() for item in text.split(",") if item.strip()]
     options = typing.get_args(kind) if typing.get_origin(kind) in UNIONS else [kind]
     for option in sorted(options, key=lambda option: option is str):  # every word is a string: that comes last
-        for reading in _readings(option, text.strip(), where):
+        for reading in (word, _literal(word), [_literal(item) for item in items], items):
             with contextlib.suppress(ValueError):
                 return parse(option, reading, where)
-    raise ValueError(f"{where} is {_name(kind)}, got {text!r}")
+    name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
+    raise ValueError(f"{where} is {name}, got {text!r}")
 
 
-def _readings(kind: Any, word: str, where: str) -> Iterator[Any]:
-    """What a word may stand for: itself, a value as Python writes it, the items of a list between commas."""
-    yield word
-    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-        yield WORDS[word.lower()] if word.lower() in WORDS else ast.literal_eval(word)
-    if (typing.get_origin(kind) or kind) in (list, tuple):
-        item = next(iter(typing.get_args(kind)), str)
-        with contextlib.suppress(ValueError):
-            yield [parse_text(item, part, where) for part in word.split(",") if part.strip()]
-
-
-def _name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
+def _literal(word: str) -> Any:
+    """What a word says as Python writes values; else the word itself."""
+    try:
+        return WORDS[word.lower()] if word.lower() in WORDS else ast.literal_eval(word)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return word
 
 
 @functools.lru_cache(maxsize=256)
@@ -97,12 +90,9 @@ def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
 
 
 def _problem(kind: Any, value: Any, error: pydantic.ValidationError) -> str:
-    """The first thing that is wrong, with its place in `value`."""
-    problems = [(_place(value, problem["loc"][1:]), problem) for problem in error.errors()]
-    problems.sort(
-        key=lambda problem: problem[1]["type"] != UNKNOWN
-    )  # a misspelt name is missing under its right one too
-    place, first = problems[0]
+    """The first thing that is wrong, with its place in `value`; a misspelt name before the right one that is missing."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != UNKNOWN)
+    first, place = problems[0], _place(value, problems[0]["loc"][1:])
     field = ".".join(map(str, place))
     if first["type"] == UNKNOWN:
         known = _fields(kind, place[:-1])
@@ -110,12 +100,13 @@ def _problem(kind: Any, value: Any, error: pydantic.ValidationError) -> str:
         return f"unknown key '{place[-1]}'{inside}{did_you_mean(place[-1], known)}; known: {', '.join(known)}"
     if first["type"] == "missing":
         return f"it needs {'.'.join(map(str, first['loc'][1:]))}"
+    before = f"{field}: " if field else ""
     if first["type"] == "value_error":
-        return f"{field}: {first['ctx']['error']}" if field else str(first["ctx"]["error"])
+        return f"{before}{first['ctx']['error']}"
     said = [
-        problem["msg"].replace("Input", "it", 1) for other, problem in problems if other == place
-    ]  # one for each of a union
-    return f"{field + ': ' if field else ''}{' or '.join(dict.fromkeys(said))}, got {first['input']!r:.60}"
+        one["msg"].replace("Input", "it", 1) for one in problems if _place(value, one["loc"][1:]) == place
+    ]  # of a union
+    return f"{before}{' or '.join(dict.fromkeys(said))}, got {first['input']!r:.60}"
 
 
 def _place(value: Any, names: Iterable[Any]) -> tuple[Any, ...]:

@@ -25,14 +25,10 @@ ROUNDING = 1e-9
 class Gate:
     """A `[gate]` of a pipeline file: a test's policy may not be worse than `fail_below` by more than the margin."""
 
-    fail_below: str
-    """The baseline, as in the test's table: mpc, bba, genet, …"""
-    margin: float = 0.0
-    """What may be lost to the baseline, in units of the measure; zero or more."""
-    step: str = ""
-    """Whose test; empty: every test of the pipeline."""
-    policy: str = ""
-    """Empty: the one that the test is about."""
+    fail_below: str  # the baseline, as in the test's table: mpc, bba, genet, …
+    margin: float = 0.0  # what may be lost to the baseline, in units of the measure; zero or more
+    step: str = ""  # whose test; empty: every test of the pipeline
+    policy: str = ""  # empty: the one that the test is about
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.margin) and self.margin >= 0):
@@ -46,14 +42,11 @@ class Verdict:
     """What became of a gate at one test."""
 
     gate: Gate
-    step: str
-    """Whose test; empty if there was none."""
+    step: str  # whose test; empty if there was none
     state: Literal["passed", "failed", "error", "skipped"]
     """error: it could not be judged; skipped: the test was not made, because a step failed."""
-    reason: str
-    """One line, with the numbers."""
-    difference: Interval | None = None
-    """Policy − baseline, paired over samples."""
+    reason: str  # one line, with the numbers
+    difference: Interval | None = None  # policy − baseline, paired over samples
     samples: int = 0
 
     @property
@@ -66,30 +59,27 @@ class Verdict:
         """As JSON types."""
         numbers = dict(zip(("difference", "low", "high"), self.difference or (None,) * 3, strict=True))
         about = {"baseline": self.gate.fail_below, "margin": self.gate.margin, "policy": self.gate.policy or None}
-        about |= {"step": self.step, "verdict": self.state, "reason": self.reason}
-        return {**about, **numbers, "samples": self.samples}
+        said = {"step": self.step, "verdict": self.state, "reason": self.reason}
+        return {**about, **said, **numbers, "samples": self.samples}
 
 
-def read_gates(table: Any, where: str) -> tuple[Gate, ...]:
-    """The gates of a pipeline file's `[gate]` or `[[gate]]`; None gives none. Raises ValueError, beginning with `where`."""
+def read_gates(
+    table: Any, where: str, steps: Sequence[str], fail_below: Sequence[str] = (), margin: float | None = None
+) -> list[Gate]:
+    """The gates of a pipeline file's `[gate]` or `[[gate]]`, with the baselines and the margin of the command line instead.
+
+    Raises ValueError, beginning with `where`, for what is no gate, and for one on a step that is not there.
+    """
     rows = [] if table is None else table if isinstance(table, list) else [table]
-    return tuple(config.parse(Gate, row, f"{where}, [gate]") for row in rows)
-
-
-def override(gates: Sequence[Gate], fail_below: Sequence[str], margin: float | None) -> tuple[Gate, ...]:
-    """The gates with what the command line says instead: other baselines (for every test), another margin."""
+    gates: list[Gate] = [config.parse(Gate, row, f"{where}, [gate]") for row in rows]
     if fail_below:
-        return tuple(Gate(name, margin or 0.0) for name in fail_below)
-    if margin is not None and not gates:
+        gates = [Gate(name) for name in fail_below]
+    elif margin is not None and not gates:
         raise ValueError("--margin needs a baseline: --fail-below mpc --margin 0.05")
-    return tuple(gates if margin is None else (replace(gate, margin=margin) for gate in gates))
-
-
-def check(gates: Sequence[Gate], steps: Sequence[str]) -> None:
-    """Refuse, before anything runs, a gate on a step that is not there. Raises ValueError."""
     for gate in gates:
         if gate.step and gate.step not in steps:
             raise ValueError(f"gate: no step '{gate.step}'{config.did_you_mean(gate.step, steps)}; {', '.join(steps)}")
+    return gates if margin is None else [replace(gate, margin=margin) for gate in gates]
 
 
 def judge(gates: Sequence[Gate], folders: Mapping[str, Path | None]) -> tuple[Verdict, ...]:
@@ -115,34 +105,20 @@ def judge(gates: Sequence[Gate], folders: Mapping[str, Path | None]) -> tuple[Ve
 def _verdict(gate: Gate, step: str, folder: Path) -> Verdict:
     try:
         scores = Scores.read(folder)
-        policy, samples = _compared(gate, scores)
+        policy, about = gate.policy or scores.subject, scores.measure
+        if policy in ("", gate.fail_below):
+            known = ", ".join(scores.policies)
+            raise ValueError(f"the test is about {policy or 'no policy'}; name the gate's policy: {known}")
+        ours, theirs = scores.of(policy), scores.of(gate.fail_below)
+        if set(ours.index) != set(theirs.index) or len(ours) < 2:
+            raise ValueError(f"{policy} and {gate.fail_below} need two {about.sample}s or more, the same for both")
         difference = scores.difference(policy, gate.fail_below)
     except (ValueError, OSError) as error:
         return Verdict(gate, step, "error", " ".join(f"{folder}: {error}".split()))
-    about = scores.measure
     passed = about.gain(difference).low >= -gate.margin - ROUNDING
     end, over = ("lower", f"under {-gate.margin:g}") if about.sign > 0 else ("upper", f"over {gate.margin:g}")
     reason = (
         f"{policy} - {gate.fail_below} = {difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}] {about.name} "
-        f"over {samples} {about.sample}s ({step}): its {end} end is {'not ' if passed else ''}{over}, the margin"
+        f"over {len(ours)} {about.sample}s ({step}): its {end} end is {'not ' if passed else ''}{over}, the margin"
     )
-    state: Literal["passed", "failed"] = "passed" if passed else "failed"
-    return Verdict(replace(gate, policy=policy), step, state, reason, difference, samples)
-
-
-def _compared(gate: Gate, scores: Scores) -> tuple[str, int]:
-    """The policy that is judged and the number of samples. ValueError for a test that shows nothing of the two."""
-    policy = gate.policy or scores.subject
-    if policy in ("", gate.fail_below):
-        raise ValueError(
-            f"the test is about {policy or 'no policy'}; name the gate's policy: {', '.join(scores.policies)}"
-        )
-    ours, theirs = scores.of(policy), scores.of(gate.fail_below)
-    if others := sorted(map(str, set(ours.index) ^ set(theirs.index))):
-        raise ValueError(
-            f"{policy} and {gate.fail_below} were not tested on the same {scores.measure.sample}s: "
-            f"{len(ours)} and {len(theirs)}, {others[0]} by one only"
-        )
-    if len(ours) < 2:
-        raise ValueError(f"{len(ours)} {scores.measure.sample} gives no interval; test on more")
-    return policy, len(ours)
+    return Verdict(replace(gate, policy=policy), step, "passed" if passed else "failed", reason, difference, len(ours))

@@ -24,12 +24,10 @@ FILE, TABLE = "scores.json", "scores.parquet"
 class Measure:
     """A figure by which policies are compared."""
 
-    name: str
-    """Also the column of a table that holds it."""
+    name: str  # also the column of a table that holds it
     unit: str = ""
     better: Literal["higher", "lower"] = "higher"
-    sample: str = "trace"
-    """What is drawn, and what pairs two policies; also the column of a table that names it."""
+    sample: str = "trace"  # what is drawn, and what pairs two policies; also the column of a table that names it
 
     @property
     def sign(self) -> int:
@@ -40,6 +38,20 @@ class Measure:
         """A difference with its sign turned so that above zero is better."""
         mean, low, high = difference
         return difference if self.sign > 0 else Interval(-mean, -high, -low)
+
+
+@dataclass(frozen=True)
+class _About:
+    """`scores.json`."""
+
+    measure: Measure
+    subject: str = ""
+    tested_on: str = ""
+    headline: dict[str, str | float | None] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> _About:
+        return config.parse(_About, runs.read_json(folder / FILE), str(folder / FILE))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,23 +70,17 @@ class Scores:
     def __post_init__(self) -> None:
         keys = ["policy", self.measure.sample]
         if missing := [name for name in (*keys, self.measure.name) if name not in self.table]:
-            raise ValueError(
-                f"a table of scores has no column {', '.join(missing)}; it has: {', '.join(map(str, self.table))}"
-            )
+            there = ", ".join(map(str, self.table))
+            raise ValueError(f"a table of scores has no column {', '.join(missing)}; it has: {there}")
         if len(twice := self.table[self.table.duplicated(keys)]):
             raise ValueError(f"scores of the same {self.measure.sample} are there twice: {list(twice[keys].iloc[0])}")
-        if self.subject and self.subject not in self.policies:
-            raise ValueError(f"there are no scores of {self.subject!r}, only of: {', '.join(self.policies)}")
+        if self.subject:
+            self.of(self.subject)
 
     @property
     def policies(self) -> list[str]:
         """In the order of the table."""
         return [str(name) for name in self.table["policy"].unique()]
-
-    @property
-    def parts(self) -> list[str]:
-        """Columns of further numbers."""
-        return [str(name) for name in self.table if name not in ("policy", self.measure.sample, self.measure.name)]
 
     def of(self, policy: str) -> pd.Series:
         """The measure by sample, in the order of the table. ValueError if there is no such policy."""
@@ -92,30 +98,22 @@ class Scores:
         """Mean of policy − other over the samples that both have, paired, with its 95 % interval. ValueError if there is none."""
         return stats.paired(self.of(policy), self.of(other))
 
-    def gain(self, policy: str, other: str) -> Interval:
-        """The difference with its sign turned so that above zero means that `policy` is better."""
-        return self.measure.gain(self.difference(policy, other))
-
     def league(self) -> pd.DataFrame:
         """A row per policy, the best first: the mean (named as the measure) with its interval (low, high), the means of the middle
         half of the samples (iqm) and of the worst 5 %, and the means of the parts."""
-        name, rows = self.measure.name, {}
-        for policy in self.policies:
-            part = self.table[self.table["policy"] == policy]
+        name, sign, rows = self.measure.name, self.measure.sign, {}
+        for policy, part in self.table.groupby("policy", sort=False):
             values = part[name].to_numpy(dtype=float)
             row = dict(zip((name, "low", "high"), stats.bootstrap(values), strict=True))
-            row["iqm"] = float(stats.interquartile_mean(values))
-            row["worst_5%"] = self.measure.sign * float(stats.worst_mean(0.05)(self.measure.sign * values))
-            rows[policy] = row | {column: float(part[column].mean()) for column in self.parts}
-        table = pd.DataFrame.from_dict(rows, orient="index")
-        return table.sort_values(name, ascending=self.measure.sign < 0, kind="stable")
+            row |= {"iqm": stats.interquartile_mean(values), "worst_5%": sign * stats.worst_mean(sign * values, 0.05)}
+            rows[policy] = row | dict(part.drop(columns=["policy", self.measure.sample, name]).mean())
+        return pd.DataFrame.from_dict(rows, orient="index").sort_values(name, ascending=sign < 0, kind="stable")
 
     def save(self, folder: Path) -> None:
         """Write `scores.json` and `scores.parquet`."""
         with runs.atomic_path(folder / TABLE) as aside:
             self.table.to_parquet(aside, index=False)
-        about = _About(self.measure, self.subject, self.tested_on, self._headline())
-        runs.write_json(folder / FILE, about)
+        runs.write_json(folder / FILE, _About(self.measure, self.subject, self.tested_on, self._headline()))
 
     def _headline(self) -> dict[str, Any]:
         """What the index shows: the subject (or the best policy), its mean, and its difference to the best other one."""
@@ -131,8 +129,7 @@ class Scores:
     @classmethod
     def read(cls, folder: Path) -> Scores:
         """What `save` wrote. FileNotFoundError if there is nothing, ValueError, with the file, if it is broken."""
-        about = _read_about(folder)
-        path = folder / TABLE
+        about, path = _About.read(folder), folder / TABLE
         try:
             return cls(about.measure, about.subject, pd.read_parquet(path), about.tested_on)
         except FileNotFoundError:
@@ -150,19 +147,5 @@ def tests(folders: Mapping[str, Path]) -> dict[str, Path]:
 
 def read_headline(folder: Path) -> dict[str, Any]:
     """Of the scores in a folder what the index shows, without reading their table. ValueError if the file is broken."""
-    about = _read_about(folder)
+    about = _About.read(folder)
     return {"measure": about.measure.name, "tested on": about.tested_on, **about.headline}
-
-
-@dataclass(frozen=True)
-class _About:
-    """`scores.json`."""
-
-    measure: Measure
-    subject: str = ""
-    tested_on: str = ""
-    headline: dict[str, str | float | None] = field(default_factory=dict)
-
-
-def _read_about(folder: Path) -> _About:
-    return config.parse(_About, runs.read_json(folder / FILE), str(folder / FILE))

@@ -7,7 +7,6 @@ ever overwritten by a different run. Its manifest names its parents: the runs th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -22,7 +21,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ from typing import Any
 import filelock
 import numpy as np
 import psutil
-
-from netllm_lib import config
 
 PROJECT = Path(__file__).resolve().parents[1]
 """The checkout: bundled data, notebooks and the default reports folder are found from here."""
@@ -59,24 +56,22 @@ def plain(value: Any, finite: bool = True) -> Any:
     NaN and infinity, which JSON does not have, become None unless `finite` is False.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name), finite) for field in dataclasses.fields(value)}
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): plain(item, finite) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, finite) for item in value]
-    if isinstance(value, np.generic | np.ndarray):
-        return plain(value.tolist(), finite)
-    if isinstance(value, Path):
-        return str(value)
     if finite and isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return str(value) if isinstance(value, Path) else value
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity become null."""
     with atomic_path(path) as aside:
-        aside.write_text(json.dumps(plain(value), indent=1, sort_keys=False, allow_nan=False) + "\n")
+        aside.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -99,86 +94,71 @@ def file_hash(path: Path, digits: int = 16) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:digits]
 
 
-def tree_hash(folder: Path, pattern: str = "**/*", digits: int = 16) -> str:
+def tree_hash(folder: Path, pattern: str = "**/*") -> str:
     """Hex digest of every file under `folder` that matches, by relative path and bytes; byte-code caches are ignored."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob(pattern)):
-        if path.is_file() and "__pycache__" not in path.parts:
-            digest.update(f"{path.relative_to(folder)}\0{file_hash(path)}\n".encode())
-    return digest.hexdigest()[:digits]
+    files = [path for path in sorted(folder.glob(pattern)) if path.is_file() and "__pycache__" not in path.parts]
+    text = "".join(f"{path.relative_to(folder)}\0{file_hash(path)}\n" for path in files)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # --- atomic writes ------------------------------------------------------------------------------------------------------
+
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:4]
+ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|old)")
+"""A name beside a file or folder that is being written; it says who writes."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` to write to; it takes the place of `path` only when the block ends without an error.
 
-    The block may create a file, or a folder that replaces an existing one. What it wrote is flushed to disk before the rename and
-    the rename before this returns, so a crash leaves the old content or the new one, never a half-written one. What a killed
-    process left beside `path` is cleaned up first. Raises StorageError when the disk is full or the folder cannot be written to.
+    The block may create a file, or a folder that replaces an existing one. All is flushed to disk before this returns, so a crash
+    leaves the old content or the new one. What a killed process left beside `path` is cleaned up first. Raises StorageError when
+    the disk is full or the folder cannot be written to.
     """
     path = Path(path)
     with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        clean_up(path)
-        aside = aside_of(path)
+        _clean(path.parent, path.name)
+        aside = path.with_name(f".{path.name}.{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+        old = aside.with_suffix(".old")
         try:
             yield aside
-            for written in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
+            for written in [aside, *aside.rglob("*")]:
                 flush(written)
-            old = aside.with_suffix(".old")
             if aside.is_dir() and path.is_dir():
                 os.replace(path, old)
-            try:
-                os.replace(aside, path)
-            except OSError:
-                if old.exists():
-                    os.replace(old, path)
-                raise
+            os.replace(aside, path)
             flush(path.parent)
-            _remove(old)
         finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
             _remove(aside)
-
-
-def aside_of(path: Path) -> Path:
-    """A name beside `path` to write to before it takes its place; it says who writes, so that `clean_up` knows what to leave."""
-    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-
-
-def clean_up(path: Path, alone: bool = False) -> None:
-    """Remove what killed processes left of writing `path` with `atomic_path`; a folder that one had moved aside comes back.
-
-    What a living process may be writing now stays. Whether one of another machine lives is not known: what it left is removed only
-    when the caller is `alone`, by a lock.
-    """
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for name in os.listdir(path.parent):
-            if not (match := _ASIDE.fullmatch(name)) or match["name"] != path.name:
-                continue
-            if psutil.pid_exists(int(match["pid"])) if match["host"] == _host() else not alone:
-                continue
-            if match["kind"] == "old" and not path.exists():
-                os.replace(path.parent / name, path)
-            else:
-                _remove(path.parent / name)
-
-
-_ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|old)")
+            _remove(old)
 
 
 def flush(path: Path) -> None:
     """Make a file, or what was renamed or created in a folder, last through a crash."""
-    with (
-        contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext()
-    ):  # some systems cannot flush folders
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _clean(folder: Path, name: str = "", alone: bool = False) -> None:
+    """Remove what killed processes left of writing in a folder, to a name or all; a folder that one had moved aside comes back.
+
+    Whether a process of another machine lives is not known: what it left goes only if the caller is `alone`, by a lock.
+    """
+    for left, match in [(folder / entry, ASIDE.fullmatch(entry)) for entry in os.listdir(folder)]:
+        if match is None or name not in ("", match["name"]):
+            continue
+        if not (psutil.pid_exists(int(match["pid"])) if match["host"] == HOST else not alone):
+            with suppress(FileNotFoundError):  # another process cleans up too
+                if match["kind"] == "old" and not (folder / match["name"]).exists():
+                    os.replace(left, folder / match["name"])
+                _remove(left)
 
 
 def _remove(path: Path) -> None:
@@ -186,10 +166,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _host() -> str:
-    return content_hash(platform.node(), 4)
 
 
 class StorageError(OSError):
@@ -216,23 +192,16 @@ def storage_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-def _storage_problem(error: BaseException, folder: Path) -> str | None:
-    text = str(error)
+def _storage_problem(error: BaseException, folder: Path) -> str:
     if isinstance(error, PermissionError):
-        inside = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder)
-        return UNWRITABLE if inside else None
-    code = error.errno if isinstance(error, OSError) else None
-    if (
-        code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text
-    ):  # libraries in C++ and Rust raise their words
+        return UNWRITABLE if Path(os.fsdecode(error.filename or "/")).is_relative_to(folder) else ""
+    text, code = str(error), getattr(error, "errno", None)
+    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:  # C++ and Rust raise their own errors
         return FULL
     if code == errno.EROFS or "Read-only file system" in text:
         return UNWRITABLE
     failed = isinstance(error, RuntimeError) and ("write failed" in text or "iostream error" in text)  # PyTorch's
-    return FULL if failed and shutil.disk_usage(folder).free < 2**20 else None
-
-
-# --- one process at a time ----------------------------------------------------------------------------------------------
+    return FULL if failed and shutil.disk_usage(folder).free < 2**20 else ""
 
 
 class Busy(OSError):
@@ -240,55 +209,36 @@ class Busy(OSError):
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[int | None]:
+def lock(path: Path) -> Iterator[None]:
     """Only one process at a time is inside this block for `path`, a run folder or a single file.
 
     A second one gets `Busy` at once, in one line that names the path and the process that has it. The lock is the system's, on
     a file beside `path`, and ends with its process, however that ends. Whoever gets it removes what killed processes have
-    left half-written in the folder, or beside the file. The block gets the open handle of the lock file: a process that inherits it
-    holds the lock too. On a disk without such locks a file that names its owner stands for one, and there is no handle.
+    left half-written in the folder, or beside the file.
     """
     path = Path(path).absolute()
     beside = path.with_name(f".{path.name}.lock")
-    handles: list[int] = []
-
-    def take(kind: type[filelock.BaseFileLock], place: Path, **options: Any) -> None:
+    held = filelock.FileLock(beside, timeout=0.1)  # a few tries: another process may be removing the file just now
+    with storage_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            stack.enter_context(kind(place, timeout=LOCK_S, **options))
+            held.acquire()
         except filelock.Timeout:
-            owner = (place.read_text().split() or ["(unknown)"])[0] if place.is_file() else "(unknown)"
-            text = f"{path}: process {owner} is writing it; wait until it is done, or end that process"
+            owner = (beside.read_text().split() if beside.is_file() else []) or ["(unknown)"]
+            text = f"{path}: process {owner[0]} is writing it; wait until it is done, or end that process"
             raise Busy(text) from None
-
-    with contextlib.ExitStack() as stack:
-        with storage_errors(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                take(filelock.FileLock, beside, on_acquired=lambda handle: handles.append(_signed(handle)))
-                # it goes before the lock is released: filelock sees to it that nobody takes a file that is gone
-                stack.callback(beside.unlink, missing_ok=True)
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-                    raise
-                beside.unlink(missing_ok=True)
-                take(filelock.SoftFileLock, beside.with_suffix(".owner"))
-        clean_up(path, alone=True)
+    try:
+        with suppress(OSError):  # on a full disk the lock holds without
+            beside.write_text(f"{os.getpid()}\n")
+        _clean(path.parent, path.name, alone=True)
         if path.is_dir():
-            for name in {match["name"] for entry in path.iterdir() if (match := _ASIDE.fullmatch(entry.name))}:
-                clean_up(path / name, alone=True)
-        yield handles[0] if handles else None
-
-
-LOCK_S = 0.1
-"""Time for two or three tries: a lock file that another process is just removing is no reason to give up."""
-
-
-def _signed(handle: int) -> int:
-    """A lock file with the number of its process in it; on a full disk the lock holds without."""
-    with contextlib.suppress(OSError):
-        os.truncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
-    return handle
+            _clean(path, alone=True)
+        yield
+    finally:
+        beside.unlink(
+            missing_ok=True
+        )  # before the lock is released; filelock sees to it that nobody takes a file that is gone
+        held.release()
 
 
 # --- run folders --------------------------------------------------------------------------------------------------------
@@ -304,7 +254,10 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """What the manifest says; nothing where there is none. Raises ValueError for a broken one."""
         path = self.folder / MANIFEST
-        return config.parse(dict[str, Any], read_json(path), str(path)) if path.is_file() else {}
+        found = read_json(path) if path.is_file() else {}
+        if not isinstance(found, dict) or not isinstance(found.get("parents", {}), dict):
+            raise ValueError(f"{path}: not a run's manifest; make the run again")
+        return found
 
     @property
     def done(self) -> bool:
@@ -314,9 +267,8 @@ class Run:
     @property
     def parents(self) -> dict[str, Path]:
         """The folders that this run was made from, by role: "pool", "training", "test", "sweep"."""
-        where = f"{self.folder / MANIFEST}, parents"
-        named: dict[str, str] = config.parse(dict[str, str], self.manifest.get("parents", {}), where)
-        return {role: Path(os.path.normpath(self.folder.resolve() / place)) for role, place in named.items()}
+        here, named = self.folder.resolve(), self.manifest.get("parents", {})
+        return {role: Path(os.path.normpath(here / str(place))) for role, place in named.items()}
 
     def note(self, **facts: Any) -> None:
         """Record facts in the manifest; one that is None is removed. `parents` are folders by role, empty ones are left out."""
@@ -329,7 +281,7 @@ class Run:
         """Write `metrics.json` (if given) and mark the run as complete."""
         if metrics is not None:
             write_json(self.folder / METRICS, metrics)
-        self.note(status="done", finished=time_text())
+        self.note(status="done", finished=_now())
 
     def _from_here(self, folder: Path) -> str:
         """A folder of the same reports folder seen from this one, so that both can be moved together; any other one whole."""
@@ -351,20 +303,17 @@ def open_run(
     name: str,
     settings: Any,
     inputs: Mapping[str, str] | None = None,
-    parents: Mapping[str, str | Path | None] | None = None,
     root: Path | None = None,
 ) -> Run:
     """The run folder for this work, created if need be.
 
     `settings` is anything JSON-like or a dataclass; `inputs` maps the name of each input to its content hash. Both decide the
-    folder's name; parents (folders by role), versions, machine and git revision are recorded in the manifest but do not.
+    folder's name; versions, machine and git revision are recorded in the manifest but do not.
     """
     run = Run(run_folder(kind, name, settings, inputs, root))
     if not (run.folder / MANIFEST).exists():
         write_json(run.folder / "config.json", settings)
-        run.note(status="started", kind=kind, name=name, inputs=inputs or {}, started=time_text(), **environment())
-    if parents:
-        run.note(parents=parents)
+        run.note(status="started", kind=kind, name=name, inputs=inputs or {}, started=_now(), **environment())
     return run
 
 
@@ -374,9 +323,8 @@ def notebook_run(run_dir: str, notebook: str, **parents: str | Path | None) -> R
     It counts as started until the notebook calls `finish`. `parents` are the folders it reads, by role; empty ones are left out.
     """
     run = Run(Path(run_dir) if run_dir else reports_root() / "runs" / notebook / "interactive")
-    if not run.manifest:
-        run.note(status="started", kind=notebook, name=run.folder.name, started=time_text(), **environment())
-    run.note(status="started", finished=None, error=None, parents=parents)
+    new = {} if run.manifest else {"kind": notebook, "name": run.folder.name, "started": _now(), **environment()}
+    run.note(status="started", finished=None, error=None, parents=parents, **new)
     return run
 
 
@@ -384,13 +332,36 @@ def latest(notebook: str) -> Path:
     """The run folder of a notebook that was finished last, by the manifests. Raises FileNotFoundError if there is none."""
     finished = {}
     for path in (reports_root() / "runs" / notebook).glob(f"*/{MANIFEST}"):
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a broken manifest, or a run that is not finished
+        with suppress(ValueError, TypeError, KeyError):  # a broken manifest, or a run that is not finished
             finished[datetime.fromisoformat(Run(path.parent).manifest["finished"])] = path.parent
     if not finished:
-        raise FileNotFoundError(
-            f"no finished run of {notebook} under {reports_root() / 'runs'}: run that notebook first"
-        )
+        where = reports_root() / "runs"
+        raise FileNotFoundError(f"no finished run of {notebook} under {where}: run that notebook first")
     return finished[max(finished)]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and git revision, for a manifest. Never fails: what cannot be found is left out."""
+    installed = [found for name in VERSIONED for found in importlib.metadata.distributions(name=name)]
+    versions = {found.name: found.version for found in installed}
+    about = {"python": platform.python_version(), "versions": versions, "machine": platform.machine()}
+    return {**about, "git": git_revision()}
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout, with "+dirty" when there are uncommitted changes; None outside a checkout."""
+    command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")
+
+
+# --- progress -----------------------------------------------------------------------------------------------------------
 
 
 def headless() -> bool:
@@ -411,40 +382,15 @@ def progress(label: str, every_s: float = 5.0) -> Callable[..., None]:
 
     def show(done: int, total: int, info: Mapping[str, Any] | None = None) -> None:
         nonlocal last
-        loss = f"  loss {info['loss']:.3f}" if info and "loss" in info else ""
+        now, loss = time.monotonic(), f"  loss {info['loss']:.3f}" if info and "loss" in info else ""
         if bar is not None:
             bar.total = total
             bar.set_postfix_str(loss.strip(), refresh=False)
             bar.update(done - bar.n)
             if done == total:
                 bar.close()
-        elif (now := time.monotonic()) - last >= every_s or done == total:
-            last = now
-            left = (now - started) / done * (total - done)
+        elif now - last >= every_s or done == total:
+            last, left = now, (now - started) / done * (total - done)
             print(f"{label}: {done}/{total}{loss}  {now - started:.0f} s, about {left:.0f} s left", flush=True)
 
     return show
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and git revision, for a manifest. Never fails: what cannot be found is left out."""
-    versions = {}
-    for package in VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    about = {"python": platform.python_version(), "versions": versions, "machine": platform.machine()}
-    return {**about, "git": git_revision()}
-
-
-def git_revision() -> str | None:
-    """Commit of the checkout, with "+dirty" when there are uncommitted changes; None outside a checkout."""
-    command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def time_text() -> str:
-    """The time now as manifests write it."""
-    return datetime.now().astimezone().isoformat(timespec="milliseconds")

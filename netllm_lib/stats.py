@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 RESAMPLES = 10_000
+LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean with its bootstrap interval."""
+    """A mean with its 95 % interval."""
 
     mean: float
     low: float
@@ -27,46 +27,24 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def bootstrap(
-    values: np.ndarray,
-    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
-    *,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap over traces.
+def bootstrap(values: np.ndarray, *, seed: int = 0) -> Interval:
+    """Mean and percentile bootstrap of `values` [traces]; pass the differences of two policies for a paired interval.
 
-    `values` [traces] holds one figure per trace; pass the differences of two policies for a paired interval. `statistic`
-    maps [..., traces] to [...]; the mean by default. A single trace gives an interval without bounds (NaN).
+    A single trace gives an interval without bounds (NaN). ValueError for another shape, or figures that are not finite.
     """
     values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or len(values) == 0:
+    if values.ndim != 1:
         raise ValueError(f"one figure per trace is needed, got an array of shape {values.shape}")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{(~np.isfinite(values)).sum()} of {len(values)} figures are not finite")
-    measure = statistic or (lambda sample: sample.mean(axis=-1))
-    if len(values) == 1:
-        return Interval(float(measure(values)), float("nan"), float("nan"))
-    index = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.quantile(measure(values[index]), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(measure(values)), float(low), float(high))
+    return bootstrap_runs(values[None], seed=seed)
 
 
-def bootstrap_runs(
-    values: np.ndarray,
-    minus: np.ndarray | None = None,
-    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
-    *,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap over traces and over training seeds.
+def bootstrap_runs(values: np.ndarray, minus: np.ndarray | None = None, *, seed: int = 0) -> Interval:
+    """Mean and percentile bootstrap over traces and over training seeds.
 
     `values` [seeds, traces] holds one row per run of the same recipe, all over the same traces. Each resample draws traces, the
-    same ones for all rows, and rows; the statistic (the mean by default) is that of the traces' means over the drawn rows. With
-    `minus` [other seeds, traces] it is that of the differences, trace by trace; its rows are drawn by themselves, and there may
-    be fewer, down to the one of a baseline without a seed. The interval then says how well another seed on other traces would do,
-    not only these. A single row is `bootstrap` over traces: nothing can be said of the seeds.
+    same ones for all rows, and rows. With `minus` [other seeds, traces] it is the difference, paired by trace; its rows are drawn
+    by themselves, and there may be fewer, down to the one of a baseline without a seed. The interval then says how well another
+    seed on other traces would do, not only these. A single row is `bootstrap`: nothing can be said of the seeds.
     """
     runs = [np.asarray(sample, dtype=float) for sample in (values, minus) if sample is not None]
     for sample in runs:
@@ -75,20 +53,18 @@ def bootstrap_runs(
             raise ValueError(f"figures [seeds, traces] over the same traces are needed, got arrays of shape {shapes}")
         if not np.isfinite(sample).all():
             raise ValueError(f"{(~np.isfinite(sample)).sum()} of {sample.size} figures are not finite")
-    measure = statistic or (lambda sample: sample.mean(axis=-1))
-    signs = (1, -1)
-    traces = runs[0].shape[1]
-    whole = float(measure(sum(sign * run.mean(axis=0) for sign, run in zip(signs, runs, strict=False))))
+    signed = list(zip((1, -1), runs, strict=False))
+    whole, traces = float(sum(sign * run.mean(axis=0) for sign, run in signed).mean()), runs[0].shape[1]
     if traces == 1:
         return Interval(whole, float("nan"), float("nan"))
     rng = np.random.default_rng(seed)
     index = rng.integers(0, traces, (RESAMPLES, traces))
     means = np.zeros((RESAMPLES, traces))
-    for sign, run in zip(signs, runs, strict=False):
+    for sign, run in signed:
         weights = rng.multinomial(len(run), np.full(len(run), 1 / len(run)), RESAMPLES) / len(run)  # [resamples, seeds]
         means += sign * (weights @ run)
-    resampled = measure(np.take_along_axis(means, index, axis=1))
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    resampled = np.take_along_axis(means, index, axis=1).mean(axis=1)
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(whole, float(low), float(high))
 
 
@@ -97,34 +73,27 @@ def student(values: np.ndarray, minus: np.ndarray | None = None) -> Interval:
 
     For a few runs a bootstrap would be too narrow. One run gives an interval without bounds (NaN).
     """
-    from scipy.stats import t
+    from scipy.stats import ttest_1samp, ttest_ind
 
     sides = [values] if minus is None else [values, minus]
     mean = float(values.mean() - (0 if minus is None else minus.mean()))
     if min(map(len, sides)) < 2:
         return Interval(mean, float("nan"), float("nan"))
-    parts = np.array([side.var(ddof=1) / len(side) for side in sides])
-    if not parts.any():
+    if not any(side.var() for side in sides):
         return Interval(mean, mean, mean)
-    freedom = parts.sum() ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, sides, strict=True))
-    half = float(t.ppf(0.975, freedom) * np.sqrt(parts.sum()))
-    return Interval(mean, mean - half, mean + half)
+    test = ttest_1samp(values, 0) if minus is None else ttest_ind(values, minus, equal_var=False)
+    return Interval(mean, *map(float, test.confidence_interval(LEVEL)))
 
 
-def worst_mean(share: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Statistic: mean of the worst `share` of traces (at least one), for the tail that the mean hides."""
-
-    def measure(sample: np.ndarray) -> np.ndarray:
-        count = max(1, round(share * sample.shape[-1]))
-        return np.sort(sample, axis=-1)[..., :count].mean(axis=-1)
-
-    return measure
+def worst_mean(values: np.ndarray, share: float) -> float:
+    """Mean of the lowest `share` of the values (at least one), for the tail that the mean hides."""
+    return float(np.sort(values)[: max(1, round(share * len(values)))].mean())
 
 
-def interquartile_mean(sample: np.ndarray) -> np.ndarray:
-    """Statistic: mean of the middle half of traces, which a few broken traces do not move."""
-    cut = sample.shape[-1] // 4
-    return np.sort(sample, axis=-1)[..., cut : sample.shape[-1] - cut].mean(axis=-1)
+def interquartile_mean(values: np.ndarray) -> float:
+    """Mean of the middle half of the values, which a few broken traces do not move."""
+    cut = len(values) // 4
+    return float(np.sort(values)[cut : len(values) - cut].mean())
 
 
 def paired(ours: pd.Series, other: pd.Series) -> Interval:

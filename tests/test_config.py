@@ -38,31 +38,24 @@ def test_a_file_becomes_the_dataclass(tmp_path: Path) -> None:
     )
     job: Job = config.parse(Job, config.read_toml(tmp_path / "job.toml"), "job.toml")
     assert job == Job("a", Rates(1.0), (1, 2), folder=Path("x/y"), more=[Rates(0.5, 3)], size="big")
-    assert config.parse(dict[str, int], {"a": 1}, "x") == {"a": 1}
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            {"nam": "b"},
-            "f: unknown key 'nam', did you mean 'name'?; known: name, rates, layers, mode, folder, more, size",
-        ),
-        ({"rates": {"lr": 1, "step": 1}}, "f: unknown key 'step' in rates, did you mean 'steps'?; known: lr, steps"),
+        ({"nam": "b"}, "f: unknown key 'nam', did you mean 'name'?; known: name, rates, layers, mode, folder, more, size"),
         ({"more": [{"lr": 1, "xlr": 1}]}, "f: unknown key 'xlr' in more.0, did you mean 'lr'?; known: lr, steps"),
         ({"rates": {"lr": True}}, "f: rates.lr: it should be a valid number, got True"),
         ({"rates": {"lr": float("inf")}}, "f: rates.lr: it should be a finite number, got inf"),
         ({"rates": {"lr": 1, "steps": 1.0}}, "f: rates.steps: it should be a valid integer, got 1.0"),
         ({"rates": {}}, "f: it needs rates.lr"),
-        ({"rates": 5}, "f: rates: it should be an object, got 5"),
-        ({"layers": "12"}, "f: layers: it should be a valid array, got '12'"),
         ({"layers": [1, "2"]}, "f: layers.1: it should be a valid integer, got '2'"),
         ({"mode": "macro"}, "f: mode: it should be 'step' or 'micro', got 'macro'"),
         ({"size": 1.5}, "f: size: it should be a valid integer or it should be a valid string, got 1.5"),
         ({"name": ".."}, "f: name '..' is no name"),
         ({"name": object()}, "f: Object of type object is not JSON serializable"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as refused:
         config.parse(Job, {"name": "a", "rates": {"lr": 1}} | given, "f")
@@ -70,18 +63,16 @@ def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None
     assert "\n" not in str(refused.value)
 
 
-def test_broken_files_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"a = 1\nb = ?", "line 2"), (b"\xff\xfe", "not valid"), (b"a = " + b"[" * 10_000, "not valid")]
+)  # fmt: skip
+def test_broken_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "f.toml"
     with pytest.raises(FileNotFoundError, match="no such file"):
         config.read_toml(path)
-    for content, message in (
-        (b"a = 1\nb = ?", "line 2"),
-        (b"\xff\xfe", "not valid TOML"),
-        (b"a = " + b"[" * 10_000, "not valid TOML"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
-            config.read_toml(path)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
+        config.read_toml(path)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +80,9 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     [
         (bool, "true", True), (bool, "No", False), (int, "-3", -3), (float, "1e-3", 1e-3), (str, "5", "5"), (Path, "a", Path("a")),
         (int | None, "none", None), (int | str, "5", 5), (int | str, "x", "x"), (str | None, "None", None),
-        (Literal["a", 2], "2", 2), (list[int], "1, 2", [1, 2]), (list[str], "['a,b', 'c']", ["a,b", "c"]), (list[str], "", []),
+        (Literal["a", 2], "2", 2), (list[int], "1, 2", [1, 2]), (list[int], "8", [8]), (list[str], "['a,b', 'c']", ["a,b", "c"]),
+        (list[str], "1,a", ["1", "a"]), (list[str], "", []), (list[bool], "true,false", [True, False]), (Any, "a", "a"),
         (tuple[float, ...], "1,2", (1.0, 2.0)), (dict[str, int], "{'a': 1}", {"a": 1}), (Annotated[str, "a path"], "x/y", "x/y"),
-        (list, "1,a", ["1", "a"]), (Any, "a", "a"),
     ],
 )  # fmt: skip
 def test_words_of_the_command_line(kind: Any, text: str, value: Any) -> None:

@@ -163,7 +163,7 @@ def test_it_is_compared_and_gated(trained: tuple[SineNetwork, TrainingRun], tmp_
     ]
     scores = Scores(Measure("error", better="lower", sample="sample"), "llm", pd.DataFrame(rows))
     assert scores.league().index.tolist() == ["llm", "zero"]
-    assert scores.gain("llm", "zero").low > 0 > scores.difference("llm", "zero").high
+    assert scores.measure.gain(scores.difference("llm", "zero")).low > 0 > scores.difference("llm", "zero").high
     scores.save(tmp_path)
     asked = [gate.Gate("zero"), gate.Gate("llm", policy="zero")]
     assert [verdict.state for verdict in gate.judge(asked, {"test": tmp_path})] == ["passed", "failed"]

@@ -52,8 +52,7 @@ def run(
         raise ValueError(f"--junit {junit}: that is a folder; name a file in it, such as {junit / 'junit.xml'}")
     read = pipelines.read_pipeline if target.endswith(".toml") else pipelines.single
     pipeline = read(target, dict(item.split("=", 1) for item in parameters or []))
-    gates = gate.override(gate.read_gates(pipeline.gate, target), fail_below or [], margin)
-    gate.check(gates, [step.name for step in pipeline.steps])
+    gates = gate.read_gates(pipeline.gate, target, [step.name for step in pipeline.steps], fail_below or [], margin)
 
     outcomes = pipelines.run_steps(pipeline, timeout_s=timeout, force=force, echo=echo)
     write_index()
