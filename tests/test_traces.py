@@ -39,7 +39,7 @@ def write(path: Path, text: str) -> Path:
         ("0 1\n\n1\n", ":3", "expected"),
         ("0 1\n1 2\n1 3\n", ":3", "does not increase"),
         ("0 1\n2 2\n1 3\n", ":3", "does not increase"),
-        ("0 1\n1 -2\n", ":2", "negative bandwidth"),
+        ("0 1\n1 -2\n", ":2", "no bandwidth negative"),
         ("0 1\n1 nan\n", ":2", "finite"),
         ("0 1\ninf 2\n", ":2", "finite"),
         ("0 5\n1 0\n2 0\n", "", "0 bytes in 2 s, no chunk would ever arrive"),
@@ -69,10 +69,10 @@ def test_trace_set_is_sorted_skips_dotfiles_and_reads_pointers(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("pointers", "message"),
     [
-        ([1], "1 start pointers for 2"),
+        ([1], "list of 2 integers"),
         ([1, 9], "outside 1..2"),
-        ({"a": 1}, "list of integers"),
-        ([1, "2"], "list of integers"),
+        ({"a": 1}, "a pickled list|list of 2 integers"),
+        ([1, "2"], "a pickled list|list of 2 integers"),
     ],
 )
 def test_broken_pointer_file(tmp_path: Path, pointers: object, message: str) -> None:

@@ -42,11 +42,6 @@ class Trace:
     time_s: np.ndarray  # [samples] float64, strictly increasing
     mbps: np.ndarray  # [samples] float64, >= 0
 
-    def __repr__(self) -> str:
-        return (
-            f"Trace({self.name!r}, {len(self.mbps)} samples, {self.duration_s:.0f} s, mean {self.mean_mbps:.3f} Mbps)"
-        )
-
     @property
     def duration_s(self) -> float:
         return float(self.time_s[-1] - self.time_s[0])
@@ -63,15 +58,13 @@ def read_trace(path: Path) -> Trace:
     for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
+        where, found = f"{path}:{number}", f"found {line[:60]!r}"
         try:
-            time_s, mbps = (float(field) for field in line.split())
+            time_s, mbps = (float(word) for word in line.split())
         except ValueError:
-            raise ValueError(f'{where}: expected "time_s Mbps", found {line[:60]!r}') from None
-        if not (math.isfinite(time_s) and math.isfinite(mbps)):
-            raise ValueError(f"{where}: time and bandwidth must be finite numbers, found {line[:60]!r}")
-        if mbps < 0:
-            raise ValueError(f"{where}: negative bandwidth {mbps} Mbps")
+            raise ValueError(f'{where}: expected "time_s Mbps", {found}') from None
+        if not (math.isfinite(time_s) and 0 <= mbps < math.inf):
+            raise ValueError(f"{where}: time and bandwidth must be finite and no bandwidth negative, {found}")
         if samples and time_s <= samples[-1][0]:
             raise ValueError(f"{where}: time {time_s} s does not increase (the line before has {samples[-1][0]} s)")
         samples.append((time_s, mbps))
@@ -79,10 +72,8 @@ def read_trace(path: Path) -> Trace:
         raise ValueError(f"{path}: empty trace ({len(samples)} samples; at least two are needed)")
     trace = Trace(Path(path).name, *np.array(samples).T.copy())
     gaps_s = np.diff(trace.time_s)
-    if not 0 <= trace.time_s[0] <= gaps_s.max():
-        raise ValueError(
-            f"{path}: it begins at {trace.time_s[0]} s; every pass begins at 0: take the first time from all"
-        )
+    if not 0 <= (start_s := trace.time_s[0]) <= gaps_s.max():
+        raise ValueError(f"{path}: it begins at {start_s} s; every pass begins at 0: take the first time from all")
     pass_bytes = float((trace.mbps[1:] * gaps_s).sum()) * 1e6 / 8
     if pass_bytes < LEAST_PASS_BYTES or trace.duration_s < LEAST_PASS_S:
         raise ValueError(f"{path}: {pass_bytes:.3g} bytes in {trace.duration_s:.3g} s, no chunk would ever arrive")
@@ -128,23 +119,19 @@ class TraceSet:
         return TraceSet(name or self.name, chosen, pointers)
 
     def describe(self) -> pd.DataFrame:
-        """One row per trace: samples, duration_s, and time-weighted mean and extreme bandwidth in Mbps."""
-        rows = [
-            (t.name, len(t.mbps), t.duration_s, t.mean_mbps, t.mbps[1:].min(), t.mbps[1:].max()) for t in self.traces
-        ]
-        return pd.DataFrame(rows, columns=["trace", "samples", "duration_s", "mean_mbps", "min_mbps", "max_mbps"])
+        """One row per trace: duration_s, and mean_mbps, the time-weighted mean bandwidth."""
+        rows = [(trace.duration_s, trace.mean_mbps) for trace in self.traces]
+        return pd.DataFrame(rows, index=self.names, columns=["duration_s", "mean_mbps"])
 
 
 def _read_pointers(path: Path, traces: tuple[Trace, ...]) -> np.ndarray:
     """The original's pickled list of start pointers."""
     try:
         values = safe_pickle.load(path.read_bytes())
-        if type(values) is not list or not all(type(value) is int for value in values):
-            raise ValueError(f"a {type(values).__name__}")
     except ValueError as error:
-        raise ValueError(f"{path}: not a plain pickled list of integers ({error})") from None
-    if len(values) != len(traces):
-        raise ValueError(f"{path}: {len(values)} start pointers for {len(traces)} traces")
+        raise ValueError(f"{path}: not a pickled list of start pointers ({error})") from None
+    if type(values) is not list or not all(type(value) is int for value in values) or len(values) != len(traces):
+        raise ValueError(f"{path}: not a list of {len(traces)} integers, one for each trace")
     for value, trace in zip(values, traces, strict=True):
         if not 1 <= value < len(trace.mbps):
             raise ValueError(f"{path}: start pointer {value} outside 1..{len(trace.mbps) - 1} of trace {trace.name}")
@@ -171,11 +158,6 @@ class Video:
     name: str
     sizes_bytes: np.ndarray  # [6, chunks >= 48] int64
 
-    def __repr__(self) -> str:
-        mbps = self.sizes_bytes[:, :CHUNKS].mean(axis=1) * 8 / 4e6
-        chunks = self.sizes_bytes.shape[1]
-        return f"Video({self.name!r}, {chunks} chunks, mean Mbps by level {np.round(mbps, 3).tolist()})"
-
     @cached_property
     def content_hash(self) -> str:
         return array_hash(self.sizes_bytes)
@@ -188,18 +170,15 @@ def read_video(folder: Path) -> Video:
         path = folder / f"video_size_{level}"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: size file of level {level} is missing ({LEVELS} levels are needed)")
-        sizes = []
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-            if not line.strip():
-                continue
-            if not re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*", line):
+        lines = path.read_text(errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            if not re.fullmatch(r"\s*([1-9][0-9]{0,8}\s*)?", line):
                 raise ValueError(f"{path}:{number}: expected a chunk size in bytes, found {line[:60]!r}")
-            sizes.append(int(line))
-        if len(sizes) < CHUNKS:
-            raise ValueError(f"{path}: {len(sizes)} chunks, at least {CHUNKS} are needed")
-        levels.append(sizes)
-    shortest = min(len(sizes) for sizes in levels)
-    return Video(folder.name.removesuffix("_sizes"), np.array([sizes[:shortest] for sizes in levels], dtype=np.int64))
+        levels.append([int(line) for line in lines if line.strip()])
+        if len(levels[-1]) < CHUNKS:
+            raise ValueError(f"{path}: {len(levels[-1])} chunks, at least {CHUNKS} are needed")
+    chunks = list(zip(*levels, strict=False))  # as many as the shortest level has
+    return Video(folder.name.removesuffix("_sizes"), np.array(chunks, dtype=np.int64).T.copy())
 
 
 # --- registry -----------------------------------------------------------------------------------------------------------
@@ -230,20 +209,26 @@ class Registry:
 
     def trace_set(self, name: str) -> TraceSet:
         """The trace set `name`; `default_traces` names the ones to use when nothing is asked for."""
-        return read_trace_set(_lookup(self.trace_folders(), name, "trace set", self.root))
+        return read_trace_set(self._lookup(self.trace_folders(), name, "trace set"))
 
     def video(self, name: str) -> Video:
         """The video `name`; `default_video` names the one to use when nothing is asked for."""
-        return read_video(_lookup(self.video_folders(), name, "video", self.root))
+        return read_video(self._lookup(self.video_folders(), name, "video"))
 
     def default_traces(self, split: str) -> str:
         """Name of the first trace set of a split ("train" or "test")."""
-        names = [name for name, path in self.trace_folders().items() if path.parent.name == split]
-        return _first(names, self.root / "traces" / split, "trace set")
+        sets = [name for name, path in self.trace_folders().items() if path.parent.name == split]
+        return _first(sets, self.root / "traces" / split, "trace set")
 
     def default_video(self) -> str:
         """Name of the first video."""
         return _first(list(self.video_folders()), self.root / "videos", "video")
+
+    def _lookup(self, found: dict[str, Path], name: str, what: str) -> Path:
+        if name not in found:
+            known = ", ".join(found) or "none"
+            raise FileNotFoundError(f"{what} {name!r} not found under {self.root} (there: {known})")
+        return found[name]
 
     def trace_sets(self) -> dict[str, TraceSet]:
         """All trace sets by name."""
@@ -254,23 +239,15 @@ class Registry:
         over traces of the mean bandwidth in Mbps."""
         folders, rows = self.trace_folders(), []
         for name, traces in self.trace_sets().items():
-            table = traces.describe()
-            duration_s = table["duration_s"]
-            lengths = (duration_s.sum() / 3600, duration_s.min(), duration_s.median(), duration_s.max())
-            quantiles = table["mean_mbps"].quantile([0, 0.25, 0.5, 0.75, 1])
-            rows.append((name, folders[name].parent.name, len(table), *lengths, *quantiles))
+            duration_s, mean_mbps = (traces.describe()[column] for column in ("duration_s", "mean_mbps"))
+            lengths = (duration_s.sum() / 3600, *duration_s.quantile([0, 0.5, 1]))
+            quantiles = mean_mbps.quantile([0, 0.25, 0.5, 0.75, 1])
+            rows.append((name, folders[name].parent.name, len(traces), *lengths, *quantiles))
         columns = ["trace set", "split", "traces", "hours", "min_s", "median_s", "max_s"]
         return pd.DataFrame(rows, columns=[*columns, "min", "q25", "median", "q75", "max"])
 
 
-def _lookup(found: dict[str, Path], name: str, what: str, root: Path) -> Path:
-    if name not in found:
-        known = ", ".join(found) or "none"
-        raise FileNotFoundError(f"{what} {name!r} not found under {root} (there: {known})")
-    return found[name]
-
-
-def _first(names: Sequence[str], folder: Path, what: str) -> str:
+def _first(names: list[str], folder: Path, what: str) -> str:
     if not names:
         raise FileNotFoundError(f"{folder}: no {what} in it")
     return names[0]
@@ -281,14 +258,13 @@ def find_registry(data: str | Path | None = None) -> Registry:
 
     Raises FileNotFoundError if a folder that was named does not exist or holds no traces.
     """
-    for source, folder in (("--data", data), ("$NETLLM_DATA", os.environ.get("NETLLM_DATA"))):
-        if folder:
-            root = Path(folder)
-            if not (root / "traces").is_dir():
-                raise FileNotFoundError(
-                    f"{source} {root}: no folder traces/ in it (expected traces/, videos/, all_models/)"
-                )
-            return Registry(root)
+    if named := data or os.environ.get("NETLLM_DATA"):
+        if not (Path(named) / "traces").is_dir():
+            source = "--data" if data else "$NETLLM_DATA"
+            raise FileNotFoundError(
+                f"{source} {named}: no folder traces/ in it (expected traces/, videos/, all_models/)"
+            )
+        return Registry(Path(named))
     fetched = PROJECT / "data" / "netllm"
     return Registry(fetched if (fetched / "traces").is_dir() else SAMPLE)
 
@@ -333,14 +309,12 @@ def split_validation(traces: TraceSet, share: float, seed: int) -> tuple[TraceSe
     number_of_groups, group_of = scipy.sparse.csgraph.connected_components(graph, directed=False)
     if number_of_groups < 2:
         raise ValueError(f"{traces.name}: all traces share content, no validation set can be cut from them")
-    groups = [np.flatnonzero(group_of == group).tolist() for group in range(number_of_groups)]
+    groups: list[list[int]] = [np.flatnonzero(group_of == group).tolist() for group in range(number_of_groups)]
     wanted = max(1, round(share * count))
     held: list[int] = []
     for group in np.random.default_rng(seed).permutation(number_of_groups):
-        if len(held) < wanted and len(held) + len(groups[group]) <= min(max(wanted * 1.5, 1), count - 1):
+        if len(held) < wanted and len(held) + len(groups[group]) <= min(wanted * 1.5, count - 1):
             held += groups[group]
-    held = held or min(groups, key=len)
-    rest = sorted(set(range(count)) - set(held))
-    return traces.subset(rest, f"{traces.name} (train part)"), traces.subset(
-        sorted(held), f"{traces.name} (validation part)"
-    )
+    held = sorted(held or sorted(groups, key=len)[0])
+    rest = np.setdiff1d(np.arange(count), held)
+    return traces.subset(rest, f"{traces.name} (train part)"), traces.subset(held, f"{traces.name} (validation part)")
