@@ -26,7 +26,6 @@ from netllm_lib.abr.traces import SAMPLE, Trace, TraceSet
 from netllm_lib.runs import PROJECT
 
 TRACES, VIDEO = generate_traces("t", 7, 5), generate_video("v", 2)
-DECISIONS = CHUNKS - 1
 
 
 def levels(*shape: int, seed: int = 0) -> np.ndarray:
@@ -55,8 +54,8 @@ def test_made_by_name_with_strings_only() -> None:
 
 
 def test_an_episode_is_what_play_plays() -> None:
-    """States, rewards and what info tells, from the same starts, against the one loop."""
-    episodes = sound_episodes(TRACES, seed=3)
+    """States, rewards and what info holds, from the same starts, against the one loop."""
+    episodes = sound_episodes(TRACES, seed=3).rows(range(3))
     chosen = levels(len(episodes), CHUNKS)
     played = rollout(Replay(chosen), Simulator(TRACES, VIDEO, episodes), keep_states=True)
     assert played.states is not None
@@ -67,11 +66,8 @@ def test_an_episode_is_what_play_plays() -> None:
         for chunk in range(1, CHUNKS):
             np.testing.assert_array_equal(state, played.states[row, chunk - 1])
             state, reward, terminated, truncated, info = single.step(chosen[row, chunk])
-            assert reward == played.reward[row, chunk]
-            assert (terminated, truncated) == (chunk == CHUNKS - 1, False)
-            for name in env.INFO:
-                assert info[name] == getattr(played, name)[row, chunk], name
-        np.testing.assert_array_equal(state, played.states[row, -1])
+            assert (reward, terminated, truncated) == (played.reward[row, chunk], chunk == CHUNKS - 1, False)
+            assert all(info[name] == getattr(played, name)[row, chunk] for name in env.INFO)
 
 
 @pytest.mark.parametrize("noise", [False, True])
@@ -81,24 +77,22 @@ def test_the_vector_form_is_as_many_single_ones(mode: AutoresetMode, noise: bool
     count = 4
     loop = SyncVectorEnv([lambda: AbrEnv(TRACES, VIDEO, noise=noise)] * count, autoreset_mode=mode)
     compiled = AbrVectorEnv(count, TRACES, VIDEO, noise=noise, autoreset_mode=mode)
-    assert compiled.single_observation_space == loop.single_observation_space
-    assert compiled.observation_space == loop.observation_space
-    assert compiled.action_space == loop.action_space
+    for space in ("single_observation_space", "observation_space", "action_space"):
+        assert getattr(compiled, space) == getattr(loop, space)
     assert_same(compiled.reset(seed=11), loop.reset(seed=11))
-    episodes, first = 1, compiled.step(levels(1, count)[0])
-    kept = [array.copy() for array in first[:2]]
-    loop.step(levels(1, count)[0])
-    for actions in levels(3 * CHUNKS, count, seed=1):
+    ends, handed_out = 0, []
+    for actions in levels(2 * CHUNKS + 5, count, seed=1):
         mine, theirs = compiled.step(actions), loop.step(actions)
         assert_same(mine, theirs)
+        handed_out += [(array, array.copy()) for array in mine[:2]]
+        ends += bool(mine[2].all())
         if mine[2].all() and mode is AutoresetMode.DISABLED:
             with pytest.raises(gymnasium.error.ResetNeeded):
                 compiled.step(actions)
-            everyone = np.ones(count, dtype=bool)
-            assert_same(compiled.reset(options={"reset_mask": everyone}), loop.reset(options={"reset_mask": everyone}))
-        episodes += bool(mine[2].all())
-    assert episodes >= 3
-    for array, before in zip(first, kept, strict=False):  # what was handed out stays as it was
+            everyone = {"reset_mask": np.ones(count, dtype=bool)}
+            assert_same(compiled.reset(options=dict(everyone)), loop.reset(options=everyone))
+    assert ends == 2
+    for array, before in handed_out:  # what was handed out stays as it was
         np.testing.assert_array_equal(array, before)
     assert_same(compiled.reset(seed=[5, 6, 7, 8]), loop.reset(seed=[5, 6, 7, 8]))
 
@@ -106,17 +100,13 @@ def test_the_vector_form_is_as_many_single_ones(mode: AutoresetMode, noise: bool
 def assert_same(mine: Any, theirs: Any) -> None:
     if isinstance(mine, dict):
         assert mine.keys() == theirs.keys()
-        for key in mine:
-            assert_same(mine[key], theirs[key])
-    elif isinstance(mine, tuple):
-        assert len(mine) == len(theirs)
+        mine, theirs = tuple(mine.values()), tuple(theirs[key] for key in mine)
+    if isinstance(mine, tuple):
         for one, other in zip(mine, theirs, strict=True):
             assert_same(one, other)
-    elif mine.dtype == object and isinstance(mine[0], np.ndarray):
-        np.testing.assert_array_equal(np.stack(mine), np.stack(theirs))
     else:
-        np.testing.assert_array_equal(mine, theirs)
         assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(*map(np.stack, (mine, theirs)))
 
 
 def test_bounds_hold_on_hard_traces() -> None:
@@ -149,54 +139,41 @@ def test_seeds_fix_traces_and_starts() -> None:
 
     single = AbrEnv(TRACES, VIDEO)
     first = starts(1)
-    assert starts(1) == first
-    assert starts(2) != first
+    assert starts(1) == first != starts(2)
     assert {name for name, _ in first} == set(TRACES.names)
     assert starts(None) != starts(None)
 
 
-def test_what_is_asked_of_reset() -> None:
-    single, many = AbrEnv(TRACES, VIDEO), AbrVectorEnv(3, TRACES, VIDEO)
-    chosen = {"trace": TRACES.names[:3], "start": [5, 6, 7]}
-    _, info = many.reset(seed=0, options=chosen)
-    assert info["trace"].tolist() == TRACES.names[:3]
-    assert info["start"].tolist() == [5, 6, 7]
-    assert many.reset(options={"trace": "t_002"})[1]["trace"].tolist() == ["t_002"] * 3
-    for options, message in (
-        ({"trace": "x"}, "trace 'x' is not in t"),
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trace": "x"}, "'x'.* not in t"),
         ({"start": 0}, "start 0 is outside 1..219"),
         ({"start": 220}, "outside"),
         ({"tracee": "x"}, "unknown reset options"),
-    ):
+    ],
+)
+def test_what_is_asked_of_reset(options: dict[str, Any], message: str) -> None:
+    many = AbrVectorEnv(3, TRACES, VIDEO)
+    _, info = many.reset(seed=0, options={"trace": TRACES.names[:3], "start": [5, 6, 7]})
+    assert (info["trace"].tolist(), info["start"].tolist()) == (TRACES.names[:3], [5, 6, 7])
+    assert many.reset(options={"trace": "t_002"})[1]["trace"].tolist() == ["t_002"] * 3
+    for made in (many, AbrEnv(TRACES, VIDEO)):
         with pytest.raises(ValueError, match=message):
-            single.reset(options=options)
-        with pytest.raises(ValueError, match=message):
-            many.reset(options=options)
-    with pytest.raises(ValueError, match="2 values for 3"):
-        many.reset(options={"start": [1, 2]})
-    with pytest.raises(ValueError, match="only all of them"):
-        many.reset(options={"reset_mask": np.array([True, False, True])})
-    with pytest.raises(ValueError, match="2 seeds for 3"):
-        many.reset(seed=[1, 2])
-    with pytest.raises(ValueError, match="num_envs=0"):
-        AbrVectorEnv(0, TRACES, VIDEO)
+            made.reset(options=options)
+    for asked in ({"seed": [1, 2]}, {"options": {"start": [1, 2]}}, {"options": {"reset_mask": np.arange(3) > 0}}):
+        with pytest.raises(ValueError, match="lock-step|broadcast"):
+            many.reset(**asked)  # type: ignore[arg-type]
 
 
 def test_steps_out_of_turn_and_levels_that_are_none() -> None:
-    single, many = AbrEnv(TRACES, VIDEO), AbrVectorEnv(2, TRACES, VIDEO)
-    for fresh in (single, many):
+    for made, level in ((AbrEnv(TRACES, VIDEO), np.int64(0)), (AbrVectorEnv(2, TRACES, VIDEO), np.zeros(2, np.int64))):
         with pytest.raises(gymnasium.error.ResetNeeded):
-            fresh.step(np.zeros(2, dtype=int))  # type: ignore[arg-type]
-    single.reset(seed=0)
-    many.reset(seed=0)
-    with pytest.raises(ValueError, match=r"integers 0\.\.5"):
-        single.step(np.int64(6))
-    with pytest.raises(ValueError, match=r"integers 0\.\.5"):
-        many.step(np.array([0, -1]))
-    for _ in range(DECISIONS):
-        single.step(np.int64(0))
-    with pytest.raises(gymnasium.error.ResetNeeded):
-        single.step(np.int64(0))
+            made.step(level)  # type: ignore[arg-type]
+        made.reset(seed=0)
+        for wrong in (level + 6, level - 1):
+            with pytest.raises(ValueError, match=r"integers 0\.\.5"):
+                made.step(wrong)
 
 
 def test_without_gymnasium_the_error_says_what_to_install() -> None:

@@ -4,12 +4,10 @@ Both play exactly what `play` plays. Importing this module registers `netllm/Abr
 `gymnasium.make("netllm_lib.abr.env:netllm/Abr-v0", traces="fcc-train")` works, and with `gymnasium.make_vec(…,
 num_envs=64, vectorization_mode="vector_entry_point")` the vector form.
 
-- An episode is one video over one trace. The protocol downloads the first of the 48 chunks in the lowest level, inside
-  `reset`, so there are 47 decisions; with the last one the episode is terminated. It is never truncated.
-- An observation is the Pensieve state [6, 6] float32: rows are features, the newest sample is the last column. After the last
-  chunk the row of next sizes holds those of chunk 0, as in the original.
-- An action is the level 0..5 of the next chunk. The reward is its QoE (see `qoe.py`), unscaled.
-- `info` says what the chunk brought, units in the names, and which trace is played from which sample on.
+An episode is one video over one trace: `reset` downloads the first of the 48 chunks in the lowest level, then there are 47
+decisions, and the last one terminates it. An observation is the Pensieve state [6, 6] float32 (after the last chunk the row of
+next sizes holds those of chunk 0, as in the original), an action the level 0..5 of the next chunk, the reward its QoE,
+unscaled; `info` says what the chunk brought, units in the names, and which trace is played from which sample on.
 """
 
 from __future__ import annotations
@@ -22,16 +20,14 @@ import numpy as np
 from netllm_lib.abr.episodes import FIRST_LEVEL, NOISE_HIGH, NOISE_LOW, Episodes
 from netllm_lib.abr.qoe import CHUNKS, LEVELS
 from netllm_lib.abr.simulator import BUFFER_CAP_MS, PAYLOAD_SHARE, RTT_MS, Outcome, Simulator
-from netllm_lib.abr.traces import Trace, TraceSet, Video, find_registry
+from netllm_lib.abr.traces import TraceSet, Video, find_registry
 
 try:
     import gymnasium
     from gymnasium.vector import AutoresetMode
     from gymnasium.vector.utils import batch_space
 except ImportError as error:
-    raise ImportError(
-        "netllm_lib.abr.env needs gymnasium, which is not installed: pip install 'netllm-companion[gym]'"
-    ) from error
+    raise ImportError("this needs gymnasium, which is not installed: pip install 'netllm-companion[gym]'") from error
 
 ENV_ID = "netllm/Abr-v0"
 INFO = ("level", "bitrate_kbps", "buffer_s", "rebuffer_s", "size_bytes", "delay_ms", "smoothness_mbps", "sleep_ms")
@@ -41,10 +37,8 @@ INFO = ("level", "bitrate_kbps", "buffer_s", "rebuffer_s", "size_bytes", "delay_
 class AbrVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """`num_envs` clients in lock-step: what `SyncVectorEnv` makes of as many `AbrEnv`, bit for bit, in compiled code.
 
-    All episodes have the same length, so all end in the same step. `autoreset_mode`: with NEXT_STEP (gymnasium's default) the
-    `step` after the last one ignores its actions and begins new episodes; with SAME_STEP the last one does that itself and
-    `info["final_obs"]`, `info["final_info"]` hold what was before; with DISABLED `reset` is up to the caller. `reset(seed=s)`
-    seeds client i with s + i; options as for `AbrEnv`, one for all or a list. Only all clients can be reset at once.
+    All episodes have the same length, so all end in the same step; `autoreset_mode` is gymnasium's. `reset(seed=s)` seeds client
+    i with s + i; options as for `AbrEnv`, one for all or a list. Only all clients can be reset at once.
     """
 
     def __init__(
@@ -57,15 +51,12 @@ class AbrVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray
         noise: bool = False,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
     ):
-        if num_envs < 1:
-            raise ValueError(f"num_envs={num_envs}: must be at least 1")
         self.num_envs, self.noise = num_envs, noise
         if not isinstance(traces, TraceSet):
             traces = find_registry(data).trace_set(traces or find_registry(data).default_traces("train"))
         if not isinstance(video, Video):
             video = find_registry(data).video(video or find_registry(data).default_video())
-        self.traces, self.video = traces, video
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.traces, self.video, self.autoreset_mode = traces, video, AutoresetMode(autoreset_mode)
         self.metadata = {"render_modes": [], "autoreset_mode": self.autoreset_mode}
         self.single_observation_space = state_space(traces, video)
         self.single_action_space = gymnasium.spaces.Discrete(LEVELS)
@@ -78,23 +69,19 @@ class AbrVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """New episodes after their first chunk: observations [N, 6, 6] and info, each key with a mask `_key` [N]."""
-        if isinstance(seed, int | np.integer):
-            seed = [int(seed) + i for i in range(self.num_envs)]
-        seeds = list(seed or [None] * self.num_envs)
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments")
+        if seed is None or isinstance(seed, int | np.integer):
+            seed = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
         options = dict(options or {})
-        if not np.all(options.pop("reset_mask", True)):
-            raise ValueError("the environments play in lock-step: only all of them can be reset at once")
-        for i, one in enumerate(seeds):
+        if len(seed) != self.num_envs or not np.all(options.pop("reset_mask", True)):
+            raise ValueError("the environments play in lock-step: only all of them can be reset, with a seed for each")
+        for i, one in enumerate(seed):
             if one is not None or self._streams[i] is None:
                 self._streams[i] = gymnasium.utils.seeding.np_random(one)[0]
         return self._begin(options)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """The next chunk in levels `actions` [N]: observations, rewards [N], terminations [N], truncations [N], info."""
-        never = np.zeros(self.num_envs, dtype=bool)
-        simulator = self._simulator
+        never, simulator = np.zeros(self.num_envs, dtype=bool), self._simulator
         if simulator is None or (simulator.chunk >= CHUNKS and self.autoreset_mode is not AutoresetMode.NEXT_STEP):
             raise gymnasium.error.ResetNeeded("no episode has begun, or all are over: call reset()")
         if simulator.chunk >= CHUNKS:
@@ -104,42 +91,35 @@ class AbrVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray
         observations, info = self._seen(simulator, outcome)
         over = np.full(self.num_envs, simulator.chunk == CHUNKS)
         if over[0] and self.autoreset_mode is AutoresetMode.SAME_STEP:
-            final = np.empty(self.num_envs, dtype=object)
-            final[:] = list(observations)
-            masks = {"_final_obs": over.copy(), "_final_info": over.copy()}
+            final_obs = np.empty(self.num_envs, dtype=object)
+            final_obs[:] = list(observations)
+            final = {"final_obs": final_obs, "final_info": info, "_final_obs": over.copy(), "_final_info": over.copy()}
             observations, begun = self._begin({})
-            info = {**begun, "final_obs": final, "final_info": info, **masks}
+            info = begun | final
         return observations, outcome.reward, over, never, info
 
     def _begin(self, options: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         """Every client takes the same draws from its stream, whatever was chosen for it."""
         if unknown := options.keys() - {"trace", "start"}:
             raise ValueError(f"unknown reset options {sorted(unknown)}; known: trace, start")
-        chosen = {name: self._one_each(name, value) for name, value in options.items()}
         index: np.ndarray = np.array([stream.integers(len(self.traces)) for stream in self._streams])
         place = np.array([stream.random() for stream in self._streams])
         draws = [stream.uniform(NOISE_LOW, NOISE_HIGH, CHUNKS) for stream in self._streams if self.noise]
         names = self.traces.names
-        for client, name in enumerate(chosen.get("trace", [])):
-            if name not in names:
-                raise ValueError(f"trace {name!r} is not in {self.traces.name}, which has {', '.join(names):.200}")
-            index[client] = names.index(name)
+        if "trace" in options:
+            chosen = np.broadcast_to(options["trace"], self.num_envs).tolist()
+            if unknown := set(chosen) - set(names):
+                raise ValueError(f"{sorted(unknown)} not in {self.traces.name}, which has {', '.join(names):.200}")
+            index = np.array([names.index(name) for name in chosen])
         last = np.array([len(self.traces.traces[i].mbps) - 1 for i in index])
-        start = np.array(chosen.get("start", 1 + (place * last).astype(np.int64)))
-        if (outside := np.flatnonzero((start < 1) | (start > last))).size:
-            i = outside[0]
+        start = np.broadcast_to(options.get("start", 1 + (place * last).astype(np.int64)), self.num_envs)
+        for i in np.flatnonzero((start < 1) | (start > last)):
             raise ValueError(f"start {start[i]} is outside 1..{last[i]} of trace {names[index[i]]}")
         unused = np.ones((self.num_envs, CHUNKS), dtype=np.int64)  # no policy of ours samples here
         noise = np.array(draws) if self.noise else None
-        episodes = Episodes(index, start, noise, unused, seed=0, fixed=not self.noise)
+        episodes = Episodes(index, start.copy(), noise, unused, seed=0, fixed=not self.noise)
         self._simulator = Simulator(self.traces, self.video, episodes)
         return self._seen(self._simulator, self._simulator.step(np.full(self.num_envs, FIRST_LEVEL)))
-
-    def _one_each(self, name: str, value: Any) -> list[Any]:
-        values = [value] * self.num_envs if isinstance(value, str) or np.ndim(value) == 0 else list(value)
-        if len(values) != self.num_envs:
-            raise ValueError(f"reset option {name}: {len(values)} values for {self.num_envs} environments")
-        return values
 
     def _seen(self, simulator: Simulator, outcome: Outcome) -> tuple[np.ndarray, dict[str, Any]]:
         """Observations and info of the chunk just downloaded."""
@@ -177,10 +157,7 @@ class AbrEnv(gymnasium.Env[np.ndarray, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """A new episode after its first chunk: observation and info.
-
-        With `seed`, this and all episodes that follow are fixed. Raises ValueError for a trace or start that is not there.
-        """
+        """A new episode after its first chunk: observation and info. With `seed`, this and all that follow are fixed."""
         super().reset(seed=seed)
         self._one._streams = [self.np_random]
         observations, info = self._one.reset(options=options)
@@ -199,27 +176,22 @@ def _first_of(info: Mapping[str, Any]) -> dict[str, Any]:
 def state_space(traces: TraceSet, video: Video) -> gymnasium.spaces.Box:
     """The box of all states that can occur with these traces and this video, noise or not.
 
-    Throughput is bounded by the largest chunk in no more than the round trip, the delay by the slowest of the traces.
+    Throughput is bounded by the largest chunk in no more than the round trip. The delay is bounded by the slowest trace: what is
+    left of the first pass, then as many whole passes as it takes; those start at 0 s.
     """
-    largest = float(video.sizes_bytes[:, :CHUNKS].max())
+    largest, slowest_s = float(video.sizes_bytes[:, :CHUNKS].max()), 0.0
+    for trace in traces.traces:
+        pass_s = np.diff(trace.time_s)
+        pass_s[0] = trace.time_s[1]
+        payload_bytes = float((trace.mbps[1:] * pass_s).sum()) * 1e6 / 8 * PAYLOAD_SHARE
+        slowest_s = max(slowest_s, trace.duration_s + float(pass_s.sum()) * np.ceil(largest / payload_bytes))
     high = np.ones((6, 6))
     high[1] = BUFFER_CAP_MS / 1000 / 10
     high[2] = largest / (RTT_MS * NOISE_LOW) / 1000
-    high[3] = (max(_slowest_s(trace, largest) for trace in traces.traces) + RTT_MS / 1000) * NOISE_HIGH / 10
+    high[3] = (slowest_s + RTT_MS / 1000) * NOISE_HIGH / 10
     high[4] = float(video.sizes_bytes.max()) / 1e6
     rounded_up = np.nextafter(high.astype(np.float32), np.float32(np.inf))
     return gymnasium.spaces.Box(np.zeros((6, 6), np.float32), rounded_up, dtype=np.float32)
-
-
-def _slowest_s(trace: Trace, size_bytes: float) -> float:
-    """A time in which `size_bytes` have arrived, wherever in the trace the download starts.
-
-    What is left of the first pass, then as many whole ones as it takes; those start at 0 s.
-    """
-    pass_s = np.diff(trace.time_s)
-    pass_s[0] = trace.time_s[1]
-    payload_bytes = float((trace.mbps[1:] * pass_s).sum()) * 1e6 / 8 * PAYLOAD_SHARE
-    return trace.duration_s + float(pass_s.sum()) * np.ceil(size_bytes / payload_bytes)
 
 
 gymnasium.register(
