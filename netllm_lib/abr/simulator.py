@@ -4,21 +4,21 @@ The model, per chunk: download over a piecewise constant bandwidth, add the roun
 advances the trace); the buffer drains during the download and rebuffering is what it lacks; then it gains one chunk of
 video; above 60 s the client sleeps in steps of 500 ms, which does advance the trace.
 
-Exact to the last bit with the original environment (Pensieve's, as NetLLM ships it): the order of all floating-point
-operations is the original's. Units are in the names; time inside a trace is in seconds, delays and buffers in milliseconds.
+Exact to the last bit with the original environment (Pensieve's, as NetLLM ships it): the order of all operations is the
+original's. Time inside a trace is in seconds, delays and buffers are in milliseconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.episodes import Episodes, Observation
+from netllm_lib.abr.episodes import FIRST_LEVEL, Episodes, Observation
 from netllm_lib.abr.qoe import CHUNKS
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ BUFFER_CAP_MS = 60000.0
 SLEEP_STEP_MS = 500.0
 PAYLOAD_SHARE = 0.95  # of the packets' bytes
 RTT_MS = 80.0
-
-
-# --- one client, compiled -----------------------------------------------------------------------------------------------
 
 inlined = njit(cache=True, nogil=True, inline="always")
 """For small functions: a call would count references to its arrays, which takes as long as the download."""
@@ -121,17 +118,6 @@ def download(episode: Episode, client: Client, chunk: int, level: int) -> tuple[
     return Client(ptr, now_s, buffer_ms), Download(delay_ms, rebuffer_ms, sleep_ms, residual_ms)
 
 
-# --- many clients -------------------------------------------------------------------------------------------------------
-
-
-class Clients(NamedTuple):
-    """`Client` of N clients; updated in place."""
-
-    ptr: Array  # [N] int64
-    now_s: Array  # [N]
-    buffer_ms: Array  # [N]
-
-
 class World(NamedTuple):
     """`Episode` of N clients: one video, and all traces one after the other."""
 
@@ -152,8 +138,8 @@ def _episode(world: World, i: int) -> Episode:
 
 
 @njit(cache=True, nogil=True)
-def _play(world: World, clients: Clients, first_chunk: int, levels: Array, out: Array) -> None:
-    """Download the chunks of `levels` [N, chunks], one client after the other.
+def _play(world: World, clients: Any, first_chunk: int, levels: Array, out: Array) -> None:
+    """Download the chunks of `levels` [N, chunks]; `clients`, a `Client` of arrays [N], moves on.
 
     `out` [5, N, chunks] receives the fields of `Download` and the buffer.
     """
@@ -216,7 +202,7 @@ class Simulator:
         """Before the first chunk: start pointers, empty buffers, zero states."""
         self.chunk = 0  # the chunk that `step` downloads next
         self._clients = self._begin()
-        self._level = np.zeros(len(self), dtype=np.int64)
+        self._level = np.full(len(self), FIRST_LEVEL)
         self._state = np.zeros((len(self), 6, 6))
         self._reward = np.zeros(len(self))
 
@@ -227,66 +213,53 @@ class Simulator:
         """
         if self.chunk >= CHUNKS:
             raise IndexError(f"all {CHUNKS} chunks are played: call reset()")
-        levels = _checked(levels, (len(self),))
-        out = np.empty((5, len(self), 1))
-        _play(self._world, self._clients, self.chunk, levels[:, None], out)
-        outcome = self._outcome(levels, self._level, self._world.sizes_bytes[levels, self.chunk], out[..., 0])
+        brought = self._download(self._clients, self.chunk, np.asarray(levels)[..., None], self._level)
+        outcome = Outcome(**{name: values[:, 0] for name, values in vars(brought).items()})
         self.chunk += 1
-        self._level, self._reward = levels, outcome.reward
-        self._state = self._rolled(outcome)
+        self._level, self._reward = outcome.level, outcome.reward
+        # Pensieve's state: a new array, so that observations that were handed out stay as they were
+        self._state = np.roll(self._state, -1, axis=2)
+        self._state[:, 0, -1] = outcome.bitrate_kbps / float(qoe.BITRATES_KBPS[-1])
+        self._state[:, 1, -1] = outcome.buffer_s / 10
+        self._state[:, 2, -1] = outcome.size_bytes / outcome.delay_ms / 1000  # MB/s
+        self._state[:, 3, -1] = outcome.delay_ms / 1000 / 10
+        self._state[:, 4] = self._next_sizes() / 1000 / 1000  # MB
+        self._state[:, 5, -1] = (CHUNKS - self.chunk) / CHUNKS
         return outcome
 
     def replay(self, levels: np.ndarray) -> Outcome:
         """Play given levels [N, chunks <= 48] from the start in one compiled call. Does not touch the running episode."""
-        levels = _checked(levels, (len(self), np.shape(levels)[1]))
-        out = np.empty((5, *levels.shape))
-        _play(self._world, self._begin(), 0, levels, out)
-        previous = np.concatenate([np.zeros((len(self), 1), dtype=np.int64), levels[:, :-1]], axis=1)
-        return self._outcome(levels, previous, self._world.sizes_bytes[levels, np.arange(levels.shape[1])], out)
+        return self._download(self._begin(), 0, levels, np.full(len(self), FIRST_LEVEL))
 
     def observe(self) -> Observation:
         """What a policy may know now. After the last chunk the "next" sizes are those of chunk 0, as in the original."""
-        return Observation(
-            chunk=self.chunk,
-            episode=self._rows,
-            state=self._state,
-            buffer_s=self._clients.buffer_ms / 1000,
-            last_level=self._level,
-            last_reward=self._reward,
-            next_sizes_bytes=np.broadcast_to(self._next_sizes(), (len(self), qoe.LEVELS)),
-        )
-
-    def _begin(self) -> Clients:
-        world = self._world
-        start_s = world.time_s[world.offsets[world.trace_index] + world.start_ptr - 1]
-        return Clients(world.start_ptr.copy(), start_s, np.zeros(len(self)))
+        buffer_s, sizes = self._clients.buffer_ms / 1000, np.broadcast_to(self._next_sizes(), (len(self), qoe.LEVELS))
+        return Observation(self.chunk, self._rows, self._state, buffer_s, self._level, self._reward, sizes)
 
     def _next_sizes(self) -> np.ndarray:
         return self._world.sizes_bytes[:, self.chunk % CHUNKS]
 
-    def _rolled(self, outcome: Outcome) -> np.ndarray:
-        """Pensieve's state [N, 6, 6]: the history rolled to the left, the newest sample in the last column, next sizes in row 4.
+    def _begin(self) -> Any:  # a Client of arrays [N]
+        start_s = self._world.time_s[self._world.offsets[self._world.trace_index] + self._world.start_ptr - 1]
+        return Client(self._world.start_ptr.copy(), start_s, np.zeros(len(self)))  # type: ignore[arg-type]
 
-        A new array: observations already handed out stay as they were.
-        """
-        state = np.empty_like(self._state)
-        state[:, :, :-1] = self._state[:, :, 1:]
-        state[:, 0, -1] = outcome.bitrate_kbps / float(qoe.BITRATES_KBPS[-1])
-        state[:, 1, -1] = outcome.buffer_s / 10
-        state[:, 2, -1] = outcome.size_bytes / outcome.delay_ms / 1000  # MB/s
-        state[:, 3, -1] = outcome.delay_ms / 1000 / 10
-        state[:, 4] = self._next_sizes() / 1000 / 1000  # MB
-        state[:, 5, -1] = (CHUNKS - self.chunk) / CHUNKS
-        return state
-
-    @staticmethod
-    def _outcome(levels: np.ndarray, previous: np.ndarray, sizes: np.ndarray, out: np.ndarray) -> Outcome:
+    def _download(self, clients: Any, first_chunk: int, levels: np.ndarray, before: np.ndarray) -> Outcome:
+        """Download `levels` [N, chunks]; `before` [N] are those of the chunk before them. Moves the clients."""
+        given, levels = levels, np.ascontiguousarray(levels, dtype=np.int64)
+        shape = (len(self), *levels.shape[1:])
+        if levels.shape != shape or (levels != given).any() or levels.min() < 0 or levels.max() >= qoe.LEVELS:
+            raise ValueError(
+                f"levels must be integers 0..{qoe.LEVELS - 1} for {len(self)} episodes, got {given!r:.200}"
+            )
+        out = np.empty((5, *shape))
+        _play(self._world, clients, first_chunk, levels, out)
         delay_ms, rebuffer_ms, sleep_ms, residual_ms, buffer_ms = out
-        kbps, previous_kbps, rebuffer_s = qoe.BITRATES_KBPS[levels], qoe.BITRATES_KBPS[previous], rebuffer_ms / 1000
+        kbps, previous_kbps = qoe.BITRATES_KBPS[levels], qoe.BITRATES_KBPS[np.c_[before, levels[:, :-1]]]
+        rebuffer_s = rebuffer_ms / 1000
         return Outcome(
             level=levels,
             bitrate_kbps=kbps,
-            size_bytes=sizes,
+            size_bytes=self._world.sizes_bytes[levels, first_chunk + np.arange(levels.shape[1])],
             delay_ms=delay_ms,
             rebuffer_s=rebuffer_s,
             buffer_s=buffer_ms / 1000,
@@ -295,12 +268,3 @@ class Simulator:
             sleep_ms=sleep_ms,
             residual_ms=residual_ms,
         )
-
-
-def _checked(levels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.ascontiguousarray(levels, dtype=np.int64)
-    if array.shape != shape or (array != levels).any() or array.min() < 0 or array.max() >= qoe.LEVELS:
-        raise ValueError(
-            f"levels must be integers 0..{qoe.LEVELS - 1} of shape {shape}, got {np.asarray(levels)!r:.200}"
-        )
-    return array
