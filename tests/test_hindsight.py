@@ -42,7 +42,7 @@ def test_values_are_those_of_all_futures_tried() -> None:
     exact = enumerated(playing, levels)
     errors = []
     for grid in (Grid(2.0, 2.0), Grid(0.5, 0.5), Grid(0.1, 0.1)):
-        values = hindsight_values(playing, levels, grid, threads=1)
+        values = hindsight_values(playing, levels, grid)
         assert np.isnan(values[:, 0]).all()
         np.testing.assert_allclose(values[:, -1], exact[:, -1], atol=1e-9)  # nothing is interpolated there
         errors.append(np.abs(values - exact)[:, 1:].mean())
@@ -53,25 +53,20 @@ def test_values_are_those_of_all_futures_tried() -> None:
 def test_a_whole_episode_agrees_with_the_beam_search() -> None:
     playing = simulator(traces=2)
     levels = np.random.default_rng(4).integers(0, 4, (2, CHUNKS))
-    searched = continuations(playing, levels, threads=1)[:, 1:]
-    values = hindsight_values(playing, levels, Grid(0.5, 0.5), threads=1)[:, 1:]
+    searched = continuations(playing, levels)[:, 1:]
+    values = hindsight_values(playing, levels, Grid(0.5, 0.5))[:, 1:]
     assert np.abs(values - searched).mean() < 0.5  # of sums over up to 47 chunks
     chosen = np.take_along_axis(searched, values.argmax(axis=-1)[..., None], axis=-1)[..., 0]
     assert (searched.max(axis=-1) - chosen).mean() < 0.03  # what following the table would lose
 
 
-def test_neither_threads_nor_other_episodes_change_a_value() -> None:
+def test_other_episodes_change_no_value() -> None:
     playing = simulator(traces=3, repeats=2)
     levels = np.random.default_rng(6).integers(0, LEVELS, (6, CHUNKS))
-    whole = hindsight_values(playing, levels, threads=2)
-    np.testing.assert_array_equal(whole, hindsight_values(playing, levels, threads=1))
-    np.testing.assert_array_equal(whole[[4]], hindsight_values(playing.part([4]), levels[[4]], threads=1))
+    whole = hindsight_values(playing, levels)
+    np.testing.assert_array_equal(whole[[4]], hindsight_values(playing.part([4]), levels[[4]]))
 
 
-def test_what_cannot_be_tabulated_is_refused() -> None:
+def test_noise_is_refused() -> None:
     with pytest.raises(ValueError, match="play without noise"):
         hindsight_values(simulator(traces=1, noise=True), np.zeros((1, CHUNKS), int))
-    with pytest.raises(ValueError, match=r"levels must be integers 0\.\.5"):
-        hindsight_values(simulator(traces=1), np.full((1, CHUNKS), 6))
-    with pytest.raises(ValueError, match=r"at least 0\.01 s apart"):
-        Grid(0, 1)

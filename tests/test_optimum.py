@@ -66,14 +66,11 @@ def test_a_full_buffer_and_the_end_of_a_trace_are_planned_exactly() -> None:
                 assert values[row, chunk, level] == pytest.approx(own.reward[0, -1] + best, abs=1e-9)
 
 
-def test_plans_play_as_promised_and_beat_everything() -> None:
+def test_plans_play_as_promised_and_beat_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     for episodes in (EPISODES, NOISY):
-        simulator = Simulator(TRACES, VIDEO, episodes)
-        seen: list[tuple[int, int]] = []
-        plans = best_plans(TRACES, VIDEO, episodes, threads=1, progress=lambda *at, seen=seen: seen.append(at))
-        assert seen == [(row + 1, len(episodes)) for row in range(len(episodes))]
-        np.testing.assert_array_equal(plans.levels, best_plans(TRACES, VIDEO, episodes, threads=2).levels)
-        assert plans.levels.shape == (len(episodes), CHUNKS)
+        simulator, plans = Simulator(TRACES, VIDEO, episodes), best_plans(TRACES, VIDEO, episodes)
+        monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+        np.testing.assert_array_equal(plans.levels, best_plans(TRACES, VIDEO, episodes).levels)
         assert (plans.levels[:, 0] == 0).all()
         table = play(Replay(plans.levels), simulator)
         np.testing.assert_allclose(qoe.per_trace(table)["reward"], plans.reward, atol=1e-9, rtol=0)
@@ -95,9 +92,7 @@ def test_continuations_equal_enumeration_at_the_end_of_the_video() -> None:
         played = rollout(Random(), simulator)
         rows = [1, 4]
         values = continuations(simulator, played.level, rows)
-        assert values.shape == (2, CHUNKS, 6)
-        assert np.isnan(values[:, 0]).all()
-        assert not np.isnan(values[:, 1:]).any()
+        np.testing.assert_array_equal(np.isnan(values[..., 0]), np.tile(np.arange(CHUNKS) == 0, (2, 1)))
         for place, row in enumerate(rows):
             for chunk in range(CHUNKS - 4, CHUNKS):
                 prefix = played.level[row, :chunk].tolist()
@@ -121,25 +116,16 @@ def test_losses_of_decisions_add_up_to_the_regret() -> None:
         assert (lost.sum(axis=1) <= whole + 1e-6).mean() > 0.7
 
 
-def test_errors_say_what_does_not_fit() -> None:
-    plans = best_plans(TRACES, VIDEO, EPISODES)
-    table = play(Constant(1), Simulator(TRACES, VIDEO, EPISODES.rows(range(6))))
-    with pytest.raises(ValueError, match="6 episodes and the plans 12"):
-        regret(table, plans)
+def test_regret_is_of_the_episodes_that_were_played() -> None:
     moved = replace(EPISODES, start_ptr=EPISODES.start_ptr % 100 + 1)
-    with pytest.raises(ValueError, match="plan for the episodes that were played"):
-        regret(play(Constant(1), Simulator(TRACES, VIDEO, moved)), plans)
-    with pytest.raises(ValueError, match=r"2\.\.48, not 49"):
-        best_plans(TRACES, VIDEO, EPISODES, chunks=49)
-    with pytest.raises(ValueError, match="at least 1"):
-        SearchConfig(width=0)
+    for episodes in (EPISODES.rows(range(6)), moved):
+        with pytest.raises(ValueError, match=r"the plans 12.*plan for the episodes that were played"):
+            regret(play(Constant(1), Simulator(TRACES, VIDEO, episodes)), best_plans(TRACES, VIDEO, EPISODES))
 
 
 @pytest.mark.golden
 def test_optimum_of_the_original_test(real_data: Path) -> None:
     registry = Registry(real_data)
-    if "fcc-test" not in registry.trace_folders() or "video1" not in registry.video_folders():
-        pytest.skip(f"{real_data} has no fcc-test or no video1: the optimum of the original's test was NOT computed")
     traces, video = registry.trace_set("fcc-test"), registry.video("video1")
     episodes = upstream_episodes(traces, trace_num=-1)
     start = time.perf_counter()

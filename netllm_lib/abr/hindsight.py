@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from netllm_lib.abr.episodes import Progress
 from netllm_lib.abr.optimum import SWITCH_MBPS, best_by_last, earned, in_threads
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.abr.simulator import BUFFER_CAP_MS, Array, Client, Episode, Simulator, begin, download, inlined
@@ -26,25 +25,17 @@ class Grid:
     position_s: float = 2.0
     buffer_s: float = 2.0
 
-    def __post_init__(self) -> None:
-        if min(self.position_s, self.buffer_s) < 0.01:
-            raise ValueError(f"grid points must be at least 0.01 s apart: {self}")
-
 
 @inlined
 def _to_come(table: Array, client: Client, level: int, position_s: float) -> float:
     """The value of a state, interpolated in `table` [positions, buffers, last level]; positions go on at the trace's start."""
     positions, buffers = table.shape[0], table.shape[1]
-    place = client.now_s / position_s
-    left = int(place)
-    share = place - left
-    left %= positions
-    right = (left + 1) % positions
-    height = min(client.buffer_ms / (BUFFER_CAP_MS / (buffers - 1)), buffers - 1.0)
-    low = min(int(height), buffers - 2)
-    up = height - low
-    return (1 - share) * ((1 - up) * table[left, low, level] + up * table[left, low + 1, level]) + share * (
-        (1 - up) * table[right, low, level] + up * table[right, low + 1, level]
+    place, height = client.now_s / position_s, min(client.buffer_ms / BUFFER_CAP_MS * (buffers - 1), buffers - 1.0)
+    left, low = int(place), min(int(height), buffers - 2)
+    share, up = place - left, height - low
+    before, after = table[left % positions], table[(left + 1) % positions]
+    return (1 - share) * ((1 - up) * before[low, level] + up * before[low + 1, level]) + share * (
+        (1 - up) * after[low, level] + up * after[low + 1, level]
     )
 
 
@@ -81,14 +72,7 @@ def _label(table: Array, position_s: float, episode: Episode, levels: Array, val
         client, _ = download(episode, client, chunk, levels[chunk])
 
 
-def hindsight_values(
-    simulator: Simulator,
-    levels: np.ndarray,
-    grid: Grid | None = None,
-    *,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> np.ndarray:
+def hindsight_values(simulator: Simulator, levels: np.ndarray, grid: Grid | None = None) -> np.ndarray:
     """[N, chunks, 6] what each level is worth in every state that a run visited: summed reward to the end of the episode.
 
     `levels` [N, chunks] are those that were played in the simulator's episodes. A value is the exact reward of the level plus the
@@ -113,5 +97,5 @@ def hindsight_values(
         for row in rows.tolist():
             _label(table, step_s, simulator.episode(row), levels[row], values[row])
 
-    in_threads(label, np.unique(episodes.trace_index).tolist(), threads, progress)
+    in_threads(label, np.unique(episodes.trace_index).tolist())
     return values

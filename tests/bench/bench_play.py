@@ -4,7 +4,7 @@ CPU seconds of one thread, medians over the rounds, once everything is imported 
 transcription of the original's environment in plain Python (`tests/reference.py`). Genet is played where its checkpoint is. Writes
 reports/benchmarks/play.md.
 
-    OPENBLAS_NUM_THREADS=1 python tests/bench/bench_play.py [ROUNDS]
+    OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python tests/bench/bench_play.py [ROUNDS]
 """
 
 from __future__ import annotations
@@ -75,7 +75,12 @@ def main(rounds: int = 5) -> None:
         f"{traces.name}, {video.name}, {TRACES} traces, {CHUNKS} chunks each; CPU seconds of one thread,",
     ]
     lines += [f"medians of {rounds} rounds. {platform.machine()}, Python {platform.python_version()}. Command:"]
-    lines += [f"`OPENBLAS_NUM_THREADS=1 python tests/bench/bench_play.py {rounds}`.", "", "## Simulator", ""]
+    lines += [
+        f"`OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python tests/bench/bench_play.py {rounds}`.",
+        "",
+        "## Simulator",
+        "",
+    ]
     lines += ["| | chunks/s | against the transcription |", "|---|---|---|"]
     for name, took in times.items():
         lines.append(f"| {name} | {levels.size / took:,.0f} | {times['transcription'] / took:.1f} × |")
@@ -101,13 +106,13 @@ def main(rounds: int = 5) -> None:
         "|---|---|---|---|---|",
     ]
     for name, config in SEARCHES.items():
-        took = seconds({name: partial(best_plans, traces, video, fixed, config, threads=1)}, 1)[name]
+        took = seconds({name: partial(best_plans, traces, video, fixed, config)}, 1)[name]
         reward = best_plans(traces, video, fixed, config).reward.mean()
         lines.append(f"| {name} | {config.width} | {config.bin_ms:g} | {reward:.5f} | {took:.2f} |")
     plans, mpc = best_plans(traces, video, fixed), rollout(RobustMPC(video), exact)
     off = np.abs(qoe.per_trace(play(Replay(plans.levels), exact))["reward"].to_numpy() - plans.reward).max()
     start = time.process_time()
-    values = continuations(exact, mpc.level, threads=1)[:, 1:]
+    values = continuations(exact, mpc.level)[:, 1:]
     took = time.process_time() - start
     lost = values.max(axis=2) - np.take_along_axis(values, mpc.level[:, 1:, None], axis=2)[..., 0]
     lines += [
