@@ -1,8 +1,8 @@
-"""Checkpoints of a fine-tuned policy, complete in themselves.
+"""Checkpoints of a fine-tuned network, complete in themselves.
 
-A checkpoint is a folder that holds everything a test needs, so that a test never needs the pool:
+A checkpoint is a folder that holds everything a test needs, so that a test never needs the training data:
 
-    config.json                 CheckpointMeta: PLM and its identity, sizes, window, reward range, target return, pool hash, …
+    config.json                 CheckpointMeta: the task and its settings, the PLM and its identity, sizes, and a hash of each file
     modules.safetensors         everything around the PLM
     adapter_model.safetensors   LoRA weights, in PEFT's own layout, with adapter_config.json   (LoRA rank > 0)
     plm.safetensors             all PLM weights                                                (rank -1)
@@ -31,6 +31,9 @@ MODULES = "modules.safetensors"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 WHOLE_PLM = "plm.safetensors"
+ADAPTER_KEYS = """alpha_pattern auto_mapping bias fan_in_fan_out init_lora_weights layers_pattern layers_to_transform lora_alpha
+    lora_dropout modules_to_save peft_type r rank_pattern revision"""
+"""Of PEFT's adapter_config.json, those that all its versions know (the original has 0.6)."""
 
 Weights = dict[str, torch.Tensor]
 N = TypeVar("N", bound=Network)
@@ -68,13 +71,10 @@ def save_checkpoint(folder: Path, network: Network, meta: CheckpointMeta) -> Pat
     """Write a checkpoint folder, whole or not at all; an older one of the same name is replaced. Returns `folder`."""
     with runs.atomic_path(Path(folder)) as aside:
         aside.mkdir(parents=True)
-        save_file(_contiguous(module_weights(network)), aside / MODULES)
-        plm = network.plm
-        if plm.config.rank > 0:
-            save_file(_contiguous(adapter_weights(network)), aside / ADAPTER, metadata={"format": "pt"})
+        for name, weights in _weights(network).items():
+            save_file(on_cpu(weights), aside / name, metadata={"format": "pt"})
+        if network.plm.has_lora:
             runs.write_json(aside / ADAPTER_CONFIG, adapter_config(network))
-        elif plm.config.rank < 0:
-            save_file(_contiguous(plm.model.state_dict()), aside / WHOLE_PLM)
         hashes = {path.name: runs.file_hash(path) for path in sorted(aside.iterdir())}
         runs.write_json(aside / CONFIG, {"format": FORMAT, **runs.plain(meta), "hashes": hashes})
     return Path(folder)
@@ -113,10 +113,12 @@ def load_checkpoint(
     fit and why, FileNotFoundError for what is missing.
     """
     folder, meta = Path(folder), read_meta(folder, kind)
-    here: dict[str, Any] = {"device": device, "placement": None}
-    here |= {"source": plm_source or meta.plm.source, "dtype": dtype or meta.plm.dtype}
-    plm = dataclasses.replace(meta.plm, **here)
-    _check_before_loading(folder, meta, kind, plm)
+    here: dict[str, Any] = {"source": plm_source or meta.plm.source, "dtype": dtype or meta.plm.dtype}
+    plm = dataclasses.replace(meta.plm, device=device, placement=None, **here)
+    with torch.device("meta"):  # a config must fit the weights before there is a network of the sizes that it names
+        sketch = build(kind, plm, meta.network, folder, sketch_plm)
+    _check_plm(folder, meta, sketch.plm)
+    _read_weights(folder, sketch)
     network = build(kind, plm, meta.network, folder)
     _check_plm(folder, meta, network.plm)
     load_weights(folder, network)
@@ -132,33 +134,21 @@ def build(kind: type[N], plm: PLMConfig, sizes: Any, folder: Path, load: Callabl
         raise ValueError(f"{folder}: {first_line(error)}") from error
 
 
-def _check_before_loading(folder: Path, meta: CheckpointMeta, kind: type[Network], plm: PLMConfig) -> None:
-    """Refuse a config that does not belong to the weights before there is a network of the sizes that it names."""
-    with torch.device("meta"):
-        sketch = build(kind, plm, meta.network, folder, sketch_plm)
-    _check_plm(folder, meta, sketch.plm)
-    _compare(module_weights(sketch), read_safetensors(folder / MODULES), folder / MODULES, "the network")
-    if plm.rank > 0:
-        adapter = read_safetensors(folder / ADAPTER)
-        check_rank({key: value.shape for key, value in adapter.items()}, plm.rank, folder / ADAPTER)
-        _compare(adapter_weights(sketch), adapter, folder / ADAPTER, "LoRA")
-
-
 def _check_plm(folder: Path, meta: CheckpointMeta, plm: PLM) -> None:
-    here = (plm.family, plm.hidden_size, plm.layers, plm.identity or meta.plm_identity)  # a sketch has no identity
-    there = (meta.family, meta.hidden_size, meta.layers, meta.plm_identity)
+    here = (plm.family, plm.layers, plm.hidden_size, plm.identity or meta.plm_identity)  # a sketch has no identity
+    there = (meta.family, meta.layers, meta.hidden_size, meta.plm_identity)
     if here != there:
+        trained, found = ("{} ({} layers, hidden {}, identity {})".format(*shape) for shape in (there, here))
         raise ValueError(
-            f"{folder} belongs to another PLM: it was trained on {_name(*there)}, {plm.config.source!r} is {_name(*here)}"
+            f"{folder} belongs to another PLM: it was trained on {trained}, {plm.config.source!r} is {found}"
         )
 
 
 def _check_hashes(folder: Path) -> None:
     """Notice files that fit but are others: a damaged number, a file copied from another run."""
     hashes = runs.read_json(folder / CONFIG).get("hashes", {})
-    if not isinstance(hashes, dict):
-        raise ValueError(f"{folder / CONFIG}: hashes are {hashes!r:.40}")
-    for name, expected in hashes.items():
+    known: dict[str, str] = config.parse(dict[str, str], hashes, f"{folder / CONFIG}: hashes")
+    for name, expected in known.items():
         path = folder / Path(name).name
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; the checkpoint is incomplete")
@@ -174,25 +164,44 @@ def check_rank(shapes: Mapping[str, Sequence[int]], rank: int, path: Path) -> No
         raise ValueError(f"{path}: does not fit LoRA rank {rank}: the shape of its weights says rank {found}")
 
 
-def load_weights(folder: Path, network: Network) -> None:
-    """Copy a checkpoint's weights into a network of the same shape. Raises ValueError if a key or a shape differs."""
-    folder, plm = Path(folder), network.plm
-    modules = read_safetensors(folder / MODULES)
-    if plm.config.rank > 0:
-        load_adapter(network, read_safetensors(folder / ADAPTER), folder / ADAPTER)
-    elif plm.config.rank < 0:
-        load_strictly(plm.model, read_safetensors(folder / WHOLE_PLM), folder / WHOLE_PLM)
-    load_strictly(nn.ModuleDict(network.around_plm()), modules, folder / MODULES)
-
-
 # --- weights ------------------------------------------------------------------------------------------------------------
 
 
+def load_weights(folder: Path, network: Network) -> None:
+    """Copy a checkpoint's weights into a network of the same shape. Raises ValueError if a key or a shape differs."""
+    found = _read_weights(Path(folder), network)
+    if ADAPTER in found:
+        load_adapter(network, found[ADAPTER], Path(folder) / ADAPTER)
+    if WHOLE_PLM in found:
+        network.plm.model.load_state_dict(found[WHOLE_PLM])
+    nn.ModuleDict(network.around_plm()).load_state_dict(found[MODULES])
+
+
+def _weights(network: Network) -> dict[str, Weights]:
+    """What a checkpoint keeps, by file."""
+    found = {MODULES: module_weights(network)}
+    if network.plm.has_lora:
+        found[ADAPTER] = adapter_weights(network)
+    elif network.plm.config.rank < 0:
+        found[WHOLE_PLM] = network.plm.model.state_dict()
+    return found
+
+
+def _read_weights(folder: Path, network: Network) -> dict[str, Weights]:
+    """The same from a folder; ValueError for what does not fit the network."""
+    found = {name: read_safetensors(folder / name) for name in _weights(network)}
+    for name, expected in _weights(network).items():
+        _compare(expected, found[name], folder / name)
+    return found
+
+
 def module_weights(network: Network) -> Weights:
+    """Of the modules around the PLM."""
     return nn.ModuleDict(network.around_plm()).state_dict()
 
 
 def adapter_weights(network: Network) -> Weights:
+    """Of LoRA, under PEFT's names."""
     import peft
 
     return peft.get_peft_model_state_dict(network.plm.model, save_embedding_layers=False)
@@ -200,60 +209,45 @@ def adapter_weights(network: Network) -> Weights:
 
 def adapter_config(network: Network) -> dict[str, Any]:
     """PEFT's adapter_config.json, in the fields that all its versions know (the original has 0.6)."""
-    plm, family = network.plm.config, network.plm.family
-    return {
-        "alpha_pattern": {},
-        "auto_mapping": None,
-        "base_model_name_or_path": plm.source,
-        "bias": "none",
-        "fan_in_fan_out": family == "gpt2",
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": plm.lora_alpha,
-        "lora_dropout": plm.lora_dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": plm.rank,
-        "rank_pattern": {},
-        "revision": None,
-        "target_modules": sorted(network.plm.lora_targets),
-        "task_type": "FEATURE_EXTRACTION",
-    }
+    lora = network.plm.model.peft_config["default"].to_dict()
+    fixed = {"inference_mode": True, "task_type": "FEATURE_EXTRACTION", "peft_type": "LORA"}
+    fixed |= {"base_model_name_or_path": network.plm.config.source, "target_modules": list(network.plm.lora_targets)}
+    return {name: lora[name] for name in ADAPTER_KEYS.split()} | fixed
 
 
 def load_adapter(network: Network, weights: Weights, path: Path) -> None:
+    """Copy LoRA weights, which have to fit in every key and shape."""
     import peft
 
-    expected = adapter_weights(network)
-    _compare(expected, weights, path, f"LoRA on {network.plm.family}, rank {network.plm.config.rank}")
+    _compare(adapter_weights(network), weights, path, f"LoRA on {network.plm.family}, rank {network.plm.config.rank}")
     peft.set_peft_model_state_dict(network.plm.model, weights)
 
 
 def load_strictly(module: nn.Module, weights: Weights, path: Path) -> None:
-    _compare(module.state_dict(), weights, path, "the network")
+    """Copy weights into a module, which they have to fit in every key and shape."""
+    _compare(module.state_dict(), weights, path)
     module.load_state_dict(weights)
 
 
-def _compare(expected: Weights, found: Weights, path: Path, what: str) -> None:
+def _compare(expected: Weights, found: Weights, path: Path, what: str = "the network") -> None:
     """Raise ValueError unless both have the same keys, shapes and kinds of numbers, and all numbers are finite."""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or extra:
-        listed = [(keys, word) for keys, word in ((missing, "missing"), (extra, "unknown")) if keys]
-        parts = " and ".join(f"{len(keys)} {word} (first: {keys[0]})" for keys, word in listed)
-        raise ValueError(f"{path}: does not fit {what}: weights {parts}")
+    listed = [
+        f"{len(keys)} {word} (first: {keys[0]})" for keys, word in ((missing, "missing"), (extra, "unknown")) if keys
+    ]
+    if listed:
+        raise ValueError(f"{path}: does not fit {what}: weights {' and '.join(listed)}")
     for key, tensor in found.items():
-        if tensor.shape != expected[key].shape:
-            shapes = f"{list(tensor.shape)}, not {list(expected[key].shape)}"
-            raise ValueError(f"{path}: does not fit {what}: {key} has shape {shapes}")
-        if tensor.is_floating_point() != expected[key].is_floating_point() or tensor.is_complex():
-            raise ValueError(f"{path}: does not fit {what}: {key} has numbers of type {tensor.dtype}")
+        want = expected[key]
+        if (tensor.shape, tensor.is_floating_point()) != (want.shape, want.is_floating_point()) or tensor.is_complex():
+            kinds = f"{tensor.dtype} of shape {list(tensor.shape)}, not {want.dtype} of shape {list(want.shape)}"
+            raise ValueError(f"{path}: does not fit {what}: {key} is {kinds}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NotFinite(f"{path}: {key} holds NaN or infinity; the training diverged or the file is damaged")
 
 
 def read_safetensors(path: Path) -> Weights:
+    """The tensors in a file; FileNotFoundError or a ValueError that names it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; the checkpoint is incomplete")
     try:
@@ -266,14 +260,6 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _contiguous(weights: Weights) -> Weights:
-    """Copies for safetensors, which refuses tensors that share memory (t5's tied embeddings)."""
-    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in weights.items()}
-
-
 def on_cpu(weights: Weights) -> Weights:
-    return {key: value.detach().cpu() for key, value in weights.items()}
-
-
-def _name(family: str, hidden: int, layers: int, identity: str) -> str:
-    return f"{family} ({layers} layers, hidden {hidden}, identity {identity})"
+    """Copies; safetensors refuses tensors that share memory (t5's tied embeddings)."""
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in weights.items()}

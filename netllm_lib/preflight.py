@@ -26,30 +26,26 @@ from netllm_lib.plm import PLMConfig, arithmetic_dtype, sketch_plm
 from netllm_lib.schedule import Plan, TrainConfig
 from netllm_lib.task import Data, Network
 
-FULL = 0.95
-"""Part of a device's memory that an estimate may fill."""
+FULL = 0.95  # part of a device's memory that an estimate may fill
 LIBRARIES_BYTES = {"cpu": (0.565e9, 0.665e9), "cuda": (0.6e9, 0.6e9)}
 """Of training and of a test: Python with its libraries in main memory (measured); CUDA's context on a GPU (not measured)."""
 HEAP_TENSORS = (4.3, 2.4)
 """What glibc's heap keeps of a training step beside the tensors that are alive, without and with gradient checkpointing: so
 many tensors of the step's largest kind for each layer. Blocks that are freed are cut by small ones, and do not fit the next
 tensor of their size. Measured over seven cases, see reports/benchmarks/memory.md."""
-HEAP_LIMIT_BYTES = 32 * 2**20
-"""Larger tensors never come from the heap."""
-FOUR_BIT_BYTES = 0.516
-"""Of a weight in NF4 with double quantisation: 4 bits, and 8 + 32/256 bits for every 64 weights."""
+HEAP_LIMIT_BYTES = 32 * 2**20  # larger tensors never come from the heap
+FOUR_BIT_BYTES = 0.516  # of a weight in NF4 with double quantisation: 4 bits, and 8 + 32/256 bits for every 64 weights
 TRACED_LAYERS = (2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes, as estimated. The two peaks include everything above them and the libraries."""
+    """Bytes, as estimated. The peaks include everything above them and the libraries."""
 
     weights: float  # of the whole network
     gradients: float
     optimizer: float  # AdamW's two moments
     activations: float  # what else a training step holds at its peak
-    allocator: float  # freed, but kept by the C library during training on a CPU
     train_peak: float
     test_peak: float  # of a test after training: no gradients, no optimizer
     checkpointing: bool  # is gradient checkpointing on
@@ -61,6 +57,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
+        """The larger one of training and of the tests meanwhile."""
         return max(self.train_peak, self.validate_peak)
 
 
@@ -68,35 +65,30 @@ class Memory:
 class Preflight:
     """What a training will do. `print` it."""
 
-    samples: int
+    plan: Plan
     labels: int  # predictions in an epoch
     crossing: int  # samples that hold parts of two episodes
-    micro_batches: int  # in all epochs
-    steps: int  # optimizer steps in all epochs
-    short_steps: int  # optimizer steps with fewer micro-batches than `accumulation`
-    warmup_steps: int
-    lr: float  # asked for
-    lr_peak: float  # really reached
-    lr_around_peak: float
     trainable: int  # parameters
     frozen: int
-    memory: Memory  # estimated
+    memory: Memory
     device_bytes: float | None  # memory of the device, if known
     seconds: float | None  # expected, without validation; None if not measured
     warnings: tuple[str, ...]
 
     def __str__(self) -> str:
+        plan, config, memory = self.plan, self.plan.config, self.memory
         device = "" if self.device_bytes is None else f" of {self.device_bytes / 1e9:.1f} GB"
-        how = " with gradient checkpointing" if self.memory.checkpointing else ""
-        training, testing = self.memory.train_peak / 1e9, self.memory.validate_peak / 1e9
+        how = " with gradient checkpointing" if memory.checkpointing else ""
+        lr, around = config.lr * plan.peak, config.lr_around * plan.peak
         rows = {
-            "samples": f"{self.samples} ({self.labels} predictions, {self.crossing} samples cross episodes)",
-            "optimizer steps": f"{self.steps} ({self.micro_batches} micro-batches)",
-            "warm-up": f"{self.warmup_steps} steps = {self.warmup_steps / max(self.steps, 1):.0%} of them",
-            "learning rate": f"peak {self.lr_peak:.2g} of {self.lr:.2g} for the PLM, {self.lr_around_peak:.2g} around it",
+            "samples": f"{plan.samples} ({self.labels} predictions, {self.crossing} samples cross episodes)",
+            "optimizer steps": f"{plan.steps} ({plan.micro_batches} micro-batches)",
+            "warm-up": f"{plan.warmup} steps = {plan.warmup / max(plan.steps, 1):.0%} of them",
+            "learning rate": f"peak {lr:.2g} of {config.lr:.2g} for the PLM, {around:.2g} around it",
             "parameters": f"{self.trainable / 1e6:.2f} M trained, {self.frozen / 1e6:.2f} M frozen",
-            "memory": f"about {training:.1f} GB to train{how}, {testing:.1f} GB to test meanwhile{device}",
-            "time": "not measured" if self.seconds is None else f"about {_duration(self.seconds)} without validation",
+            "memory": f"about {memory.train_peak / 1e9:.1f} GB to train{how}, {memory.validate_peak / 1e9:.1f} GB to test "
+            f"meanwhile{device}",
+            "time": "not measured" if self.seconds is None else f"about {self.seconds / 60:.1f} min without validation",
         }
         rows |= {f"warning {i}": text for i, text in enumerate(self.warnings, 1)}
         return "\n".join(f"{what:16} {value}" for what, value in rows.items())
@@ -111,9 +103,7 @@ def preflight(network: Network, data: Data, config: TrainConfig | None = None, m
     plan, crossing = Plan(config, len(data)), int(data.facts.get("crossing") or 0)
     trainable = sum(p.numel() for p in network.trainable().values())
     memory, device_bytes = fitting_memory(network, data, config)
-    seconds = None
-    if measure and network.device.type != "meta":
-        seconds = _seconds_per_micro_batch(network, data, config) * plan.micro_batches
+    timed = measure and network.device.type != "meta"
     too_much = device_bytes is not None and memory.peak > FULL * device_bytes
     warnings = [
         (plan.peak < 0.9, f"the warm-up of {plan.warmup} steps is longer than the run of {plan.steps}: "
@@ -125,51 +115,37 @@ def preflight(network: Network, data: Data, config: TrainConfig | None = None, m
         (too_much, "the memory estimate exceeds that of the device: a smaller batch, bfloat16 or 4-bit weights, or more devices"),
     ]  # fmt: skip
     return Preflight(
-        samples=len(data),
+        plan,
         labels=data.labels(np.arange(len(data))),
         crossing=crossing,
-        micro_batches=plan.micro_batches,
-        steps=plan.steps,
-        short_steps=plan.short_steps,
-        warmup_steps=plan.warmup,
-        lr=config.lr,
-        lr_peak=config.lr * plan.peak,
-        lr_around_peak=config.lr_around * plan.peak,
         trainable=trainable,
         frozen=sum(p.numel() for p in network.parameters()) - trainable,
         memory=memory,
         device_bytes=device_bytes,
-        seconds=seconds,
+        seconds=_seconds_per_micro_batch(network, data, config) * plan.micro_batches if timed else None,
         warnings=tuple(text for applies, text in warnings if applies),
     )
 
 
 def _seconds_per_micro_batch(network: Network, data: Data, config: TrainConfig) -> float:
     batch = _first_batch(data, config).to(network.device)
-    kept = {name: p.grad for name, p in network.trainable().items()}
+    parameters = list(network.trainable().values())
     training, best = network.training, math.inf
     network.train()
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         for _ in range(3):  # the first one also warms up
             start = time.perf_counter()
-            network.loss(batch, arithmetic_dtype(config.precision, network.device))[0].backward()
+            loss = network.loss(batch, arithmetic_dtype(config.precision, network.device))[0]
+            torch.autograd.grad(loss, parameters, allow_unused=True)
             if network.device.type == "cuda":
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - start)
     network.train(training)
-    for name, parameter in network.trainable().items():
-        parameter.grad = kept[name]
     return best
 
 
 def _first_batch(data: Data, config: TrainConfig) -> Any:
     return data.batch(np.arange(config.batch) % len(data))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 # --- memory -------------------------------------------------------------------------------------------------------------
@@ -193,8 +169,8 @@ def needs_checkpointing(network: Network, data: Data, config: TrainConfig) -> bo
         return plm.config.gradient_checkpointing
     device_bytes = _device_bytes(plm.config.device)
     # most PLMs here are small and most machines are not: a generous bound, several times what is kept, spares the tracing
-    tokens = network.tokens(_first_batch(data, config))
-    bound = 1e9 + 16 * sum(p.numel() for p in network.parameters()) + 300.0 * tokens * plm.layers * plm.hidden_size
+    tokens = sum(t.numel() for t in tree_leaves(_first_batch(data, config)) if isinstance(t, torch.Tensor))  # or fewer
+    bound = 1e9 + 16 * sum(p.numel() for p in network.parameters()) + 100.0 * tokens * plm.layers * plm.hidden_size
     if device_bytes is None or bound < 0.5 * device_bytes:
         return False
     return fitting_memory(network, data, config)[0].checkpointing
@@ -227,41 +203,32 @@ def estimate_memory(network: Network, batch: Any, config: TrainConfig, checkpoin
     steps = (layers - traced[0]) / max(traced[-1] - traced[0], 1)
     sizes = {name: first[name] + (last[name] - first[name]) * steps for name in first}
     # of each phase apart: with the layers that are traced another one may be the largest than with all
-    step = max(size for name, size in sizes.items() if name.startswith("train "))
-    test = max(size for name, size in sizes.items() if name.startswith("test "))
+    step = max(sizes[name] for name in ("forward", "backward", "update"))
+    fixed = {name: sizes[name] for name in ("weights", "gradients", "optimizer")}
     base, base_test = LIBRARIES_BYTES.get(device.type, LIBRARIES_BYTES["cpu"])
-    allocator = HEAP_TENSORS[checkpointing] * layers * last["largest"] if device.type == "cpu" else 0.0
-    return Memory(
-        weights=sizes["weights"],
-        gradients=sizes["gradients"],
-        optimizer=sizes["optimizer"],
-        activations=step - sizes["weights"] - sizes["gradients"] - sizes["optimizer"],
-        allocator=allocator,
-        train_peak=base + step + allocator,
-        test_peak=base_test + test,
-        checkpointing=checkpointing,
-    )
+    heap = HEAP_TENSORS[checkpointing] * layers * last["largest"] if device.type == "cpu" else 0.0
+    peaks = {"train_peak": base + step + heap, "test_peak": base_test + sizes["test"]}
+    return Memory(**fixed, **peaks, activations=step - sum(fixed.values()), checkpointing=checkpointing)
 
 
 def _trace(
     kind: type[Network], plm: PLMConfig, sizes: Any, batch: Any, config: TrainConfig, device: torch.device
 ) -> dict[str, float]:
-    """Bytes of a network and the peaks of a step and of a validation, all but the libraries."""
+    """Bytes of a network, and the peaks of the phases of a step and of a validation, all but the libraries."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.device("meta"):
         network = kind(sketch_plm(plm), sizes)
     network.plm.set_checkpointing(bool(plm.gradient_checkpointing))
-    packed = _packed_bytes(network) if plm.dtype == "4bit" else 0.0
-    dtype = arithmetic_dtype(config.precision, device)
+    dtype, meter, found = arithmetic_dtype(config.precision, device), _Meter(), {}
     with FakeTensorMode():
         network._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))  # `to_empty` without reading the sketch's tensors
         batch = tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), batch)
         parameters = list(network.trainable().values())
-        with _Meter() as meter:
+        with meter:
             for tensor in [*network.parameters(), *network.buffers()]:
                 meter.note(tensor)
-            sizes_of = {"weights": meter.now}
+            found["weights"] = meter.now
             optimizer = torch.optim.AdamW(parameters, lr=1.0, foreach=device.type == "cuda")
             network.train()
             for parameter in parameters:
@@ -271,24 +238,26 @@ def _trace(
             meter.take_peak()
             meter.largest = 0.0
             loss = network.loss(batch, dtype)[0]
-            sizes_of["train forward"] = meter.take_peak()
+            found["forward"] = meter.take_peak()
             loss.backward()
             del loss
-            sizes_of["train backward"] = meter.take_peak()
+            found["backward"] = meter.take_peak()
             nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=False)
             optimizer.step()
-            sizes_of["train update"], largest = meter.take_peak(), meter.largest
-            gradients = float(sum(p.numel() * p.element_size() for p in parameters))
+            found["update"], largest = meter.take_peak(), meter.largest
+            moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
             optimizer.zero_grad(set_to_none=True)
-            moments = float(sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim))
             optimizer.state.clear()
             gc.collect()
             network.eval()
             meter.take_peak()
             network.rehearse(batch, dtype)
-            sizes_of["test "] = meter.peak
-    whole = {name: size - packed for name, size in sizes_of.items()}
-    return {**whole, "gradients": gradients, "optimizer": moments, "largest": largest}
+            found["test"] = meter.peak
+    if plm.dtype == "4bit":  # saves on the PLM's matrices, LoRA's own excepted
+        named = network.plm.base.named_modules()
+        matrices = [m.weight.numel() for name, m in named if isinstance(m, nn.Linear) and "lora_" not in name]
+        found = {name: size - sum(matrices) * (2 - FOUR_BIT_BYTES) for name, size in found.items()}
+    return {**found, "gradients": sum(p.nbytes for p in parameters), "optimizer": moments, "largest": largest}
 
 
 class _Meter(TorchDispatchMode):
@@ -296,8 +265,7 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 0.0
-        self.peak = 0.0
+        self.now = self.peak = 0.0
         self.largest = 0.0  # of those that come from the heap
         self.alive: dict[int, int] = {}
 
@@ -325,10 +293,3 @@ class _Meter(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.note(leaf)
         return result
-
-
-def _packed_bytes(network: Network) -> float:
-    """What 4 bits save of the PLM's matrices, LoRA's own excepted."""
-    named = network.plm.base.named_modules()
-    matrices = [m for name, m in named if isinstance(m, nn.Linear) and "lora_" not in name]
-    return sum(m.weight.numel() for m in matrices) * (2 - FOUR_BIT_BYTES)

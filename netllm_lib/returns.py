@@ -7,6 +7,7 @@ normalised rewards from it to the end of its episode, divided by a scale. Source
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -30,29 +31,25 @@ class ReturnScale:
         return (clipped - self.min_reward) / (self.max_reward - self.min_reward) / self.scale
 
 
-def return_to_go(
-    rewards: np.ndarray, dones: np.ndarray, gamma: float = 1.0, scale: float = 1000.0, pool_hash: str = ""
+def pool_returns(
+    pool: Any, gamma: float = 1.0, scale: float = 1000.0, like: ReturnScale | None = None
 ) -> tuple[np.ndarray, ReturnScale]:
-    """Return-to-go float64 [T] of every transition, and the scale of their pool.
+    """Return-to-go float64 [T] of a pool's transitions, and its scale; or `like`, another pool's, whose range rewards may leave.
 
-    Raises ValueError for an empty pool or one whose rewards are all equal.
+    A pool has `rewards`, `dones` and `content_hash()`. Raises ValueError if it is empty or all its rewards are equal.
     """
-    rewards = np.asarray(rewards, dtype=np.float64)
+    rewards, ends = np.asarray(pool.rewards, dtype=np.float64), episode_ends(pool.dones)
+    if like is not None:
+        normalised = (rewards - like.min_reward) / (like.max_reward - like.min_reward)
+        return _sum_backwards(normalised, ends, like.gamma, like.scale), like
     if not len(rewards):
         raise ValueError("the pool is empty")
     lowest, highest = float(rewards.min()), float(rewards.max())
     if not lowest < highest:
         raise ValueError(f"all rewards of the pool are {lowest}: there is no range to normalise them by")
-    ends = episode_ends(dones)
     returns = _sum_backwards((rewards - lowest) / (highest - lowest), ends, gamma, scale)
-    longest = int(np.diff(np.r_[0, ends]).max())
-    return returns, ReturnScale(lowest, highest, float(returns.max()), longest - 1, gamma, scale, pool_hash)
-
-
-def return_to_go_like(rewards: np.ndarray, dones: np.ndarray, like: ReturnScale) -> np.ndarray:
-    """Return-to-go float64 [T] normalised by another pool's range, which a validation pool's rewards may leave."""
-    normalised = (np.asarray(rewards, dtype=np.float64) - like.min_reward) / (like.max_reward - like.min_reward)
-    return _sum_backwards(normalised, episode_ends(dones), like.gamma, like.scale)
+    longest = int(np.diff(ends, prepend=0).max())
+    return returns, ReturnScale(lowest, highest, float(returns.max()), longest - 1, gamma, scale, pool.content_hash())
 
 
 def episode_ends(dones: np.ndarray) -> np.ndarray:

@@ -39,8 +39,6 @@ class TrainConfig:
     """"step": the gradient is clipped once, before an optimizer step. "micro": the accumulated gradient is clipped after every
     micro-batch, as in the original: the last samples of a step then count far more than the first."""
     max_grad_norm: float = 0.25
-
-    # --- numbers
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the PLM's arithmetic; "auto" is bfloat16 (autocast) where the device is faster with it. Weights stay as loaded."""
 
@@ -52,13 +50,10 @@ class TrainConfig:
     original does: after the very first, and after the last only if its number happens to be a multiple of k."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "accumulation", "validate_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if min(self.epochs, self.batch, self.accumulation, self.validate_epochs) < 1:
+            raise ValueError("epochs, batch, accumulation and validate_epochs must be at least 1")
         if self.order is not None and len(self.order) not in (1, self.epochs):
-            raise ValueError(
-                f"order has {len(self.order)} epochs, epochs={self.epochs}: give one tuple or one for each epoch"
-            )
+            raise ValueError(f"order has {len(self.order)} epochs: give one tuple, or epochs={self.epochs} of them")
 
     @classmethod
     def upstream(cls, **changes: Any) -> TrainConfig:
@@ -70,19 +65,12 @@ class TrainConfig:
             "epochs": 80,
             "batch": 1,
             "accumulation": 32,
-            "last_group": "upstream",
-            "shuffle": "torch",
             "seed": 100003,
-            "lr": 1e-4,
-            "lr_around": 1e-4,
-            "warmup_steps": 2000,
-            "schedule": "constant",
-            "clip": "micro",
             "precision": "float32",
-            "validate_epochs": 2,
-            "validate_when": "upstream",
         }
-        return cls(**(original | changes))
+        original |= {"last_group": "upstream", "shuffle": "torch", "schedule": "constant", "clip": "micro"}
+        original |= {"lr": 1e-4, "lr_around": 1e-4, "warmup_steps": 2000}
+        return cls(**(original | {"validate_epochs": 2, "validate_when": "upstream"} | changes))
 
     def validates_after(self, epochs: int) -> bool:
         """Is there a validation when so many epochs are done."""
@@ -95,23 +83,16 @@ class Plan:
     """Steps and learning rates of a run, from the configuration and the number of samples alone."""
 
     def __init__(self, config: TrainConfig, samples: int):
-        self.config = config
-        self.samples = samples
-        sizes = [samples] * config.epochs
-        if config.order is not None:
-            sizes = [len(self.order_of(epoch)) for epoch in range(config.epochs)]
+        self.config, self.samples = config, samples
+        sizes = [samples if config.order is None else len(self.order_of(epoch)) for epoch in range(config.epochs)]
         micro_batches = [-(-size // config.batch) for size in sizes]
         self.steps_of = [-(-count // config.accumulation) for count in micro_batches]  # of each epoch
-        self.micro_batches = sum(micro_batches)
-        self.steps = sum(self.steps_of)
-        self.short_steps = sum(count % config.accumulation > 0 for count in micro_batches)
+        self.micro_batches, self.steps = sum(micro_batches), sum(self.steps_of)
+        self.short_steps = sum(count % config.accumulation > 0 for count in micro_batches)  # with fewer micro-batches
         part = max(1, round(config.warmup * self.steps))
         self.warmup = config.warmup_steps if config.warmup_steps is not None else part
-
-    @property
-    def peak(self) -> float:
+        self.peak = max((self.rate(step) for step in range(self.steps)), default=0.0)
         """The largest part of the configured learning rate that any step uses."""
-        return max((self.rate(step) for step in range(self.steps)), default=0.0)
 
     def rate(self, step: int) -> float:
         """Part of the configured learning rate that optimizer step `step` (from 0) uses."""

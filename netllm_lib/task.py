@@ -38,13 +38,11 @@ class Data(Protocol):
 class Network(nn.Module):
     """A PLM and the modules around it. A task derives its own, made by `Kind(plm, config)`."""
 
-    task: ClassVar[str]
-    """Name of the task; a checkpoint of another one is refused."""
-    Config: ClassVar[type]
-    """Dataclass of the sizes around the PLM."""
-    Settings: ClassVar[type]
-    """Dataclass of what a test must know of the training beside the weights; checkpoints keep it."""
-
+    task: ClassVar[str]  # its name; a checkpoint of another task is refused
+    Config: ClassVar[type]  # dataclass of the sizes around the PLM
+    Settings: ClassVar[
+        type
+    ]  # dataclass of what a test must know of the training beside the weights; checkpoints keep it
     plm: PLM
     config: Any
 
@@ -56,18 +54,11 @@ class Network(nn.Module):
     def loss(self, batch: Any, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, int]:
         """Sum of the losses of a batch's labels, and their number. The PLM computes in `dtype`; None: in that of its weights."""
 
-    @abstractmethod
-    def tokens(self, batch: Any) -> int:
-        """How many tokens the PLM takes for a batch."""
-
     def check(self, settings: Any) -> None:
         """Raise ValueError if a network of this shape cannot be trained with these settings."""
 
     def rehearse(self, batch: Any, dtype: torch.dtype | None) -> Any:
-        """Compute what needs the most memory in a validation, and return what that keeps; its memory is measured.
-
-        `batch` is one of training. By default this is the batch's loss.
-        """
+        """Compute what needs the most memory in a validation, and return what that keeps; its memory is measured."""
         return self.loss(batch, dtype)
 
     @property
@@ -77,6 +68,5 @@ class Network(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything that training changes, by name; the PLM's part under `plm.`."""
-        around = self.around_plm().items()
-        own = {f"{name}.{key}": p for name, module in around for key, p in module.named_parameters()}
+        own = dict(nn.ModuleDict(self.around_plm()).named_parameters())
         return own | {f"plm.{name}": p for name, p in self.plm.trainable().items()}

@@ -13,7 +13,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from netllm_lib import runs
 
 TENSORBOARD = "tensorboard"  # folder of the event file in the training folder
 MLFLOW = "mlflow.json"  # file in the training folder that says which MLflow run it is
-FINAL = ("final/loss", "final/score", "final/seconds")  # what TensorBoard's table of hyperparameters shows beside them
+AT_ONCE = 500  # points that MLflow gets together; it takes up to 1000
 
-Point = tuple[int, Mapping[str, float | None]]
-"""Steps that are done, and the values of some curves then. Values that are None or not finite are left out."""
+Values = Mapping[str, float | None]
+"""Of some curves, by name. Those that are None or not finite are left out."""
 
 
 def check(track: str) -> None:
@@ -34,40 +34,34 @@ def check(track: str) -> None:
     if track not in ("", "mlflow"):
         raise ValueError(f'track={track!r}: known is "mlflow"; TensorBoard is always written')
     if track == "mlflow" and importlib.util.find_spec("mlflow") is None:
-        raise ValueError(
-            "track=\"mlflow\": MLflow is not installed; pip install 'netllm-companion[mlflow]', or leave track out"
-        )
+        advice = "pip install 'netllm-companion[mlflow]', or leave track out"
+        raise ValueError(f'track="mlflow": MLflow is not installed; {advice}')
 
 
 class Curves:
-    """Where the points of a training go: nowhere, until `begin`. A context that closes the files."""
+    """Where the points of a training go. A context that closes the files; MLflow's run has FAILED unless `finished` is set.
 
-    def __init__(self) -> None:
-        self._writers: list[Any] = []
-        self._finished = False
+    Raises OSError if MLflow is asked for and its store cannot be used.
+    """
 
-    def begin(
-        self, folder: Path, track: str, settings: Mapping[str, Any], tags: Mapping[str, str], earlier: Sequence[Point]
-    ) -> None:
-        """Begin with the points `earlier`. Raises OSError if MLflow was asked for and its store cannot be used."""
+    def __init__(self, folder: Path, track: str, settings: Mapping[str, Any], tags: Mapping[str, str]):
+        self.finished, self._writers = False, list[Any]()
         flat = {
             str(name): value if isinstance(value, str | int | float | bool) else str(value)[:200]
-            for name, value in pd.json_normalize(dict(settings)).iloc[0].to_dict().items()
+            for name, value in pd.json_normalize(dict(settings)).iloc[0].items()
         }
         try:
             self._writers.append(EventFile(folder / TENSORBOARD, flat))
-        except OSError as error:
+        except (OSError, ImportError) as error:
             warnings.warn(f"no curves are written for TensorBoard: {error}", stacklevel=2)
         if track == "mlflow":
             try:
                 self._writers.append(MlflowRun(folder, flat, tags))
             except Exception as error:
                 raise OSError(f"MLflow cannot be used: {_first_line(error)}") from error
-        for step, values in earlier:
-            self.log(step, values)
 
-    def log(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Add a point to each curve."""
+    def log(self, step: int, values: Values) -> None:
+        """Add a point to each curve, after `step` optimizer steps."""
         finite = {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
         self._each(lambda writer: writer.log(step, finite))
 
@@ -75,16 +69,11 @@ class Curves:
         """See that everything so far can be read by others."""
         self._each(lambda writer: writer.flush())
 
-    def finish(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Add the final figures, and remember that the training is finished."""
-        self.log(step, values)
-        self._finished = True
-
     def __enter__(self) -> Curves:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._each(lambda writer: writer.close(self._finished))
+        self._each(lambda writer: writer.close(self.finished))
 
     def _each(self, do: Callable[[Any], None]) -> None:
         for writer in list(self._writers):
@@ -98,7 +87,7 @@ class Curves:
 class EventFile:
     """TensorBoard's file, with the settings as its hyperparameters."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+    def __init__(self, folder: Path, settings: dict[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
@@ -106,64 +95,43 @@ class EventFile:
             earlier.unlink()
         # purge_step: a TensorBoard that has read the earlier file drops its points
         self._writer = SummaryWriter(str(folder), purge_step=0)
-        for summary in hparams(dict(settings), dict.fromkeys(FINAL, 0.0)):
+        for summary in hparams(settings, {"final/loss": 0.0, "final/score": 0.0, "final/seconds": 0.0}):
             self._writer._get_file_writer().add_summary(summary)  # `add_hparams` makes a folder of its own
+        self.flush = self._writer.flush
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        self._writer.flush()
 
     def close(self, finished: bool) -> None:
         self._writer.close()
 
 
 class MlflowRun:
-    """A run in the store that $MLFLOW_TRACKING_URI names, by default files in `reports/mlflow`; its id is in `mlflow.json`.
+    """A run in the store that $MLFLOW_TRACKING_URI names, by default files in `reports/mlflow`; its id is in `mlflow.json`."""
 
-    Points are sent together, at resume points and when there are many.
-    """
-
-    AT_ONCE = 500  # MLflow takes up to 1000 values
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], tags: Mapping[str, str]):
+    def __init__(self, folder: Path, settings: dict[str, Any], tags: Mapping[str, str]):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # its newest versions ask for consent
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by default it tries for minutes
         import mlflow
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or (runs.reports_root() / "mlflow").absolute().as_uri()
-        self._client, self._queue = mlflow.MlflowClient(tracking_uri=uri), list[Any]()
-        kept = runs.read_json(folder / MLFLOW) if (folder / MLFLOW).is_file() else {}
-        self.run_id = self._continued(kept.get("run_id")) or self._created(folder.name, tags)
-        runs.write_json(folder / MLFLOW, {"run_id": self.run_id})
-        known = self._client.get_run(self.run_id).data
-        for name in settings.keys() - known.params.keys():
-            self._client.log_param(self.run_id, name, str(settings[name])[:500])
-        histories = {name: self._client.get_metric_history(self.run_id, name) for name in known.metrics}
-        self._sent = {name: max(metric.step for metric in history) for name, history in histories.items()}
-
-    def _continued(self, run_id: str | None) -> str | None:
-        """The run that this folder had, if this store has it still."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            if run_id is None or self._client.get_run(run_id).info.lifecycle_stage != "active":
-                return None
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-        self._client.update_run(run_id, status="RUNNING")
-        return run_id
-
-    def _created(self, name: str, tags: Mapping[str, str]) -> str:
-        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "netllm"
-        found = self._client.get_experiment_by_name(experiment)
-        number = found.experiment_id if found else self._client.create_experiment(experiment)
-        return str(self._client.create_run(number, run_name=name, tags=dict(tags)).info.run_id)
+        self._client = client = mlflow.MlflowClient(tracking_uri=uri)
+        self._queue: list[Any] = []
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "netllm"
+        experiment = client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else client.create_experiment(name)
+        kept = runs.read_json(folder / MLFLOW)["run_id"] if (folder / MLFLOW).is_file() else ""
+        found = client.search_runs([number], f"attributes.run_id = '{kept}'")  # those that are not deleted
+        run = found[0] if found else client.create_run(number, run_name=folder.name, tags=dict(tags))
+        self._id = run.info.run_id
+        client.update_run(self._id, status="RUNNING")
+        runs.write_json(folder / MLFLOW, {"run_id": self._id})
+        for name in settings.keys() - run.data.params.keys():
+            client.log_param(self._id, name, str(settings[name])[:500])
+        histories = {name: client.get_metric_history(self._id, name) for name in run.data.metrics}
+        self._sent = {name: max(point.step for point in history) for name, history in histories.items()}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -171,17 +139,17 @@ class MlflowRun:
         new = {name: value for name, value in values.items() if step > self._sent.get(name, -1)}
         self._queue += [Metric(name, value, int(time.time() * 1000), step) for name, value in new.items()]
         self._sent |= dict.fromkeys(new, step)
-        if len(self._queue) >= self.AT_ONCE:
+        if len(self._queue) >= AT_ONCE:
             self.flush()
 
     def flush(self) -> None:
         while self._queue:
-            self._client.log_batch(self.run_id, metrics=self._queue[: self.AT_ONCE])
-            del self._queue[: self.AT_ONCE]
+            self._client.log_batch(self._id, metrics=self._queue[:AT_ONCE])
+            del self._queue[:AT_ONCE]
 
     def close(self, finished: bool) -> None:
         self.flush()
-        self._client.set_terminated(self.run_id, "FINISHED" if finished else "FAILED")
+        self._client.set_terminated(self._id, "FINISHED" if finished else "FAILED")
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
 import zipfile
@@ -65,11 +66,11 @@ def train(
         raise ValueError(
             '4-bit weights give no gradients on a CPU (bitsandbytes): train on a GPU, or use dtype="bfloat16"'
         )
-    run = _Run(network, data, config or TrainConfig(), Path(folder), settings, better, track)
+    run = _Run(network, data, config or TrainConfig(), Path(folder), settings)
     if not run.finished:
         with runs.lock(run.folder):
             if not run.finished:  # by a process that has just ended
-                return run.start(validate, held_out, progress)
+                return run.start(track, validate, 1 if better == "higher" else -1, held_out, progress)
     return run.read_back()
 
 
@@ -102,12 +103,9 @@ class _Position:
 class _Run:
     """A training run in progress; `state.pt` is its image on disk."""
 
-    def __init__(
-        self, network: Any, data: Data, config: TrainConfig, folder: Path, settings: Any, better: str, track: str
-    ):
-        self.network, self.data, self.config, self.folder, self.track = network, data, config, folder, track
-        self.sign = 1 if better == "higher" else -1
-        self.plan = Plan(config, len(data))
+    def __init__(self, network: Any, data: Data, config: TrainConfig, folder: Path, settings: Any):
+        self.network, self.data, self.config, self.folder = network, data, config, folder
+        self.plan, self.at = Plan(config, len(data)), _Position()
         self.meta = checkpoint.describe(network, settings, {**runs.plain(config), "data": runs.plain(data.facts)})
         # where the PLM lies and runs may differ between two sittings; the numbers that decide the result may not
         free: dict[str, Any] = {"source": "", "device": "cpu", "placement": None, "gradient_checkpointing": False}
@@ -118,34 +116,36 @@ class _Run:
         rates = zip(sides, (config.lr_around, config.lr), strict=True)
         groups = [{"params": side, "peak": peak} for side, peak in rates if side]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-        self.at = _Position()
-        self.curves = tracking.Curves()
 
     @property
     def finished(self) -> bool:
         return (self.folder / RESULT).is_file()
 
-    # --- the loop
-
-    def start(self, validate: Any, held_out: Data | None, progress: Progress | None) -> TrainingRun:
+    def start(
+        self, track: str, validate: Any, sign: int, held_out: Data | None, progress: Progress | None
+    ) -> TrainingRun:
         """Train from the beginning, or from the last resume point if there is one."""
-        keep_rng: Any = contextlib.nullcontext()
+        own_stream: Any = contextlib.nullcontext()
         if self.config.shuffle == "seed":
-            keep_rng = torch.random.fork_rng(range(torch.cuda.device_count()))
-        self.network.plm.set_checkpointing(needs_checkpointing(self.network, self.data, self.config))
-        with keep_rng:
-            if (self.folder / STATE).is_file():
+            own_stream = torch.random.fork_rng(range(torch.cuda.device_count()))
+        plm, resumes = self.network.plm, (self.folder / STATE).is_file()
+        plm.set_checkpointing(needs_checkpointing(self.network, self.data, self.config))
+        shown = {"train": self.meta.train, "plm": plm.config, "network": self.network.config, "layers": plm.layers}
+        tags = {"data": self.data.key, "plm": plm.identity, "git": runs.git_revision() or "unknown"}
+        with own_stream:
+            if resumes:
                 self.resume()
-            else:
-                if self.config.shuffle == "seed":
-                    torch.manual_seed(self.config.seed)
-                self.save()  # what it starts from: initial weights and random state
-            with self.curves:
-                self.begin_curves()
-                self.go(validate, progress)
-                return self.finish(validate is not None, held_out)
+            with tracking.Curves(self.folder, track, runs.plain(shown), tags) as self.curves:
+                if resumes:
+                    self.draw_again()
+                else:
+                    if self.config.shuffle == "seed":
+                        torch.manual_seed(self.config.seed)
+                    self.save()  # what it starts from: initial weights and random state
+                self.go(validate, sign, progress)
+                return self.finish(validate is not None, sign, held_out)
 
-    def go(self, validate: Any, progress: Progress | None) -> None:
+    def go(self, validate: Any, sign: int, progress: Progress | None) -> None:
         config, at, group = self.config, self.at, self.config.batch * self.config.accumulation
         while at.epoch < config.epochs:
             if at.order is None:
@@ -157,7 +157,7 @@ class _Run:
                 at.history += rows
                 at.step += 1
                 at.step_in_epoch += 1
-                self.curves.log(*_step_point(rows))
+                self.draw_step(rows)
                 if progress is not None:
                     progress(at.step, self.plan.steps, {**rows[-1], "samples": len(self.data)})
                 if config.checkpoint_steps and at.step % config.checkpoint_steps == 0:
@@ -165,90 +165,102 @@ class _Run:
             self.network.eval()
             at.epoch, at.step_in_epoch, at.order = at.epoch + 1, 0, None
             if validate is not None and config.validates_after(at.epoch):
-                self.validate(validate)
+                self.validate(validate, sign)
             self.save()
         self.network.eval()  # also when only the end was left to do
 
     def optimizer_step(self, numbers: np.ndarray) -> list[dict[str, float]]:
         """Take one step on these samples; returns a row of the history per micro-batch."""
-        start, rate, rows = time.perf_counter(), self.plan.rate(self.at.step), []
+        config, at, start, rows = self.config, self.at, time.perf_counter(), []
+        rate, labels = self.plan.rate(at.step), self.data.labels(numbers)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        labels = self.data.labels(numbers)
         self.optimizer.zero_grad(set_to_none=True)
-        for first in range(0, len(numbers), self.config.batch):
-            batch = self.data.batch(numbers[first : first + self.config.batch]).to(self.network.device)
-            total, count = self.network.loss(batch, arithmetic_dtype(self.config.precision, self.network.device))
-            part = 1 / labels if self.config.last_group == "mean" else 1 / (count * self.config.accumulation)
+        for first in range(0, len(numbers), config.batch):
+            batch = self.data.batch(numbers[first : first + config.batch]).to(self.network.device)
+            total, count = self.network.loss(batch, arithmetic_dtype(config.precision, self.network.device))
+            part = 1 / labels if config.last_group == "mean" else 1 / (count * config.accumulation)
             (total * part).backward()
             loss, norm = float(total.detach()) / count, math.nan
-            last = first + self.config.batch >= len(numbers)
-            if self.config.clip == "micro" or (self.config.clip == "step" and last):
-                norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
+            if config.clip == "micro" or (config.clip == "step" and first + config.batch >= len(numbers)):
+                norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm))
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"the loss is {loss} at optimizer step {self.at.step}: lower the learning rate, or use float32"
+                    f"the loss is {loss} at optimizer step {at.step}: lower the learning rate, or use float32"
                 )
-            rows.append(
-                {
-                    "step": self.at.step,
-                    "epoch": self.at.epoch,
-                    "loss": loss,
-                    "grad_norm": norm,
-                    "clipped": norm > self.config.max_grad_norm,
-                    "lr": self.config.lr * rate,
-                    "lr_around": self.config.lr_around * rate,
-                    "seconds": self.at.seconds + time.perf_counter() - start,
-                }
-            )
+            row = {"step": at.step, "epoch": at.epoch, "loss": loss, "grad_norm": norm}
+            row |= {
+                "clipped": norm > config.max_grad_norm,
+                "lr": config.lr * rate,
+                "lr_around": config.lr_around * rate,
+            }
+            rows.append(row | {"seconds": at.seconds + time.perf_counter() - start})
         self.optimizer.step()
-        self.at.seconds += time.perf_counter() - start
+        at.seconds += time.perf_counter() - start
         return rows
 
-    def validate(self, validate: Callable[[Any], float]) -> None:
-        start = time.perf_counter()
+    def validate(self, validate: Callable[[Any], float], sign: int) -> None:
+        start, at = time.perf_counter(), self.at
         score = float(validate(self.network))
         took = time.perf_counter() - start
-        if all(self.sign * score > self.sign * earlier["score"] for earlier in self.at.evaluations):
-            meta = dataclasses.replace(self.meta, step=self.at.step, score=score)
+        if all(sign * score > sign * earlier["score"] for earlier in at.evaluations):
+            meta = dataclasses.replace(self.meta, step=at.step, score=score)
             checkpoint.save_checkpoint(self.folder / "best", self.network, meta)
-        self.at.evaluations.append({"step": self.at.step, "epoch": self.at.epoch, "score": score, "seconds": took})
-        self.curves.log(*_score_point(self.at.evaluations[-1]))
+        at.evaluations.append({"step": at.step, "epoch": at.epoch, "score": score, "seconds": took})
+        self.draw_score(at.evaluations[-1])
 
-    def finish(self, validated: bool, held_out: Data | None) -> TrainingRun:
+    def finish(self, validated: bool, sign: int, held_out: Data | None) -> TrainingRun:
         """Write what is left behind, the mark of a finished run last."""
-        meta = dataclasses.replace(self.meta, step=self.at.step)
+        at, config, meta = self.at, self.config, dataclasses.replace(self.meta, step=self.at.step)
         final = checkpoint.save_checkpoint(self.folder / "final", self.network, meta)
-        history = pd.DataFrame(self.at.history)
-        scores = [self.sign * evaluation["score"] for evaluation in self.at.evaluations]
+        history, scores = pd.DataFrame(at.history), [sign * evaluation["score"] for evaluation in at.evaluations]
         result = TrainingRun(
             history=history,
-            evaluations=pd.DataFrame(self.at.evaluations, columns=["step", "epoch", "score", "seconds"]),
-            steps=self.at.step,
+            evaluations=pd.DataFrame(at.evaluations, columns=["step", "epoch", "score", "seconds"]),
+            steps=at.step,
             micro_steps=len(history),
-            accumulation=self.config.accumulation,
+            accumulation=config.accumulation,
             samples=len(self.data),
-            epochs=self.at.epoch,
-            lr=self.config.lr,
-            lr_peak=self.config.lr * self.plan.peak,
-            lr_around=self.config.lr_around,
+            epochs=at.epoch,
+            lr=config.lr,
+            lr_peak=config.lr * self.plan.peak,
+            lr_around=config.lr_around,
             warmup_steps=self.plan.warmup,
-            clip=self.config.clip,
+            clip=config.clip,
             clipped=float(history["clipped"].mean()),
             final_loss=float(history["loss"].tail(LAST_STEPS).mean()),
             held_out_loss=None if held_out is None else mean_loss(self.network, held_out),
-            best_score=self.sign * max(scores) if scores else None,
+            best_score=sign * max(scores) if scores else None,
             data_key=self.data.key,
-            facts=runs.plain(self.data.facts),
-            seconds=self.at.seconds,
+            facts=self.data.facts,
+            seconds=at.seconds,
             key=self.key,
             final=final,
             best=self.folder / "best" if validated else final,
         )
-        self.curves.finish(self.at.step, _final_figures(result))
+        final_figures = {"loss": result.final_loss, "score": result.best_score, "seconds": result.seconds}
+        self.curves.log(at.step, {f"final/{name}": value for name, value in final_figures.items()})
+        self.curves.finished = True
         result.save(self.folder)
         (self.folder / STATE).unlink(missing_ok=True)
         return result
+
+    # --- curves: they count the steps that are done
+
+    def draw_step(self, rows: list[dict[str, float]]) -> None:
+        values = {f"train/{name}": rows[-1][name] for name in ("grad_norm", "lr", "lr_around", "seconds")}
+        loss = sum(row["loss"] for row in rows) / len(rows)
+        self.curves.log(int(rows[-1]["step"]) + 1, {"train/loss": loss, **values})
+
+    def draw_score(self, evaluation: dict[str, float]) -> None:
+        values = {f"validation/{name}": evaluation[name] for name in ("score", "seconds")}
+        self.curves.log(int(evaluation["step"]), values)
+
+    def draw_again(self) -> None:
+        for _, rows in itertools.groupby(self.at.history, lambda row: row["step"]):
+            self.draw_step(list(rows))
+        for evaluation in self.at.evaluations:
+            self.draw_score(evaluation)
 
     # --- to and from disk
 
@@ -266,7 +278,17 @@ class _Run:
             torch.save(state, aside)
 
     def resume(self) -> None:
-        state = _read_state(self.folder / STATE)
+        path = self.folder / STATE
+        try:
+            with zipfile.ZipFile(
+                path
+            ) as archive:  # PyTorch's reader does not compare the checksums that its files have
+                if broken := archive.testzip():
+                    raise ValueError(f"the checksum of {broken} is wrong")
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a broken file provokes is a broken file
+            reason = checkpoint.first_line(error)
+            raise ValueError(f"{path}: damaged ({reason}); delete it to begin this training anew") from None
         self.check_key(state["key"])
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -289,53 +311,8 @@ class _Run:
 
     def check_key(self, key: str | None) -> None:
         if key != self.key:
-            raise ValueError(
-                f"{self.folder} holds a run with another configuration, data or PLM ({key}, this is {self.key}): "
-                "use another folder"
-            )
-
-    def begin_curves(self) -> None:
-        """Open the curves, with the points that are known from earlier sittings."""
-        rows: dict[float, list[dict[str, float]]] = {}
-        for row in self.at.history:
-            rows.setdefault(row["step"], []).append(row)
-        points = [*map(_step_point, rows.values()), *map(_score_point, self.at.evaluations)]
-        plm = self.network.plm
-        settings = {"train": self.meta.train, "plm": plm.config, "network": self.network.config, "layers": plm.layers}
-        tags = {"data": self.data.key, "plm": plm.identity, "git": runs.git_revision() or "unknown"}
-        self.curves.begin(self.folder, self.track, runs.plain(settings), tags, sorted(points, key=lambda p: p[0]))
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """An image of a run. PyTorch's reader does not compare the checksums that its files have: a flipped bit would be trained on."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if broken := archive.testzip():
-                raise ValueError(f"the checksum of {broken} is wrong")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken file provokes is a broken file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: damaged ({reason:.200}); delete it to begin this training anew") from None
-    return state
-
-
-def _step_point(rows: list[dict[str, float]]) -> tracking.Point:
-    """The curves' values of one optimizer step from those of its micro-batches. Curves count the steps that are done."""
-    last = rows[-1]
-    values = {f"train/{name}": last[name] for name in ("grad_norm", "lr", "lr_around", "seconds")}
-    loss = sum(row["loss"] for row in rows) / len(rows)
-    return int(last["step"]) + 1, {"train/loss": loss, **values}
-
-
-def _score_point(evaluation: dict[str, float]) -> tracking.Point:
-    values = {"validation/score": evaluation["score"], "validation/seconds": evaluation["seconds"]}
-    return int(evaluation["step"]), values
-
-
-def _final_figures(result: TrainingRun) -> dict[str, float | None]:
-    """What trackers compare runs by."""
-    figures = {"loss": result.final_loss, "score": result.best_score, "seconds": result.seconds}
-    return {f"final/{name}": value for name, value in figures.items()}
+            differs = f"holds a run with another configuration, data or PLM ({key}, this is {self.key})"
+            raise ValueError(f"{self.folder} {differs}: use another folder")
 
 
 __all__ = ["Plan", "Progress", "TrainConfig", "TrainingRun", "mean_loss", "preflight", "train"]

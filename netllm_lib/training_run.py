@@ -83,20 +83,19 @@ class TrainingRun(Figures):
     @classmethod
     def read(cls, folder: Path) -> TrainingRun:
         """What `save` wrote. Raises FileNotFoundError where there is none, ValueError for files that it did not write."""
-        folder = Path(folder)
-        path = folder / RESULT
+        path = Path(folder) / RESULT
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; this training is not finished, or an older version wrote it")
         values = runs.read_json(path)
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise ValueError(f"{path}: not a training of format {FORMAT}")
-        evaluations = values.pop("evaluations", None)
-        figures: dict[str, Any] = dict(vars(config.parse(Figures, values, str(path))))
-        for name in ("final", "best"):
-            figures[name] = None if figures[name] is None else folder / figures[name]
+        evaluations, history = values.pop("evaluations", None), path.with_name(HISTORY)
+        figures = dict(vars(config.parse(Figures, values, str(path))))
+        places = {name: figures[name] and Path(folder) / figures[name] for name in ("final", "best")}
         try:
             table = None if evaluations is None else pd.DataFrame(evaluations)
-            history = pd.read_parquet(folder / HISTORY) if (folder / HISTORY).is_file() else None
+            return cls(
+                **figures | places, evaluations=table, history=pd.read_parquet(history) if history.is_file() else None
+            )
         except Exception as error:  # whatever a broken file provokes is a broken file
             raise ValueError(f"{folder}: its training is damaged ({str(error)[:200]})") from None
-        return cls(**figures, history=history, evaluations=table)

@@ -114,8 +114,8 @@ with runs.atomic_path(out / "policy") as aside:
 result.save(out)
 
 # %%
-metrics = {"steps": flight.steps, "warmup_steps": flight.warmup_steps, "lr": flight.lr, "lr_peak": flight.lr_peak}
-metrics |= {"windows": flight.samples, "crossing": flight.crossing}
+metrics = {"steps": result.steps, "warmup_steps": result.warmup_steps, "lr": result.lr, "lr_peak": result.lr_peak}
+metrics |= {"windows": result.samples, "crossing": result.facts["crossing"]}
 metrics |= {"final_loss": result.final_loss, "seconds": result.seconds}
 metrics |= {"held_out_loss": result.held_out_loss, "validation_reward": result.best_score}
 metrics |= {"plm": plm, "layers": network.plm.layers, "random_weights": random_weights, "tokens": tokens}

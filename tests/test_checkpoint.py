@@ -142,11 +142,11 @@ def test_another_plm_is_refused(saved: tuple[Path, PolicyNetwork, CheckpointMeta
 def test_another_rank_is_refused(saved: tuple[Path, PolicyNetwork, CheckpointMeta]) -> None:
     folder = saved[0]
     with pytest.raises(
-        ValueError, match=r"does not fit LoRA on llama, rank 4: .* has shape \[8, 192\], not \[4, 192\]"
+        ValueError, match=r"does not fit .* of shape \[8, 192\], not .* \[4, 192\]"
     ):
         load_weights(folder, tiny_network(rank=4, layers=1))
     edit(folder / "config.json", lambda config: config["plm"].update(rank=10**9))
-    with pytest.raises(ValueError, match="does not fit LoRA rank 1000000000: .* says rank 8"):
+    with pytest.raises(ValueError, match=r"does not fit .*, not .*1000000000"):
         load_policy(folder)
 
 
@@ -180,12 +180,6 @@ def test_configs_that_are_not_ours(
     edit(saved[0] / "config.json", change)
     with pytest.raises(ValueError, match=r"config\.json"):
         load_policy(saved[0])
-
-
-def test_another_pool_is_refused_when_one_is_named(saved: tuple[Path, PolicyNetwork, CheckpointMeta]) -> None:
-    load_policy(saved[0], pool_hash=POOL.content_hash())
-    with pytest.raises(ValueError, match="trained on the pool"):
-        load_policy(saved[0], pool_hash="0123456789abcdef")
 
 
 def test_saving_replaces_a_folder_or_leaves_it(

@@ -207,7 +207,7 @@ def test_from_pool_to_test(tmp_path: Path) -> None:
     config = TrainConfig(epochs=2, batch=3, precision="float32")
     result = train_on(network, pool, config, tmp_path)
     assert result.best is not None
-    loaded, meta = load_policy(result.best, pool_hash=pool.content_hash())
+    loaded, meta = load_policy(result.best)
     simulator = Simulator(traces, video, episodes)
     for choose in ("argmax", "sample"):
         policy = LLMPolicy(loaded, meta, EvalConfig(choose=choose))

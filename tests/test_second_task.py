@@ -83,9 +83,6 @@ class SineNetwork(Network):
     def loss(self, batch: Batch, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, int]:
         return (self(batch.x) - batch.y).square().sum(), batch.y.numel()
 
-    def tokens(self, batch: Batch) -> int:
-        return batch.x.numel()
-
 
 # --- what the spine does with it ----------------------------------------------------------------------------------------
 
@@ -124,7 +121,7 @@ def test_it_learns_and_the_lowest_error_is_kept(trained: tuple[SineNetwork, Trai
     assert result.evaluations is not None
     assert result.best is not None
     flight = preflight(make(), DATA, CONFIG)
-    assert (flight.steps, flight.labels, flight.crossing) == (result.steps, 512, 0)
+    assert (flight.plan.steps, flight.labels, flight.crossing) == (result.steps, 512, 0)
     assert 0 < flight.memory.weights < flight.memory.peak
     assert result.held_out_loss is not None
     assert result.held_out_loss < 0.1

@@ -70,8 +70,8 @@ def test_preflight_tells_what_is_wrong() -> None:
     grads = [p.grad for p in network.trainable().values()]
     before = weights(network)
     flight = preflight(network, make_windows(toy_pool(20), WindowConfig.upstream()), TrainConfig.upstream())
-    assert (flight.samples, flight.steps, flight.warmup_steps) == (47, 160, 2000)
-    assert flight.lr_peak == pytest.approx(1e-4 * 160 / 2000)
+    assert (flight.plan.samples, flight.plan.steps, flight.plan.warmup) == (47, 160, 2000)
+    assert flight.plan.peak == pytest.approx(160 / 2000)
     text = str(flight)
     for part in (
         "never passes 8%",
@@ -86,7 +86,7 @@ def test_preflight_tells_what_is_wrong() -> None:
     assert grads == [p.grad for p in network.trainable().values()]
     assert all(torch.equal(before[name], p) for name, p in network.trainable().items())
     sound = preflight(network, make_windows(toy_pool(20)), TrainConfig(epochs=40, batch=8), measure=False)
-    assert sound.lr_peak == 1e-3
+    assert sound.plan.peak == 1
     assert (sound.crossing, sound.warnings, sound.seconds) == (0, (), None)
 
 
@@ -104,14 +104,14 @@ def test_preflight_says_what_training_then_does(tmp_path: Path, config: TrainCon
     _, result = run(tmp_path, config, network, data=windows)
     history = result.history
     assert history is not None
-    assert (result.steps, result.warmup_steps, result.lr_peak) == (flight.steps, flight.warmup_steps, flight.lr_peak)
+    assert (result.steps, result.warmup_steps, result.lr_peak) == (flight.plan.steps, flight.plan.warmup, config.lr * flight.plan.peak)
     assert result.facts["crossing"] == flight.crossing
-    assert flight.micro_batches == len(history)
-    assert flight.steps == history["step"].nunique() == read_meta(tmp_path / "final").step
-    assert flight.lr_peak == history["lr"].max()
-    assert flight.lr_around_peak == history["lr_around"].max()
+    assert flight.plan.micro_batches == len(history)
+    assert flight.plan.steps == history["step"].nunique() == read_meta(tmp_path / "final").step
+    assert config.lr * flight.plan.peak == history["lr"].max()
+    assert config.lr_around * flight.plan.peak == history["lr_around"].max()
     sizes = history.groupby("step").size()
-    assert flight.short_steps == (sizes < config.accumulation).sum()
+    assert flight.plan.short_steps == (sizes < config.accumulation).sum()
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 HORIZON = 8  # chunks; an episode's end is too far away to know which action it comes from
 FLOOR = -4.3  # reward of a chunk: a stall of a second, or longer; one outage must not be what the states are judged by
 RIDGE = 1e-5
+FEATURES = 73  # one, the state's numbers (none is negative, all are of the order of one), and their square roots
 LARGEST = 20.0  # the largest weight, before all are divided by their mean, so that no lucky action decides alone
 
 
@@ -33,26 +34,24 @@ def advantages(pool: ExperiencePool, horizon: int = HORIZON) -> np.ndarray:
     until = np.minimum(steps + horizon, np.repeat(ends, np.diff(ends, prepend=0)))
     sums = np.concatenate([[0.0], np.cumsum(np.maximum(pool.rewards, FLOOR), dtype=np.float64)])
     earned = (sums[until] - sums[:-1]) / (until - steps)
-    products: np.ndarray | float = 0.0
-    gains: np.ndarray | float = 0.0
+    products, gains = np.zeros((FEATURES, FEATURES)), np.zeros(FEATURES)
     for first, states in blocks(pool.states):
         features = _features(states)
-        products = products + features.T @ features
-        gains = gains + features.T @ earned[first : first + len(states)]
-    weights = np.linalg.solve(products + RIDGE * len(pool) * np.eye(len(gains)), gains)  # type: ignore[arg-type]
+        products += features.T @ features
+        gains += features.T @ earned[first : first + len(states)]
+    weights = np.linalg.solve(products + RIDGE * len(pool) * np.eye(FEATURES), gains)
     for first, states in blocks(pool.states):
         earned[first : first + len(states)] -= _features(states) @ weights
     return earned - earned.mean()
 
 
-def advantage_weights(pool: ExperiencePool, temperature: float, horizon: int = HORIZON) -> np.ndarray:
+def advantage_weights(pool: ExperiencePool, temperature: float) -> np.ndarray:
     """Float32 [T] of mean 1: exp(advantage / temperature), the temperature in standard deviations of the advantages."""
-    gains = advantages(pool, horizon)
+    gains = advantages(pool)
     raised = np.exp(np.minimum(gains / (temperature * gains.std()), np.log(LARGEST)))
     return (raised / raised.mean()).astype(np.float32)
 
 
 def _features(states: np.ndarray) -> np.ndarray:
-    """Float64 [T, 73]: one, the state's numbers (none is negative, all are of the order of one), and their square roots."""
     flat = states.reshape(len(states), -1).astype(np.float64)
     return np.concatenate([np.ones((len(flat), 1)), flat, np.sqrt(np.abs(flat))], axis=1)

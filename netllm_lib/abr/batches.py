@@ -12,15 +12,14 @@ from netllm_lib import arrays, runs
 from netllm_lib.abr.advantage import advantage_weights
 from netllm_lib.abr.model import FEATURES, HISTORY, Batch, PolicySettings
 from netllm_lib.abr.qoe import LEVELS
-from netllm_lib.returns import ReturnScale, episode_ends, return_to_go, return_to_go_like
+from netllm_lib.returns import ReturnScale, episode_ends, pool_returns
 from netllm_lib.task import Numbers
 
 if TYPE_CHECKING:
     from netllm_lib.abr.pool import ExperiencePool
 
 Learn = Literal["actions", "values", "best"]
-VALUE_FLOOR = -8.0
-"""What is worse than the best level by more than this is all the same: no policy needs to know how bad it is."""
+VALUE_FLOOR = -8.0  # what is worse than the best level by more is all the same: no policy needs to know how bad it is
 
 
 @dataclass(frozen=True)
@@ -97,31 +96,13 @@ class Windows:
 
     def batch(self, numbers: Numbers) -> Batch:
         """The windows with these numbers. Padding repeats the window's last transition."""
-        steps = np.arange(self.config.w)
-        lengths = self.lengths[numbers][:, None]
+        steps, lengths = np.arange(self.config.w), self.lengths[numbers][:, None]
         index = self.starts[numbers][:, None] + np.minimum(steps, lengths - 1)  # [batch, w] transitions
-        mask = torch.from_numpy(steps < lengths)
-        states, rows = torch.from_numpy(self.states[index]), torch.from_numpy(index)
+        mask, states, rows = (torch.from_numpy(array) for array in (steps < lengths, self.states[index], index))
         arrays.give_back(self.states)  # a page of a mapped pool comes with a megabyte around it
-        return Batch(
-            states,
-            self.actions[rows],
-            self.returns[rows],
-            self.timesteps[rows],
-            None if bool(mask.all()) else mask,
-            self.targets[rows],
-            None if self.weights is None else self.weights[rows],
-        )
-
-    def __repr__(self) -> str:
-        return (
-            f"Windows({len(self)} × {self.config.w} steps from {len(self.actions)} transitions, {self.labels()} labels)"
-        )
-
-
-def pool_returns(pool: ExperiencePool, gamma: float = 1.0, scale: float = 1000.0) -> tuple[np.ndarray, ReturnScale]:
-    """Return-to-go float64 [T] of a pool's transitions, and its scale. Raises ValueError for a pool without a range of rewards."""
-    return return_to_go(pool.rewards, pool.dones, gamma, scale, pool.content_hash())
+        weights = None if self.weights is None else self.weights[rows]
+        inputs = (states, self.actions[rows], self.returns[rows], self.timesteps[rows])
+        return Batch(*inputs, None if bool(mask.all()) else mask, self.targets[rows], weights)
 
 
 def make_windows(
@@ -148,25 +129,19 @@ def make_windows(
         )
     if advantage is not None and (advantage <= 0 or learn != "actions"):
         raise ValueError(f'advantage={advantage}, learn="{learn}": it is above 0, and for actions only')
-    if like is None:
-        returns, scale = pool_returns(pool, config.gamma, config.scale)
-    else:
-        returns, scale = return_to_go_like(pool.rewards, pool.dones, like), like
+    returns, scale = pool_returns(pool, config.gamma, config.scale, like)
     ends = episode_ends(pool.dones)
     begins = np.r_[0, ends[:-1]]
-    timesteps = np.arange(len(returns)) - np.repeat(begins, ends - begins)
-    starts, lengths = _cut(config, begins, ends)
     actions = torch.from_numpy(pool.actions.astype(np.int64))
     worth = [] if values is None else [arrays.array_hash(np.asarray(values, dtype=np.float32))]
     return Windows(
-        states=pool.states,
-        actions=actions,
+        pool.states,
+        actions,
         returns=torch.from_numpy(returns.astype(np.float32)),
-        timesteps=torch.from_numpy(timesteps.astype(np.int64)),
+        timesteps=torch.from_numpy(np.arange(len(returns)) - np.repeat(begins, ends - begins)),
         targets=actions if values is None else make_targets(values, learn),
         weights=None if advantage is None else torch.from_numpy(advantage_weights(pool, advantage)),
-        starts=starts,
-        lengths=lengths,
+        **_cut(config, begins, ends),
         config=config,
         scale=scale,
         learn=learn,
@@ -189,21 +164,20 @@ def make_targets(values: np.ndarray, learn: Learn) -> torch.Tensor:
     return (known - known.amax(dim=-1, keepdim=True)).clamp(min=VALUE_FLOOR)
 
 
-def _cut(config: WindowConfig, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _cut(config: WindowConfig, begins: np.ndarray, ends: np.ndarray) -> dict[str, np.ndarray]:
     w, stride = config.w, config.stride or config.w
     if config.windows == "upstream":
         starts = np.arange(0, ends[-1] - w + 1, min(stride, w))
         if not len(starts):
             raise ValueError(f"the pool has {ends[-1]} transitions, fewer than one window of {w}")
-        return starts.astype(np.int64), np.full(len(starts), w, dtype=np.int64)
-    starts_of: list[np.ndarray] = []
+        return {"starts": starts, "lengths": np.full(len(starts), w)}
+    parts = []
     for length in np.unique(ends - begins):
         last = max(0, length - w)  # offset of the window that ends with the episode
         if config.windows == "episode":
-            offsets = np.rint(np.linspace(0, last, -(-int(length) // w)))
+            offsets = np.rint(np.linspace(0, last, -(-int(length) // w))).astype(np.int64)
         else:
             offsets = np.unique(np.r_[np.arange(0, last + 1, stride), last])
-        starts_of.append((begins[ends - begins == length][:, None] + offsets.astype(np.int64)).ravel())
-    starts = np.sort(np.concatenate(starts_of))
-    end_of = ends[np.searchsorted(ends, starts, side="right")]
-    return starts, np.minimum(w, end_of - starts).astype(np.int64)
+        parts.append((begins[ends - begins == length][:, None] + offsets).ravel())
+    starts = np.sort(np.concatenate(parts))
+    return {"starts": starts, "lengths": np.minimum(w, ends[np.searchsorted(ends, starts, side="right")] - starts)}

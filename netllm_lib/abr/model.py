@@ -31,6 +31,7 @@ from netllm_lib.task import Network
 TOKENS_PER_STEP = 8
 FEATURES = HISTORY = 6  # rows and columns of the state
 TAPS = 4  # width of the convolutions over past throughput and delay
+EMBEDDERS = "embed_state1 embed_state2 embed_state3 embed_state4 embed_state5 embed_state6"
 
 
 @dataclass(frozen=True)
@@ -90,24 +91,24 @@ class StateEncoder(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.dim = dim
-        self.fc1 = nn.Sequential(nn.Linear(1, dim), nn.LeakyReLU())  # level of the last chunk
-        self.fc2 = nn.Sequential(nn.Linear(1, dim), nn.LeakyReLU())  # buffer
-        self.conv3 = nn.Sequential(nn.Conv1d(1, dim, TAPS), nn.LeakyReLU(), nn.Flatten())  # past throughput
-        self.conv4 = nn.Sequential(nn.Conv1d(1, dim, TAPS), nn.LeakyReLU(), nn.Flatten())  # past delays
-        self.conv5 = nn.Sequential(nn.Conv1d(1, dim, HISTORY), nn.LeakyReLU(), nn.Flatten())  # sizes of the next chunk
-        self.fc6 = nn.Sequential(nn.Linear(1, dim), nn.LeakyReLU())  # chunks remaining
 
-    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def number() -> nn.Module:
+            return nn.Sequential(nn.Linear(1, dim), nn.LeakyReLU())
+
+        def series(taps: int) -> nn.Module:
+            return nn.Sequential(nn.Conv1d(1, dim, taps), nn.LeakyReLU(), nn.Flatten())
+
+        self.fc1, self.fc2 = number(), number()  # level of the last chunk, buffer
+        self.conv3, self.conv4 = series(TAPS), series(TAPS)  # past throughput, past delays
+        self.conv5, self.fc6 = series(HISTORY), number()  # sizes of the next chunk, chunks remaining
+
+    def forward(self, states: torch.Tensor) -> list[torch.Tensor]:
         """Features of `states` [n, 6, 6]: [n, dim] each, but [n, 3·dim] for throughput and delay."""
-        return (
-            self.fc1(states[:, 0, -1:]),
-            self.fc2(states[:, 1, -1:]),
-            self.conv3(states[:, 2:3]),
-            self.conv4(states[:, 3:4]),
-            self.conv5(states[:, 4:5]),
-            self.fc6(states[:, 5, -1:]),
-        )
+        layers = (self.fc1, self.fc2, self.conv3, self.conv4, self.conv5, self.fc6)
+        return [
+            layer(states[:, row, -1:] if row in (0, 1, 5) else states[:, row : row + 1])
+            for row, layer in enumerate(layers)
+        ]
 
 
 class PolicyNetwork(Network):
@@ -128,8 +129,8 @@ class PolicyNetwork(Network):
             self.embed_return = nn.Linear(1, hidden)
             self.embed_action = nn.Linear(1, hidden)
             self.embed_ln = nn.LayerNorm(hidden)
-            for number, parts in enumerate((1, 1, positions, positions, 1, 1), 1):
-                setattr(self, f"embed_state{number}", nn.Linear(dim * parts, hidden))
+            for name, parts in zip(EMBEDDERS.split(), (1, 1, positions, positions, 1, 1), strict=True):
+                setattr(self, name, nn.Linear(dim * parts, hidden))
             self.action_head = nn.Linear(hidden, LEVELS)
             with torch.no_grad():
                 self.embed_timestep.weight.mul_(config.timestep_init)
@@ -147,9 +148,8 @@ class PolicyNetwork(Network):
 
     def around_plm(self) -> dict[str, nn.Module]:
         """All modules but the PLM, by name, in the order in which the original stores them."""
-        names = ["state_encoder", "embed_timestep", "embed_return", "embed_action", "embed_ln"]
-        names += [f"embed_state{i}" for i in range(1, 7)] + ["action_head"]
-        return {name: getattr(self, name) for name in names}
+        names = "state_encoder embed_timestep embed_return embed_action embed_ln " + EMBEDDERS + " action_head"
+        return {name: getattr(self, name) for name in names.split()}
 
     def embed(
         self,
@@ -164,8 +164,8 @@ class PolicyNetwork(Network):
         with torch.autocast(self.device.type, enabled=False):
             time = self.embed_timestep(timesteps)  # [batch, steps, hidden]
             features = self.state_encoder(states.reshape(batch * steps, FEATURES, HISTORY).float())
-            embedders = [getattr(self, f"embed_state{i}") for i in range(1, 7)]
-            state = [embed(f).view(batch, steps, -1) for embed, f in zip(embedders, features, strict=True)]
+            embedded = [getattr(self, name)(part) for name, part in zip(EMBEDDERS.split(), features, strict=True)]
+            state = [part.view(batch, steps, -1) for part in embedded]
             if self.config.tokens == "step":
                 return self.embed_ln(torch.stack(state).sum(dim=0) + time)
             action = self.embed_action((actions.float().unsqueeze(-1) + 1) / LEVELS)
@@ -204,9 +204,6 @@ class PolicyNetwork(Network):
         with torch.autocast(self.device.type, enabled=False):
             return self.action_head(hidden.float())
 
-    def tokens(self, batch: Batch) -> int:
-        return batch.actions.numel() * self.tokens_per_step
-
     def check(self, settings: PolicySettings) -> None:
         """Raise ValueError if the pool's episodes are longer than the timestep table."""
         longest = settings.scale.max_timestep
@@ -240,17 +237,8 @@ def counting(steps: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def load_policy(
-    folder: Path,
-    plm_source: str | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    pool_hash: str | None = None,
+    folder: Path, plm_source: str | None = None, device: str = "cpu", dtype: str | None = None
 ) -> tuple[PolicyNetwork, CheckpointMeta]:
-    """A fine-tuned network, in evaluation mode, and its meta data; `meta.settings` is a PolicySettings.
-
-    `pool_hash`, if given, must be that of the training pool; for the rest see `checkpoint.load_checkpoint`.
-    """
-    network, meta = load_checkpoint(folder, PolicyNetwork, plm_source, device, dtype)
-    if pool_hash not in (None, meta.settings.pool_hash):
-        raise ValueError(f"{folder} was trained on the pool {meta.settings.pool_hash}, not on {pool_hash}")
-    return network, meta
+    """A fine-tuned network, in evaluation mode, and its meta data, see `checkpoint.load_checkpoint`; `meta.settings` is a
+    PolicySettings."""
+    return load_checkpoint(folder, PolicyNetwork, plm_source, device, dtype)

@@ -15,13 +15,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 from netllm_lib.abr import plots, qoe
-from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.diagnosis import decisions
 from netllm_lib.abr.diagnosis.evidence import CHANCE, Evidence, behaviour_entropy, paired, previous_levels
 from netllm_lib.abr.diagnosis.inputs import pool_sizes_mb
 from netllm_lib.abr.plots import PALETTE, STYLES, given_or_new
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.findings import Diagnosis, Finding
+from netllm_lib.returns import pool_returns
 from netllm_lib.stats import Interval
 from netllm_lib.training_run import TrainingRun
 

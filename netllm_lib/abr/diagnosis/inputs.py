@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.diagnosis.evidence import Evidence, previous_levels
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.traces import Video
 from netllm_lib.findings import Severity, Verdict, rule
+from netllm_lib.returns import pool_returns
 from netllm_lib.stats import bootstrap
 
 FEW_EPISODES = 40

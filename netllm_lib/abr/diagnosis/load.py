@@ -15,12 +15,12 @@ import numpy as np
 
 from netllm_lib import runs
 from netllm_lib.abr import evaluate
-from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.diagnosis.evidence import Evidence, Recipe, Subject
 from netllm_lib.abr.evaluate import Test
 from netllm_lib.abr.pool import ExperiencePool, load_pool
 from netllm_lib.abr.traces import Registry, find_registry
 from netllm_lib.abr.upstream.imports import IMPORT, import_run
+from netllm_lib.returns import pool_returns
 from netllm_lib.training_run import RESULT, TrainingRun
 
 if TYPE_CHECKING:

@@ -331,10 +331,10 @@ def _setting(result: ResultSet, work: _Import) -> dict[str, Any]:
 
 def _write_policy(work: _Import, folder: Path) -> None:
     """Convert the best weights, or say what is wrong with them."""
-    from netllm_lib.abr.batches import pool_returns
     from netllm_lib.abr.upstream.checkpoints import adapter_problem, load_upstream_checkpoint, problem_of
     from netllm_lib.checkpoint import save_checkpoint
     from netllm_lib.plm import PLMConfig
+    from netllm_lib.returns import pool_returns
 
     found, best, settings = work.found, work.found.best, work.found.settings
     if best is None:
