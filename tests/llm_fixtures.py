@@ -14,7 +14,7 @@ from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.policies.llm import LLMPolicy
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.plm import PLMConfig, load_plm
-from netllm_lib.train import TrainConfig, TrainingRun, train
+from netllm_lib.train import TrainConfig, train
 
 FAMILIES = ("llama", "mistral", "gpt2", "opt", "t5-lm")
 
@@ -62,8 +62,8 @@ def stir(network: PolicyNetwork) -> PolicyNetwork:
 
 def train_on(
     network: PolicyNetwork, data: ExperiencePool | Windows, config: TrainConfig, folder: Path, **options: Any
-) -> TrainingRun:
-    """Train on windows, or on the default ones of a pool."""
+) -> Any:
+    """Train on windows, or on the default ones of a pool; its TrainingRun, in which everything is known."""
     windows = make_windows(data) if isinstance(data, ExperiencePool) else data
     return train(network, windows, config, folder=folder, settings=windows.settings, **options)
 
