@@ -141,9 +141,7 @@ def test_another_plm_is_refused(saved: tuple[Path, PolicyNetwork, CheckpointMeta
 
 def test_another_rank_is_refused(saved: tuple[Path, PolicyNetwork, CheckpointMeta]) -> None:
     folder = saved[0]
-    with pytest.raises(
-        ValueError, match=r"does not fit .* of shape \[8, 192\], not .* \[4, 192\]"
-    ):
+    with pytest.raises(ValueError, match=r"does not fit .* of shape \[8, 192\], not .* \[4, 192\]"):
         load_weights(folder, tiny_network(rank=4, layers=1))
     edit(folder / "config.json", lambda config: config["plm"].update(rank=10**9))
     with pytest.raises(ValueError, match=r"does not fit .*, not .*1000000000"):

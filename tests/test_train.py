@@ -247,7 +247,7 @@ def test_a_damaged_resume_point_is_noticed(tmp_path: Path, place: float | None) 
 
 def test_another_run_in_the_folder(tmp_path: Path) -> None:
     run(tmp_path)
-    networks = [{"layers": 2}, {"rank": 4}, {"lora_alpha": 8}, {"lora_dropout": 0.2}]
+    networks: list[dict[str, Any]] = [{"layers": 2}, {"rank": 4}, {"lora_alpha": 8}, {"lora_dropout": 0.2}]
     others: list[dict[str, Any]] = [{"network": tiny_network(lora=False, **{"layers": 1, **plm})} for plm in networks]
     for change in [{"config": dataclasses.replace(FAST, lr=2e-3)}, *others]:
         with pytest.raises(ValueError, match="another configuration"):
@@ -320,7 +320,8 @@ def test_what_cannot_be_trained(tmp_path: Path) -> None:
         broken.action_head.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="loss is nan"):
         train_on(broken, WINDOWS, FAST, tmp_path / "nan")
-    for change in ({"epochs": 0}, {"batch": 0}, {"accumulation": 0}, {"validate_epochs": 0}):
+    impossible: list[dict[str, Any]] = [{"epochs": 0}, {"batch": 0}, {"accumulation": 0}, {"validate_epochs": 0}]
+    for change in impossible:
         with pytest.raises(ValueError, match="at least 1"):
             dataclasses.replace(FAST, **change)
 
