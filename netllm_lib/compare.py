@@ -7,10 +7,9 @@ test: what the policy got there. A metric of the runs has one column. All compar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,29 +31,21 @@ Figures = Mapping[str, pd.DataFrame]
 """By setting: figures [seeds, samples], labelled by seed and sample."""
 
 
-# --- results ------------------------------------------------------------------------------------------------------------
-
-
 def collect(points: pd.DataFrame) -> pd.DataFrame:
     """One row per point × test × policy × sample, from the scores of all tests; empty where nothing was tested.
 
-    `points` is the table of `sweeps.points_table`. Columns: `KEYS` (value is that of the measure), then the parts of the scores.
+    `points` is the table of `sweeps.points_table`. Columns: `KEYS` (value is that of the measure) and the parts of the scores.
     """
-    found = []
-    for row in points.to_dict("records"):
-        folders = {name.removeprefix(RUN): row[name] for name in map(str, row) if name.startswith(RUN)}
-        folders = {step: Path(folder) for step, folder in folders.items() if isinstance(folder, str)}
+    found = [pd.DataFrame(columns=list(KEYS))]
+    for row in points.filter(regex=f"^point$|^{RUN}").to_dict("records"):
+        folders = {str(name).removeprefix(RUN): Path(place) for name, place in row.items() if isinstance(place, str)}
         for step, folder in measure.tests(folders).items():
             scores = Scores.read(folder)
             about = scores.measure
-            known = {"point": row["point"], "step": step, "tested_on": scores.tested_on, "subject": scores.subject}
-            known |= {"measure": about.name, "unit": about.unit, "better": about.better}
             table = scores.table.rename(columns={about.sample: "sample", about.name: "value"})
-            found.append(table.assign(**known))
-    if not found:
-        return pd.DataFrame(columns=list(KEYS))
-    table = pd.concat(found, ignore_index=True)
-    return table[[*KEYS, *(name for name in table if name not in KEYS)]]
+            table = table.assign(point=row["point"], step=step, tested_on=scores.tested_on, subject=scores.subject)
+            found.append(table.assign(measure=about.name, unit=about.unit, better=about.better))
+    return pd.concat(found[1:] or found, ignore_index=True)
 
 
 @dataclass(frozen=True)
@@ -62,13 +53,10 @@ class SweepTables:
     """A sweep as it lies in its folder."""
 
     name: str
-    points: pd.DataFrame
-    """Those that are done, with their setting."""
-    results: pd.DataFrame
-    """As `collect` made it, with seed and setting."""
+    points: pd.DataFrame  # those that are done, with their setting
+    results: pd.DataFrame  # as `collect` made it, with seed and setting
     failed: pd.DataFrame
-    varied: tuple[str, ...]
-    """Parameters that differ between points, without their prefix."""
+    varied: tuple[str, ...]  # parameters that differ between points, without their prefix
 
     @property
     def policies(self) -> list[str]:
@@ -80,8 +68,7 @@ class SweepTables:
         """What the tests report. ValueError if they do not report the same."""
         kinds = self.results[["measure", "unit", "better"]].drop_duplicates()
         if len(kinds) != 1:
-            named = ", ".join(kinds["measure"]) or "none"
-            raise ValueError(f"{self.name}: its tests report different measures: {named}")
+            raise ValueError(f"{self.name}: its tests report different measures: {', '.join(kinds['measure'])}")
         name, unit, better = kinds.iloc[0]
         return Measure(name, unit, better, "sample")
 
@@ -98,12 +85,12 @@ def load(folder: str | Path) -> SweepTables:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {POINTS}; name a folder that `netllm sweep` made")
     every = pd.read_parquet(path)
-    parameters = [str(name) for name in every if str(name).startswith(PARAMETER)]
-    varied = [name.removeprefix(PARAMETER) for name in parameters if every[name].nunique(dropna=False) > 1]
-    every[parameters] = (
-        every[parameters].convert_dtypes().astype(object)
-    )  # 8, which a table with gaps holds as 8.0, is 8 again
-    shown = every[[PARAMETER + name for name in varied]].set_axis(varied, axis="columns")
+    every["seed"] = every["seed"].astype(object).where(every["seed"].notna(), "-")
+    parameters = (
+        every.filter(regex=f"^{PARAMETER}").convert_dtypes().astype(object)
+    )  # 8.0 of a table with gaps is 8 again
+    every[parameters.columns] = parameters
+    shown = parameters.loc[:, parameters.nunique() > 1].rename(columns=lambda name: name.removeprefix(PARAMETER))
     given = [{str(key): value for key, value in row.items() if not pd.isna(value)} for row in shown.to_dict("records")]
     every["setting"] = [describe(row) or "as it is" for row in given]
     done = every[every["state"] == "done"]
@@ -112,24 +99,23 @@ def load(folder: str | Path) -> SweepTables:
     results = pd.read_parquet(folder / RESULTS) if (folder / RESULTS).is_file() else collect(done)
     results = results.merge(done[["point", "seed", "setting"]], on="point")
     name = runs.Run(folder).manifest.get("name", folder.name)
-    return SweepTables(name, done, results, every[every["state"] != "done"], tuple(varied))
+    return SweepTables(name, done, results, every[every["state"] != "done"], tuple(map(str, shown)))
 
 
 # --- figures of settings ------------------------------------------------------------------------------------------------
 
 
-def figures(tables: SweepTables, policy: str, column: str = "value") -> dict[str, pd.DataFrame]:
+def figures(tables: SweepTables, policy: str) -> dict[str, pd.DataFrame]:
     """What a policy got in all settings. ValueError if the runs of a setting have no sample in common.
 
     A sample that is not there in all runs of a setting is left out of it.
     """
-    rows = tables.results[tables.results["policy"] == policy]
+    rows, found = tables.results[tables.results["policy"] == policy], {}
     if rows.empty:
         raise ValueError(f"no point tested the policy {policy!r}; tested: {', '.join(tables.policies) or 'none'}")
-    found = {}
     for setting, part in rows.groupby("setting", sort=False):
         place = part["step"] + "/" + part["tested_on"] + "/" + part["sample"].astype(str)
-        table = part.assign(place=place, row=_seeds(part)).pivot(index="row", columns="place", values=column)
+        table = part.assign(place=place).pivot(index="seed", columns="place", values="value")
         found[str(setting)] = table[place.unique()].dropna(axis="columns")
         if found[str(setting)].empty:
             raise ValueError(f"the runs of {setting} have no sample of the test in common")
@@ -138,26 +124,17 @@ def figures(tables: SweepTables, policy: str, column: str = "value") -> dict[str
 
 def metric_figures(tables: SweepTables, metric: str) -> dict[str, pd.DataFrame]:
     """Figures of a metric of the runs, `step.name`: one column. ValueError if no run has it in numbers."""
-    column = METRIC + metric
-    if metric not in numeric_metrics(tables.points):
-        known = ", ".join(numeric_metrics(tables.points))
-        raise ValueError(f"no metric {metric!r} in numbers; known: {known or 'none'}")
-    rows = tables.points[tables.points[column].notna()]
-    return {
-        str(setting): part[[column]].astype(float).set_axis(list(_seeds(part)), axis="index")
-        for setting, part in rows.groupby("setting", sort=False)
-    }
+    known, column = numeric_metrics(tables.points), METRIC + metric
+    if metric not in known:
+        raise ValueError(f"no metric {metric!r} in numbers; known: {', '.join(known) or 'none'}")
+    rows = tables.points.dropna(subset=[column]).set_index("seed").groupby("setting", sort=False)
+    return {str(setting): part[[column]].astype(float) for setting, part in rows}
 
 
 def numeric_metrics(points: pd.DataFrame) -> list[str]:
     """Names, `step.name`, of the metrics that are numbers; those that differ between points come first."""
-    columns = [str(name) for name in points if str(name).startswith(METRIC)]
-    numbers = [name for name in columns if pd.api.types.is_numeric_dtype(points[name])]
-    return [name.removeprefix(METRIC) for name in sorted(numbers, key=lambda name: points[name].nunique() < 2)]
-
-
-def _seeds(rows: pd.DataFrame) -> pd.Series:
-    return rows["seed"].astype(object).where(rows["seed"].notna(), "-")
+    numbers = points.filter(regex=f"^{METRIC}").select_dtypes("number")
+    return [str(name).removeprefix(METRIC) for name in sorted(numbers, key=lambda name: numbers[name].nunique() < 2)]
 
 
 def baseline_figures(tables: SweepTables, policy: str) -> pd.DataFrame:
@@ -170,20 +147,19 @@ def baseline_figures(tables: SweepTables, policy: str) -> pd.DataFrame:
 
 
 def pooled(sample: pd.DataFrame, minus: pd.DataFrame | None = None) -> Interval:
-    """The mean of figures, or their difference to other ones on the same samples, with a 95 % interval over samples and seeds.
+    """The mean of figures, or their difference to other ones paired by sample, with its 95 % interval over samples and seeds.
 
-    That of `stats.bootstrap_runs`, paired by sample. Of a metric, which has no samples, Student's t over the seeds (Welch's for a
-    difference): a bootstrap of three numbers would be too narrow. NaN for figures without a sample in common; bounds are NaN where
-    there is one figure.
+    That of `stats.bootstrap_runs`; of a metric, which has no samples, `stats.student`. NaN for figures without a sample in common.
     """
     if minus is not None:
         common = [name for name in sample if name in minus]
         if not common:
             return NOTHING
         sample, minus = sample[common], minus[common]
-    if sample.shape[1] > 1:
-        return stats.bootstrap_runs(sample.to_numpy(), None if minus is None else minus.to_numpy())
-    return stats.student(sample.to_numpy()[:, 0], None if minus is None else minus.to_numpy()[:, 0])
+    ours, other = sample.to_numpy(), None if minus is None else minus.to_numpy()
+    if ours.shape[1] > 1:
+        return stats.bootstrap_runs(ours, other)
+    return stats.student(ours[:, 0], None if other is None else other[:, 0])
 
 
 # --- comparisons --------------------------------------------------------------------------------------------------------
@@ -193,24 +169,22 @@ def ranking(samples: Figures, better: str = "higher") -> pd.DataFrame:
     """One row per setting, the best first: runs (seeds), samples, mean with its interval, and the range of the runs' means."""
     rows = {}
     for setting, sample in samples.items():
-        by_run = sample.mean(axis="columns")
-        ends = (by_run.min(), by_run.max()) if better == "higher" else (by_run.max(), by_run.min())
+        by_run = sample.mean(axis="columns").sort_values(ascending=better == "higher")
         rows[setting] = {"runs": len(sample), "samples": sample.shape[1], **pooled(sample)._asdict()}
-        rows[setting] |= dict(zip(("worst_run", "best_run"), ends, strict=True))
+        rows[setting] |= {"worst_run": by_run.iloc[0], "best_run": by_run.iloc[-1]}
     return pd.DataFrame.from_dict(rows, orient="index").sort_values("mean", ascending=better == "lower")
 
 
-def differences(samples: Figures, minus: pd.DataFrame, skip: Sequence[str] = ()) -> dict[str, Interval]:
+def differences(samples: Figures, minus: pd.DataFrame) -> dict[str, Interval]:
     """Each setting − `minus`, paired by sample; settings that have no sample in common with it are left out."""
-    found = {name: pooled(sample, minus) for name, sample in samples.items() if name not in skip}
-    return {name: interval for name, interval in found.items() if interval.mean == interval.mean}
+    found = {name: pooled(sample, minus) for name, sample in samples.items()}
+    return {name: interval for name, interval in found.items() if not math.isnan(interval.mean)}
 
 
 def parts(tables: SweepTables, policy: str) -> pd.DataFrame:
     """By setting, the means of the parts of the policy's scores."""
-    rows = tables.results[tables.results["policy"] == policy]
-    further = rows.columns.difference([*KEYS, "seed", "setting"], sort=False)
-    return rows.groupby("setting", sort=False)[list(further)].mean()
+    rows = tables.results[tables.results["policy"] == policy].set_index("setting")
+    return rows.drop(columns=[*KEYS, "seed"]).groupby(level=0, sort=False).mean()
 
 
 def chosen(tables: SweepTables, samples: Figures, better: str = "higher", by: str = "") -> tuple[str, str]:
@@ -218,12 +192,15 @@ def chosen(tables: SweepTables, samples: Figures, better: str = "higher", by: st
 
     Choosing by the test and then reporting that test's figure flatters the setting; by validation it does not.
     """
-    pick: Literal["idxmax", "idxmin"] = "idxmax" if better == "higher" else "idxmin"
     compared = tables.points[tables.points["setting"].isin(list(samples))]
     if by in numeric_metrics(compared) and compared[METRIC + by].notna().all():
-        return str(getattr(compared.groupby("setting")[METRIC + by].mean(), pick)()), by
-    means = pd.Series({name: float(sample.to_numpy().mean()) for name, sample in samples.items()})
-    return str(getattr(means, pick)()), "the figures compared"
+        means = compared.groupby("setting")[METRIC + by].mean()
+    else:
+        means, by = (
+            pd.Series({name: sample.to_numpy().mean() for name, sample in samples.items()}),
+            "the figures compared",
+        )
+    return str(means.idxmax() if better == "higher" else means.idxmin()), by
 
 
 def effect(tables: SweepTables, samples: Figures, parameter: str) -> pd.DataFrame:
@@ -233,56 +210,51 @@ def effect(tables: SweepTables, samples: Figures, parameter: str) -> pd.DataFram
     Only combinations that were run with all values count, with the seeds and samples that they share, so that nothing but the
     parameter differs between the rows. Empty if there is none.
     """
-    others = [PARAMETER + name for name in tables.varied if name != parameter]
     points = tables.points[tables.points["setting"].isin(list(samples))].drop_duplicates("setting")
-    values = points[PARAMETER + parameter].fillna("default")
-    order = list(dict.fromkeys(values))
+    points = points.assign(value=points[PARAMETER + parameter].fillna("default"))
+    others = [PARAMETER + name for name in tables.varied if name != parameter]
     groups = points.groupby(others, dropna=False, sort=False) if others else [((), points)]
-    parts = [part.set_index(values[part.index])["setting"] for _, part in groups]
-    complete = [part for part in parts if len(part) == len(order)]
-    every = [samples[name] for settings in complete for name in settings]
-    if len(order) < 2 or not every:
+    settings = [part.set_index("value")["setting"] for _, part in groups]
+    values = list(points["value"].unique())
+    complete = [[samples[one[value]] for value in values] for one in settings if len(one) == len(values)]
+    every = [sample for row in complete for sample in row]
+    if len(values) < 2 or not every:
         return pd.DataFrame()
     seeds = [seed for seed in every[0].index if all(seed in one.index for one in every)]
     names = [name for name in every[0] if all(name in one for one in every)]
     if not seeds or not names:
         return pd.DataFrame()
     rows, first = [], None
-    for value in order:
-        each = [samples[settings[value]].loc[seeds, names] for settings in complete]
-        mean = sum(each[1:], each[0]) / len(each)
-        change = NOTHING if first is None else pooled(mean, first)
+    for value, each in zip(values, zip(*complete, strict=True), strict=True):
+        shared = [one.loc[seeds, names] for one in each]
+        mean = sum(shared[1:], shared[0]) / len(shared)
+        change = Interval(0.0, *NOTHING[1:]) if first is None else pooled(mean, first)
         first = mean if first is None else first
         row = {"value": value, **pooled(mean)._asdict(), "difference": change.mean, "difference_low": change.low}
         row |= {"difference_high": change.high, "combinations": len(each)}
-        rows.append(row | {"each": [float(one.to_numpy().mean()) for one in each]})
-    rows[0]["difference"] = 0.0
+        rows.append(row | {"each": [float(one.to_numpy().mean()) for one in shared]})
     return pd.DataFrame(rows)
 
 
 # --- plots --------------------------------------------------------------------------------------------------------------
 
 
-def plot_ranking(
-    samples: Figures, baselines: Figures, better: str, best: str = "", what: str = "", ax: Axes | None = None
-) -> Axes:
+def plot_ranking(samples: Figures, baselines: Figures, better: str, best: str = "", what: str = "") -> Axes:
     """A mean with its interval for each setting, the best on top, each seed as a small mark; baselines in grey below."""
-    table, below = ranking(samples, better), ranking(baselines, better) if baselines else pd.DataFrame()
-    names = [*table.index, *below.index][::-1]
-    ax = ax or plt.subplots(figsize=(9, 0.42 * len(names) + 1.4), layout="constrained")[1]
-    for row, name in enumerate(names):
-        ours = name in table.index
-        mean, low, high = (table if ours else below).loc[name, ["mean", "low", "high"]]
-        color = GREEN if name == best else BLUE if ours else "0.5"
+    shown = pd.concat([ranking(part, better) for part in (samples, baselines) if part])[::-1]
+    ax = plt.subplots(figsize=(9, 0.42 * len(shown) + 1.4), layout="constrained")[1]
+    for row, (name, mean, low, high) in enumerate(shown[["mean", "low", "high"]].itertuples(name=None)):
+        color = GREEN if name == best else BLUE if name in samples else "0.5"
         ax.plot([low, high], [row, row], color=color, linewidth=2)
-        ax.plot(mean, row, "o" if ours else "s", color=color)
-        if ours and len(samples[name]) > 1:
-            by_run = samples[name].mean(axis="columns").to_numpy()
-            ax.plot(by_run, np.full(len(by_run), row + 0.2), "|", color=color, markersize=7)
-        elif not ours:
+        ax.plot(mean, row, "o" if name in samples else "s", color=color)
+        if name not in samples:
             ax.axvline(mean, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
-    ax.set_yticks(range(len(names)), [f"{name} (chosen)" if name == best else name for name in names])
-    ax.set(xlabel=f"{what}, 95 % interval (| one run)", ylim=(-0.7, len(names) - 0.3), title="Settings")
+        elif len(samples[name]) > 1:
+            ax.plot(
+                samples[name].mean(axis="columns"), [row + 0.2] * len(samples[name]), "|", color=color, markersize=7
+            )
+    ax.set_yticks(range(len(shown)), [f"{name} (chosen)" if name == best else name for name in shown.index])
+    ax.set(xlabel=f"{what}, 95 % interval (| one run)", ylim=(-0.7, len(shown) - 0.3), title="Settings")
     return ax
 
 
@@ -291,19 +263,19 @@ def plot_effects(effects: Mapping[str, pd.DataFrame], what: str) -> np.ndarray:
 
     Returns the axes [lines, columns].
     """
-    columns = min(3, max(1, len(effects)))
-    lines = max(1, math.ceil(len(effects) / columns))
+    columns = min(3, len(effects))
+    lines = math.ceil(len(effects) / columns)
     size = (4.2 * columns, 3.3 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
     for ax in axes.flat[len(effects) :]:
         ax.set_visible(False)
     for ax, (name, table) in zip(axes.flat, effects.items(), strict=False):
         ax.axhline(0, color="k", linewidth=0.8)
-        for each in zip(*table["each"], strict=True):
-            ax.plot(range(len(table)), np.array(each) - each[0], color="0.75", linewidth=1, marker=".", zorder=1)
-        change = table["difference"].to_numpy()
-        reach = np.array([change - table["difference_low"], table["difference_high"] - change], dtype=float)
-        ax.errorbar(range(len(table)), change, np.nan_to_num(reach), color=BLUE, marker="o", capsize=4, linewidth=1.8)
+        each = np.array(table["each"].tolist())  # [values, combinations]
+        ax.plot(each - each[0], color="0.75", linewidth=1, marker=".", zorder=1)
+        change = table["difference"]
+        reach = [(change - table["difference_low"]).fillna(0), (table["difference_high"] - change).fillna(0)]
+        ax.errorbar(range(len(table)), change, reach, color=BLUE, marker="o", capsize=4, linewidth=1.8)
         ax.set_xticks(range(len(table)), [str(value) for value in table["value"]])
         ax.set(xlabel=name, xlim=(-0.4, len(table) - 0.6))
     for ax in axes[:, 0]:
@@ -316,25 +288,17 @@ def summary(
     tables: SweepTables,
     ranked: pd.DataFrame,
     against: Mapping[str, Interval],
-    choice: tuple[str, str],
+    best: str,
+    by: str,
     what: str,
     baseline: str,
 ) -> str:
     """The end of a headless run: the settings in order, their difference to the baseline, the one chosen, what failed."""
-    intervals = [
-        f"[{low:.3f}, {high:.3f}]" if low == low else "one run" for low, high in ranked[["low", "high"]].to_numpy()
-    ]
-    shown = pd.DataFrame({"runs": ranked["runs"], "mean": ranked["mean"].round(4), "interval": intervals})
+    shown = ranked[["runs", "mean", "low", "high"]].round(4)
     if against:
         shown[f"− {baseline}"] = [str(against.get(str(name), "")) for name in ranked.index]
-    lines = [
-        f"{tables.name}: {what}, 95 % interval",
-        "",
-        shown.to_string(),
-        "",
-        f"chosen: {choice[0]} (by {choice[1]})",
-    ]
+    text = f"{tables.name}: {what}, 95 % interval\n\n{shown.to_string(na_rep='')}\n\nchosen: {best} (by {by})"
     if len(tables.failed):
-        names = ", ".join(dict.fromkeys(tables.failed["setting"]))
-        lines.append(f"failed and not compared ({len(tables.failed)}): {names}")
-    return "\n".join(lines)
+        names = ", ".join(tables.failed["setting"].unique())
+        text += f"\nfailed and not compared ({len(tables.failed)}): {names}"
+    return text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ COLUMNS = (
     *("run", "kind", "state", "tested on", "measure", "policy", "score", "low", "high", "best other", "difference"),
     *("first finding", "seconds", "finished"),
 )
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 # Everything that nbconvert's template would fetch (RequireJS, MathJax, Mermaid, widgets) is left out; code folds away.
 _NOTEBOOK = """
@@ -38,9 +39,7 @@ _NOTEBOOK = """
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Runs</title>
 <style>
 :root { color-scheme: light dark; }
@@ -48,13 +47,8 @@ body { font: 14px/1.45 system-ui, sans-serif; margin: 2em; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3em .8em; text-align: left; border-bottom: 1px solid #8884; white-space: nowrap; }
 th { cursor: pointer; position: sticky; top: 0; background: Canvas; }
-th::after { content: " \\2195"; color: #8888; }
-th[aria-sort=ascending]::after { content: " \\2191"; color: inherit; }
-th[aria-sort=descending]::after { content: " \\2193"; color: inherit; }
 input { font: inherit; padding: .3em .5em; width: 22em; margin-bottom: 1em; }
 </style>
-</head>
-<body>
 <h1>Runs</h1>
 <p>Means with their 95 % intervals; the difference is the policy's to the best other one, over the same samples.
 A click on a column's head sorts; a run's name opens its report.</p>
@@ -69,18 +63,14 @@ document.querySelectorAll("th").forEach((th, column) => th.onclick = () => {
   const key = row => row.cells[column].textContent;
   const compare = (a, b) => {
     if (key(a) === "" || key(b) === "") return (key(a) === "") - (key(b) === "");  // what is missing comes last
-    const order = key(a) - key(b) || key(a).localeCompare(key(b));
-    return down ? -order : order;
+    return (key(a) - key(b) || key(a).localeCompare(key(b))) * (down ? -1 : 1);
   };
   [...body.rows].sort(compare).forEach(row => body.append(row));
 });
-document.getElementById("filter").oninput = event => {
-  const wanted = event.target.value.toLowerCase();
-  for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+document.getElementById("filter").oninput = ({target}) => {
+  for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(target.value.toLowerCase());
 };
 </script>
-</body>
-</html>
 """
 
 
@@ -98,8 +88,7 @@ def export_html(executed: Path, report: Path) -> None:
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            widget = "application/vnd.jupyter.widget-view+json"
-            cell.outputs = [output for output in cell.outputs if widget not in output.get("data", {})]
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
             joined.preprocess_cell(cell, {}, 0)  # in place
             for output in cell.outputs:
                 if output.output_type == "stream":
@@ -145,12 +134,10 @@ def _row(folder: Path) -> dict[str, Any]:
             row["first finding"] = str(findings[0]["id"])
     except (OSError, ValueError, LookupError, TypeError):
         row["state"] = "unreadable"
-    return {name: _printable(value) if isinstance(value, str) else value for name, value in row.items()}
-
-
-def _printable(text: str) -> str:
-    """Without control characters, which foreign names may have."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    for name, value in row.items():
+        if isinstance(value, str):  # foreign names may have control characters
+            row[name] = "".join(letter if letter.isprintable() else "?" for letter in value)
+    return row
 
 
 def write_index(root: Path | None = None) -> Path:
@@ -158,21 +145,14 @@ def write_index(root: Path | None = None) -> Path:
     page = (root or runs.reports_root()) / INDEX
     rows = []
     for row in list_runs(root):
-        shown = {name: _shown(row[name]) for name in COLUMNS}
-        shown["finished"] = shown["finished"][:16].replace("T", " ")
+        cells = {name: "" if row[name] is None else row[name] for name in COLUMNS}
+        cells = {name: html.escape(cell) if isinstance(cell, str) else cell for name, cell in cells.items()}
+        cells["finished"] = cells["finished"][:16].replace("T", " ")
         if row["report"]:
-            place = quote(os.path.relpath(row["report"], page.parent))
-            shown["run"] = f'<a href="{place}">{shown["run"]}</a>'
-        rows.append(shown)
-    with pd.option_context("display.max_colwidth", None):
-        table = pd.DataFrame(rows, columns=list(COLUMNS)).to_html(index=False, border=0, escape=False)
-    with runs.atomic_path(page) as aside:
-        aside.write_text(_PAGE.replace("TABLE", table), encoding="utf-8")
+            cells["run"] = f'<a href="{quote(os.path.relpath(row["report"], page.parent))}">{cells["run"]}</a>'
+        rows.append(cells)
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    with pd.option_context("display.max_colwidth", None), runs.atomic_path(page) as aside:
+        shown = table.to_html(index=False, border=0, escape=False, na_rep="", float_format="{:.3f}".format)
+        aside.write_text(_PAGE.replace("TABLE", shown), encoding="utf-8")
     return page
-
-
-def _shown(value: Any) -> str:
-    """A cell: text that is no markup, a number with three decimals, nothing for what is missing."""
-    if isinstance(value, float):
-        return f"{value:.3f}" if math.isfinite(value) else ""
-    return "" if value is None else html.escape(str(value))

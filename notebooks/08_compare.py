@@ -89,7 +89,7 @@ plt.show()
 if others and not baseline:
     baseline = comparing.ranking(others, better).index[0]
 against = comparing.differences(samples, comparing.baseline_figures(tables, baseline)) if baseline else {}
-between = comparing.differences(samples, samples[best], skip=[best])
+between = comparing.differences({name: samples[name] for name in samples if name != best}, samples[best])
 for title, intervals in ((f"minus {baseline}", against), (f"minus {best}", between)):
     if intervals:
         ax = plots.plot_differences(intervals)
@@ -116,7 +116,7 @@ if found:
 pd.concat({name: table.drop(columns="each").round(4) for name, table in found.items()}) if found else None
 
 # %%
-words = comparing.summary(tables, ranking, against, (best, by), what, baseline)
+words = comparing.summary(tables, ranking, against, best, by, what, baseline)
 (out / "summary.txt").write_text(words + "\n")
 print(words)
 

@@ -8,6 +8,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,8 @@ BESIDE = Path(__file__).resolve().parents[2] / "shared"
 
 GOLDEN = Path(os.environ.get("NETLLM_GOLDEN") or BESIDE / "golden")
 REAL_DATA = Path(os.environ.get("NETLLM_DATA") or BESIDE / "netllm" / "abr")
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 if REAL_DATA.is_dir():  # commands that tests start find the data where the tests do
     os.environ["NETLLM_DATA"] = str(REAL_DATA)
@@ -51,6 +54,25 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("this process may not mount a file system: a full disk is only simulated, in another test")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """A page of the headless browser; skips loudly where it, or playwright, is missing."""
+    program = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        program = None
+    if program is None:
+        reason = "NOT tried in a browser: it needs chromium (apt-get install chromium) and playwright (make env)"
+        warnings.warn(reason, stacklevel=2)
+        pytest.skip(reason)
+    with sync_playwright() as driver:
+        # without a sandbox, which needs rights that containers seldom have; it only ever sees our own server
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser.new_page(viewport={"width": 1500, "height": 1100})
+        browser.close()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,33 +19,11 @@ import pytest
 from netllm_lib import notebooks, runs
 from run_fixtures import prepare_run
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = {  # no questions, no downloads; every cell is in the page, not only those in view
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
 }
 START_S, RUN_MS, REDRAW_MS = 60, 150_000, 30_000  # on a busy machine
-
-
-@pytest.fixture
-def page() -> Iterator[Any]:
-    """A page of the headless browser; skips loudly where it, or playwright, is missing."""
-    program = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        program = None
-    if program is None:
-        reason = (
-            "JupyterLab NOT tried in a browser: it needs chromium (apt-get install chromium) and playwright (make env)"
-        )
-        warnings.warn(reason, stacklevel=2)
-        pytest.skip(reason)
-    with sync_playwright() as driver:
-        # without a sandbox, which needs rights that containers seldom have; it only ever sees our own server
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser.new_page(viewport={"width": 1500, "height": 1100})
-        browser.close()
 
 
 @contextmanager

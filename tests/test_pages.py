@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-import browser
 import nbformat
 import pandas as pd
 import pytest
@@ -15,6 +15,8 @@ from netllm_lib import reports, runs
 from netllm_lib.measure import Measure, Scores
 from netllm_lib.reports import COLUMNS, list_runs, write_index
 
+PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
 
 def fetched(html: str) -> list[str]:
     """What makes a browser fetch something."""
@@ -23,28 +25,42 @@ def fetched(html: str) -> list[str]:
     )
 
 
+def export(folder: Path, *cells: nbformat.NotebookNode) -> Path:
+    notebook = new_notebook(cells=list(cells))
+    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
+    nbformat.write(notebook, folder / "a.ipynb")
+    reports.export_html(folder / "a.ipynb", folder / "a.html")
+    return folder / "a.html"
+
+
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
     """The page of a notebook with two code cells, a figure, a widget and a formula."""
-    widget = "application/vnd.jupyter.widget-view+json"
-    picture = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-    shown = new_output("display_data", {"text/plain": "a figure", "image/png": picture})
-    outputs = [shown, new_output("display_data", {widget: {"model_id": "1"}, "text/plain": "interactive(…)"})]
-    cells = [new_markdown_cell("# A title\n$x$"), new_code_cell("interact(plot)", outputs=outputs), new_code_cell("1")]
-    notebook = new_notebook(cells=cells)
-    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
-    nbformat.write(notebook, tmp_path / "a.ipynb")
-    reports.export_html(tmp_path / "a.ipynb", tmp_path / "a.html")
-    return tmp_path / "a.html"
+    shown = new_output("display_data", {"text/plain": "a figure", "image/png": PICTURE})
+    widget = new_output("display_data", {reports.WIDGET: {"model_id": "1"}, "text/plain": "interactive(…)"})
+    code = new_code_cell("interact(plot)", outputs=[shown, widget])
+    return export(tmp_path, new_markdown_cell("# A title\n$x$"), code, new_code_cell("1"))
 
 
 def test_a_report_fetches_nothing_and_has_its_figures_inside(report: Path) -> None:
     html = report.read_text()
     assert fetched(html) == []
-    assert '<img alt="No description has been provided for this image" class="" src="data:image/png' in html.replace(
-        "\n", ""
-    )
+    assert re.search(r'<img[^>]*src="data:image/png', html)
     assert "interactive(" not in html
+
+
+def test_code_is_one_click_away(report: Path, page: Any) -> None:
+    page.goto(report.as_uri())
+    folded = page.locator("details.code pre")
+    assert folded.count() == 2
+    assert not folded.first.is_visible()
+    page.locator("details.code summary").first.click()
+    assert folded.first.is_visible()
+
+
+def test_fetched_sees_what_nbconvert_does_by_default() -> None:
+    assert fetched('<script src="https://cdn/x.js"></script>')
+    assert fetched("import mermaid from 'https://cdn/x.mjs'")
 
 
 def test_a_report_keeps_the_last_line_of_each_stage(
@@ -59,27 +75,11 @@ def test_a_report_keeps_the_last_line_of_each_stage(
     print("after")
     lines = capsys.readouterr().out.splitlines(keepends=True)
     outputs = [new_output("stream", name="stdout", text=line) for line in lines]  # as a kernel sends them
-    nbformat.write(new_notebook(cells=[new_code_cell("1", outputs=outputs)]), tmp_path / "a.ipynb")
-    reports.export_html(tmp_path / "a.ipynb", tmp_path / "a.html")
-    shown = re.findall(r"^(?:<pre>)?(before|after|.*left)$", (tmp_path / "a.html").read_text(), re.MULTILINE)
+    html = export(tmp_path, new_code_cell("1", outputs=outputs)).read_text()
+    shown = re.findall(r"^(?:<pre>)?(before|after|.*left)$", html, re.MULTILINE)
     assert [line.split("  ")[0] for line in shown] == [
         "before", "round 1, play: 3/3", "round 1, train: 3/3", "round 2, play: 3/3", "after",
     ]  # fmt: skip
-
-
-def test_fetched_sees_what_nbconvert_does_by_default() -> None:
-    assert fetched('<script src="https://cdn/x.js"></script>')
-    assert fetched('import mermaid from "https://cdn/x.mjs"'.replace('"https', "'https"))
-
-
-def test_code_is_one_click_away(report: Path) -> None:
-    with browser.page() as page:
-        page.goto(report.as_uri())
-        code = page.locator("details.code pre")
-        assert code.count() == 2
-        assert not code.first.is_visible()
-        page.locator("details.code summary").first.click()
-        assert code.first.is_visible()
 
 
 # --- the index ----------------------------------------------------------------------------------------------------------
@@ -89,13 +89,8 @@ def test_code_is_one_click_away(report: Path) -> None:
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A reports folder: a test with a report, a diagnosis, a run that never ended, and folders that cannot be read."""
     monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path))
-    policies = {"llm": (0.5, 1.0), "mpc": (1.0, 1.5), "bba": (0.0, 0.5)}
-    rows = [
-        {"policy": name, "trace": i, "reward": value}
-        for name, values in policies.items()
-        for i, value in enumerate(values)
-    ]
-    scores = Scores(Measure("reward"), "llm", pd.DataFrame(rows), "fcc-test")
+    values = pd.DataFrame({"trace": [0, 1], "llm": [0.5, 1.0], "mpc": [1.0, 1.5], "bba": [0.0, 0.5]})
+    scores = Scores(Measure("reward"), "llm", values.melt("trace", None, "policy", "reward"), "fcc-test")
     for name, finding in (("b & co", "gap"), ("a", None), ("c<script>", "diverged")):
         run = runs.notebook_run(str(tmp_path / "runs" / "05_test" / name), "05_test")
         if name == "b & co":
@@ -105,9 +100,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             runs.write_json(run.folder / reports.FINDINGS, {"findings": [{"id": finding}, {"id": "note"}]})
         run.finish({"policies": {"mine": 0.9}})  # whatever a notebook likes to keep
     runs.open_run("04_finetune", "x", {})
-    for number, (name, text) in enumerate(
-        ((runs.MANIFEST, "{"), (runs.MANIFEST, "[]"), ("scores.json", '{"measure": 1}'))
-    ):
+    broken = ((runs.MANIFEST, "{"), (runs.MANIFEST, "[]"), ("scores.json", '{"measure": 1}'))
+    for number, (name, text) in enumerate(broken):
         run = runs.notebook_run(str(tmp_path / "runs" / "06_diagnostics" / f"broken{number}\x1b"), "06_diagnostics")
         (run.folder / name).write_text(text)
     return tmp_path
@@ -123,38 +117,34 @@ def test_the_index_shows_every_run_and_a_bad_one_hides_no_other(root: Path) -> N
     ]
     assert tested["low"] < 0.75 < tested["high"]
     assert (rows["a"]["score"], rows["a"]["first finding"]) == (None, None)
-    (started,) = (row for row in rows.values() if row["kind"] == "04_finetune")
-    assert started["state"] == "started"
+    assert [row["state"] for row in rows.values() if row["kind"] == "04_finetune"] == ["started"]
     assert [rows[f"broken{i}?"]["state"] for i in range(3)] == ["unreadable"] * 3
     page = write_index().read_text()
     assert fetched(page) == []
-    assert page.count("<tr") == 1 + 7
-    assert page.count("<a href=") == 1
+    assert (page.count("<tr"), page.count("<a href="), page.count("<script")) == (1 + 7, 1, 1)
     assert '<a href="runs/05_test/b%20%26%20co/report.html">b &amp; co</a>' in page
     assert "<td>-0.500</td>" in page
-    assert page.count("<script") == 1  # its own
     assert all(f"<th>{name}</th>" in page for name in COLUMNS)
+    assert not re.search(r"<td>(?:nan|None|NaN)</td>", page)
 
 
 def test_an_empty_reports_folder_has_an_index_too(tmp_path: Path) -> None:
     assert write_index(tmp_path).is_file()
 
 
-def test_the_index_sorts_and_filters(root: Path) -> None:
+def test_the_index_sorts_and_filters(root: Path, page: Any) -> None:
     def names() -> list[str]:
         shown = [row.inner_text().split("\t")[0] for row in page.locator("tbody tr").all() if row.is_visible()]
         return [name for name in shown if len(name) < 10]
 
-    write_index()
-    with browser.page() as page:
-        page.goto((root / "index.html").as_uri())
-        run = page.locator("th", has_text="run").first
-        run.click()
-        assert names() == ["a", "b & co", "broken0?", "broken1?", "broken2?", "c<script>"]
-        run.click()
-        assert run.get_attribute("aria-sort") == "descending"
-        assert names()[0] == "c<script>"
-        page.locator("th", has_text="score").click()
-        assert names()[0] == "b & co"  # what is missing comes last
-        page.fill("#filter", "GAP")
-        assert names() == ["b & co"]
+    page.goto(write_index().as_uri())
+    run = page.locator("th", has_text="run").first
+    run.click()
+    assert names() == ["a", "b & co", "broken0?", "broken1?", "broken2?", "c<script>"]
+    run.click()
+    assert run.get_attribute("aria-sort") == "descending"
+    assert names()[0] == "c<script>"
+    page.locator("th", has_text="score").click()
+    assert names()[0] == "b & co"  # what is missing comes last
+    page.fill("#filter", "GAP")
+    assert names() == ["b & co"]
