@@ -44,9 +44,11 @@ import shutil
 import matplotlib.pyplot as plt
 
 from netllm_lib import checkpoint, runs, train
-from netllm_lib.abr import batches, diagnosis, evaluate, model, plots, pool
+from netllm_lib.abr import batches, diagnosis, model, plots, pool, qoe
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.plm import PLMConfig, load_plm
 
@@ -85,7 +87,14 @@ if not split["validation"]:
     raise ValueError(f"{pool_dir}/split.json names no validation traces: make the pool with validation_share above 0")
 held = everything.subset([everything.names.index(name) for name in split["validation"]], "validation")
 simulator = Simulator(held, registry.video(split["video"]), sound_episodes(held, seed=seed))
-validate = evaluate.validator(simulator, checkpoint.describe(network, windows.settings))
+
+# %%
+meta = checkpoint.describe(network, windows.settings)
+
+
+def validate(network: model.PolicyNetwork) -> float:
+    return qoe.summarise(play(LLMPolicy(network, meta, EvalConfig(precision="auto")), simulator)).reward
+
 
 # %%
 # a folder of its own for each setting, so that changing a parameter by hand starts anew and an interrupted run goes on

@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 from netllm_lib import runs
 from netllm_lib.abr import evaluate, plots
 from netllm_lib.abr import traces as sets
-from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
+from netllm_lib.abr.policies.catalogue import load_llm_policy
 
 # %%
 this_run = runs.notebook_run(run_dir, "05_test", training=policy)
@@ -48,7 +48,7 @@ clip = registry.video(video or registry.default_video())
 training_set = registry.trace_set(train_traces or registry.default_traces("train"))
 
 # %%
-players = baselines(clip, registry)
+players = evaluate.baselines(clip, registry)
 if policy:
     players = {
         "llm": load_llm_policy(Path(policy), choose=choose, context_window=context_window, precision=precision)

@@ -57,7 +57,7 @@ from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.improve import ImproveConfig, improve, leak_free, roll_pool, small_network
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
-from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
+from netllm_lib.abr.policies.catalogue import load_llm_policy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.plm import PLMConfig, load_plm
@@ -104,7 +104,7 @@ first = load_llm_policy(Path(before), precision="auto") if before else None
 def rivals(video):
     """The policies to compare with."""
     players = {"before": load_llm_policy(Path(before))} if before else {}
-    return players | baselines(video, registry) | {"mpc (strong)": RobustMPC(video, MPCConfig.strong())}
+    return players | evaluate.baselines(video, registry) | {"mpc (strong)": RobustMPC(video, MPCConfig.strong())}
 
 
 others = rivals(clip)  # now: what they miss is said before hours of training, not after

@@ -24,12 +24,11 @@ from netllm_lib import plm, runs, train
 from netllm_lib.abr import batches, model, qoe, synthetic
 from netllm_lib.abr.batches import WindowConfig
 from netllm_lib.abr.episodes import Episodes, Observation, sound_episodes, upstream_episodes
-from netllm_lib.abr.evaluate import Test
+from netllm_lib.abr.evaluate import Test, baselines
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
-from netllm_lib.abr.policies.catalogue import baselines
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Constant, Random

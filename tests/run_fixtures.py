@@ -13,7 +13,7 @@ from netllm_lib.abr import evaluate
 from netllm_lib.abr.batches import make_windows
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
-from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
+from netllm_lib.abr.policies.catalogue import load_llm_policy
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.synthetic import write_sample
@@ -77,7 +77,7 @@ def write_test(run: SmallRun, name: str = "", **switches: Any) -> Path:
     registry = Registry(run.data)
     traces, video = registry.trace_set(registry.default_traces("test")), registry.video(registry.default_video())
     policy = run.folder("04_finetune")
-    players = {"llm": load_llm_policy(policy, **switches), **baselines(video, registry)}
+    players = {"llm": load_llm_policy(policy, **switches), **evaluate.baselines(video, registry)}
     tested = run.open("05_test", name, training=policy)
     training = registry.trace_set(registry.default_traces("train"))
     evaluate.test(players, traces, video, subject="llm", train_traces=training).save(tested.folder)

@@ -1,4 +1,4 @@
-"""Classical policies: against exhaustive search, by hand, and played one by one against lock-step."""
+"""Classical policies: against exhaustive search and by hand; tests/test_play.py plays them one by one against lock-step."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ import pytest
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
-from netllm_lib.abr.policies import mpc
-from netllm_lib.abr.policies.base import Policy, Wrapper
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC, plan
-from netllm_lib.abr.policies.pensieve import SHAPES, Actor, Pensieve, latest_checkpoint, sampled_action
-from netllm_lib.abr.policies.simple import Constant, Random
+from netllm_lib.abr.policies.pensieve import (
+    CONV,
+    DENSE,
+    HIDDEN,
+    OUT,
+    SHAPES,
+    Actor,
+    Pensieve,
+    latest_checkpoint,
+    sampled_action,
+)
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import SAMPLE, Registry
@@ -78,13 +85,6 @@ def test_each_upstream_switch_of_mpc_matters() -> None:
         assert levels.shape == sound.shape
 
 
-def test_a_larger_error_weight_predicts_less() -> None:
-    for weight in (0.0, 1.0, 1.25):
-        mean = 3 / (1 + 1 / 2 + 1 / 4)
-        predicted = mpc.predict(np.array([1.0, 2.0, 4.0]), np.array([0.1, 0.5, 0.2]), weight)
-        assert predicted == pytest.approx((mean / (1 + weight * 0.5), mean))
-
-
 def test_upstream_mpc_needs_a_49th_chunk() -> None:
     short = replace(VIDEO, sizes_bytes=VIDEO.sizes_bytes[:, :48])
     RobustMPC(short)
@@ -92,18 +92,13 @@ def test_upstream_mpc_needs_a_49th_chunk() -> None:
         RobustMPC(short, MPCConfig.upstream())
 
 
-def observation(**changes) -> Observation:
-    base = Observation(
-        3, np.arange(1), np.zeros((1, 6, 6)), np.zeros(1), np.zeros(1, int), np.zeros(1), np.zeros((1, 6))
-    )
-    return replace(base, **changes)
-
-
 @pytest.mark.parametrize(
     ("buffer_s", "level"), [(0, 0), (4.999, 0), (5, 0), (7, 1), (9.1, 2), (14.99, 4), (15, 5), (60, 5)]
 )
 def test_bba_by_hand(buffer_s: float, level: int) -> None:
-    assert BBA().act(observation(buffer_s=np.array([buffer_s]))).tolist() == [level]
+    zero = np.zeros(1)
+    seen = Observation(3, np.arange(1), np.zeros((1, 6, 6)), np.array([buffer_s]), zero, zero, np.zeros((1, 6)))
+    assert BBA().act(seen).tolist() == [level]
 
 
 def random_actor(seed: int = 0) -> Actor:
@@ -117,19 +112,18 @@ def random_actor(seed: int = 0) -> Actor:
 
 def test_actor_equals_a_full_convolution() -> None:
     """Only tap 1 of the four meets data: pad a length of 1 to (1 before, 2 after) and convolve in full."""
-    actor, rng = random_actor(), np.random.default_rng(1)
-    states = rng.random((5, 6, 6)).astype(np.float32)
-    w = actor._weights
-    parts = []
-    for row, name in ((0, "FullyConnected"), (1, "FullyConnected_1")):
-        parts.append(states[:, row, -1:] @ w[f"{name}/W"] + w[f"{name}/b"])
-    for row, name in ((2, "Conv1D"), (3, "Conv1D_1"), (4, "Conv1D_2")):
-        padded = np.zeros((5, 4, 6), np.float32)
-        padded[:, 1] = states[:, row]
-        parts.append(np.einsum("ntc,tck->nk", padded, w[f"{name}/W"][:, 0]) + w[f"{name}/b"])
-    parts.append(states[:, 5, -1:] @ w["FullyConnected_2/W"] + w["FullyConnected_2/b"])
-    hidden = np.maximum(np.maximum(np.concatenate(parts, 1), 0) @ w["FullyConnected_3/W"] + w["FullyConnected_3/b"], 0)
-    logits = hidden @ w["FullyConnected_4/W"] + w["FullyConnected_4/b"]
+    actor, states = random_actor(), np.random.default_rng(1).random((5, 6, 6)).astype(np.float32)
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        weight = actor._weights[f"{name}/W"]
+        if name in CONV:
+            x = np.pad(x[:, None], ((0, 0), (1, 2), (0, 0)))
+            return np.einsum("ntc,tck->nk", x, weight[:, 0]) + actor._weights[f"{name}/b"]
+        return x @ weight + actor._weights[f"{name}/b"]
+
+    names = (*DENSE[:2], *CONV, DENSE[2])
+    parts = [linear(states[:, i] if name in CONV else states[:, i, -1:], name) for i, name in enumerate(names)]
+    logits = linear(np.maximum(linear(np.maximum(np.concatenate(parts, 1), 0), HIDDEN), 0), OUT)
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     np.testing.assert_allclose(actor.probabilities(states), expected, atol=1e-6)
 
@@ -141,39 +135,10 @@ def test_sampled_action_is_the_first_to_exceed_the_draw() -> None:
 
 
 def test_actor_moves_by_one_level_and_samples_from_the_protocols_stream() -> None:
-    simulator = Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=1))
-    first, second = (play(Pensieve(random_actor()), simulator) for _ in range(2))
-    np.testing.assert_array_equal(first["level"], second["level"])
-    steps = first.groupby("trace")["level"].diff().dropna()
-    assert steps.abs().max() == 1
-    other = play(Pensieve(random_actor()), Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=2)))
+    policy = Pensieve(random_actor())
+    first, other = (play(policy, Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=seed))) for seed in (1, 2))
+    assert first.groupby("trace")["level"].diff().abs().max() == 1
     assert (other["level"] != first["level"]).any()
-    argmax = play(Pensieve(random_actor(), choose="argmax"), simulator)
-    assert (argmax["level"] != first["level"]).any()
-
-
-class OneByOne(Wrapper):
-    """Another policy, played one trace after the other."""
-
-    resets = 0
-
-    def __init__(self, policy: Policy):
-        super().__init__(policy)
-        self.carries_state = True
-
-    def reset(self, episodes) -> None:
-        self.resets += 1
-        super().reset(episodes)
-
-
-@pytest.mark.parametrize("policy", [BBA(), Random(), Constant(2), Pensieve(random_actor())], ids=lambda p: p.name)
-def test_lockstep_equals_one_by_one(policy: Policy) -> None:
-    simulator = Simulator(TRACES, VIDEO, sound_episodes(TRACES, seed=3, noise=True))
-    single = OneByOne(policy)
-    together, apart = play(policy, simulator), play(single, simulator)
-    assert single.resets == 1
-    for column in together.columns:
-        np.testing.assert_array_equal(together[column], apart[column], err_msg=column)
 
 
 def test_latest_checkpoint_has_the_highest_step(tmp_path) -> None:
@@ -202,5 +167,5 @@ def test_a_class_from_a_file(tmp_path: Path) -> None:
     assert set(table["level"]) == {0, 1}
     with pytest.raises(ValueError, match=r"mine\.py: it has no class Other that is"):
         make_policy(f"{path}:Other", VIDEO, Registry(SAMPLE))
-    with pytest.raises(FileNotFoundError, match=r"none\.py: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.py"):
         make_policy(f"{tmp_path / 'none.py'}:Mine", VIDEO, Registry(SAMPLE))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,14 +20,12 @@ from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import Progress, upstream_episodes
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Policy
+from netllm_lib.abr.policies.bba import BBA
+from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
+from netllm_lib.abr.policies.pensieve import Actor, Pensieve, exported_actor
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import TraceSet, Video, overlapping
+from netllm_lib.abr.traces import Registry, TraceSet, Video, overlapping
 from netllm_lib.measure import Measure, Scores
-
-if TYPE_CHECKING:
-    from netllm_lib.abr.model import PolicyNetwork
-    from netllm_lib.abr.policies.llm import EvalConfig
-    from netllm_lib.checkpoint import CheckpointMeta
 
 REWARD = Measure("reward", better="higher", sample="trace")
 """What bitrate adaptation reports: the mean reward per chunk of a trace."""
@@ -35,6 +33,18 @@ REWARD = Measure("reward", better="higher", sample="trace")
 SETTING, TABLES = "setting.json", "tables"
 SEED = 100003
 """The original's, of its tests."""
+
+
+def baselines(video: Video, registry: Registry) -> dict[str, Policy]:
+    """The baselines of a test: MPC, BBA, and Genet where there is a checkpoint.
+
+    "(original)" marks those that the original handicaps; without that mark a policy is in its sound form. BBA has one form.
+    """
+    players: dict[str, Policy] = {"mpc": RobustMPC(video), "bba": BBA()}
+    players["mpc (original)"] = RobustMPC(video, MPCConfig.upstream())
+    if folder := registry.actor_folders().get("genet"):
+        players["genet"] = Pensieve(Actor.load(exported_actor(folder)))
+    return players
 
 
 def play_test(
@@ -51,14 +61,8 @@ def play_test(
 
     `trace_num` is for fewer traces than all (-1), `fixed=False` for the original's shuffled order with noise, which it uses then.
     """
-    episodes = upstream_episodes(
-        traces,
-        trace_num=trace_num,
-        fixed_order=fixed,
-        seed=seed,
-        draws_actions=policy.draws_actions,
-        clock="episode",
-    )
+    how: dict[str, Any] = {"seed": seed, "draws_actions": policy.draws_actions, "clock": "episode"}
+    episodes = upstream_episodes(traces, trace_num=trace_num, fixed_order=fixed, **how)
     return play(policy, Simulator(traces, video, episodes), progress=progress)
 
 
@@ -81,7 +85,8 @@ class Test:
         """Reward and its parts by policy and trace; `reward_clean`, where that is known, is NaN for traces that are not clean."""
         clean, parts = self.setting.get("clean"), []
         for name, table in self.tables.items():
-            means = qoe.by_trace(table)
+            rows = qoe.chosen(table).assign(bitrate_mbps=lambda part: part["bitrate_kbps"] / 1000)
+            means = rows.groupby("trace", sort=False)[list(qoe.Quality._fields)].mean()
             if clean is not None and len(clean) == len(means):
                 means["reward_clean"] = means["reward"].where(np.asarray(clean, dtype=bool))
             parts.append(means.reset_index().assign(policy=name))
@@ -108,23 +113,19 @@ class Test:
         folder = Path(folder)
         setting = runs.read_json(folder / SETTING)
         if not isinstance(setting, dict) or not isinstance(setting.get("order"), list):
-            raise ValueError(
-                f"{folder / SETTING}: it does not list the policies of the test (order); make the test again"
-            )
+            raise ValueError(f"{folder / SETTING}: it does not list the policies of the test (order)")
         tables = {name: _read_table(folder / TABLES / f"{name}.parquet") for name in setting.pop("order")}
         return cls(tables, setting.pop("subject", ""), setting, setting.pop("seconds", {}))
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; the test is incomplete")
     try:
         table = pd.read_parquet(path)
+        table[["trace", "chunk", "reward", "bitrate_kbps", "rebuffer_s", "smoothness_mbps"]]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing; the test is incomplete") from None
     except Exception as error:  # pyarrow has its own errors for each way of being broken
-        raise ValueError(f"{path}: it cannot be read as a table ({error})") from None
-    needed = ("trace", "chunk", "reward", "bitrate_kbps", "rebuffer_s", "smoothness_mbps")
-    if missing := [name for name in needed if name not in table]:
-        raise ValueError(f"{path}: not a table of chunks, it has no column {', '.join(missing)}")
+        raise ValueError(f"{path}: it cannot be read as a table of chunks ({error})") from None
     return table
 
 
@@ -157,16 +158,3 @@ def test(
         tables[name] = play_test(policy, traces, video, seed=seed, progress=progress and progress(name))
         seconds[name] = time.perf_counter() - start
     return Test(tables, subject, setting, seconds)
-
-
-def validator(
-    simulator: Simulator, meta: CheckpointMeta, config: EvalConfig | None = None
-) -> Callable[[PolicyNetwork], float]:
-    """A `validate` for `train`: mean reward of the network, played over the simulator's episodes (validation traces)."""
-    from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy  # PyTorch, which other policies do without
-
-    def validate(network: PolicyNetwork) -> float:
-        policy = LLMPolicy(network, meta, config or EvalConfig(precision="auto"))
-        return qoe.summarise(play(policy, simulator)).reward
-
-    return validate

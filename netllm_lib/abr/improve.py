@@ -218,7 +218,7 @@ def chosen_round(tables: list[pd.DataFrame]) -> int:
 
     A few traces with long outages decide a mean; the round of the highest mean is often the one that was lucky there.
     """
-    rewards = [qoe.by_trace(table)["reward"] for table in tables]
+    rewards = [qoe.per_trace(table)["reward"] for table in tables]
     gains = [stats.paired(reward, rewards[-1]) for reward in rewards[:-1]]
     better = [number for number, gain in enumerate(gains) if gain.low > 0]
     return max(better, key=lambda number: gains[number].mean, default=len(gains))

@@ -42,13 +42,6 @@ def summarise(table: pd.DataFrame) -> Quality:
     return Quality(float(reward), float(kbps / 1000), float(rebuffer_s), float(smoothness_mbps))
 
 
-def by_trace(table: pd.DataFrame) -> pd.DataFrame:
-    """`Quality` of each trace, in playing order. Index: trace."""
-    rows = chosen(table)
-    rows = rows.assign(bitrate_mbps=rows["bitrate_kbps"] / 1000)
-    return rows.groupby("trace", sort=False)[list(Quality._fields)].mean()
-
-
 def per_trace(table: pd.DataFrame) -> pd.DataFrame:
     """Means by trace in playing order: reward and its parts, all in reward units (Mbps), so that
 

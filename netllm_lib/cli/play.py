@@ -70,7 +70,7 @@ def play(
         result = quality._asdict()
         result = {"mean_reward": result.pop("reward"), "mean_all48": float(table["reward"].mean()), **result}
         result |= {"traces": len(episodes), "fixed": episodes.fixed, "seed": seed}
-        by_trace = qoe.by_trace(table)["reward"]  # named as the original names its result files
+        by_trace = qoe.per_trace(table)["reward"]  # named as the original names its result files
         print(
             json.dumps({**result, "per_trace": {f"{trace_set.name}_{name}": mean for name, mean in by_trace.items()}})
         )

@@ -24,9 +24,9 @@ from measured import publish
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
+from netllm_lib.abr.evaluate import baselines
 from netllm_lib.abr.optimum import SearchConfig, best_plans, continuations
 from netllm_lib.abr.play import play, rollout
-from netllm_lib.abr.policies.catalogue import baselines
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Replay
 from netllm_lib.abr.qoe import CHUNKS

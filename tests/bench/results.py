@@ -15,9 +15,9 @@ import pandas as pd
 
 from netllm_lib import stats
 from netllm_lib.abr import qoe
-from netllm_lib.abr.evaluate import play_test
+from netllm_lib.abr.evaluate import baselines, play_test
 from netllm_lib.abr.policies.base import Policy
-from netllm_lib.abr.policies.catalogue import baselines, load_llm_policy
+from netllm_lib.abr.policies.catalogue import load_llm_policy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.traces import TraceSet, Video, find_registry, overlapping
 

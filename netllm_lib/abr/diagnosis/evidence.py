@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.evaluate import Test, play_test
+from netllm_lib.abr.evaluate import Test, baselines, play_test
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.traces import Registry, TraceSet, Video
 from netllm_lib.stats import Interval, bootstrap, bootstrap_runs
@@ -203,8 +203,6 @@ class Evidence:
 def with_baselines(evidence: Evidence) -> Evidence:
     """The evidence with the baselines played over the run's own traces by the protocol of a test, where those are at hand and no
     baseline is there yet."""
-    from netllm_lib.abr.policies.catalogue import baselines
-
     test, table, traces, video = evidence.test, evidence.table, evidence.traces, evidence.video
     if (
         test is None

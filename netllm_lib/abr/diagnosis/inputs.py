@@ -89,7 +89,7 @@ def _mpc_on_training(evidence: Evidence) -> float | None:
     """Mean reward of MPC as published over the training traces, if they are at hand."""
     from netllm_lib.abr.episodes import sound_episodes
     from netllm_lib.abr.play import play
-    from netllm_lib.abr.policies.catalogue import make_policy
+    from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
     from netllm_lib.abr.simulator import Simulator
 
     registry, recipe = evidence.registry, evidence.recipe
@@ -101,7 +101,7 @@ def _mpc_on_training(evidence: Evidence) -> float | None:
         video = registry.video(recipe.video if recipe.video in videos else registry.default_video())
     except (ValueError, OSError):
         return None
-    policy = make_policy("mpc", video, registry, "upstream", pool=True)
+    policy = RobustMPC(video, MPCConfig.upstream(pool=True))
     return qoe.summarise(play(policy, Simulator(traces, video, sound_episodes(traces, seed=0)))).reward
 
 

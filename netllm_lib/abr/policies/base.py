@@ -54,24 +54,3 @@ class Policy:
     def facts(self) -> Mapping[str, Any]:
         """What a test that is about this policy records of it besides its name: JSON types."""
         return {}
-
-
-class Wrapper(Policy):
-    """Plays as another policy does; subclasses change some of its levels."""
-
-    def __init__(self, policy: Policy):
-        self.policy, self.name, self.block = policy, policy.name, policy.block
-        self.carries_state, self.draws_actions = policy.carries_state, policy.draws_actions
-        self.acts_after_last = policy.acts_after_last
-
-    def reset(self, episodes: Episodes) -> None:
-        self.policy.reset(episodes)
-
-    def act(self, observation: Observation) -> np.ndarray:
-        return self.policy.act(observation)
-
-    def played(self, levels: np.ndarray) -> None:
-        self.policy.played(levels)
-
-    def extras(self) -> Mapping[str, np.ndarray]:
-        return self.policy.extras()

@@ -10,20 +10,19 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from netllm_lib.abr.episodes import Episodes, Observation
-from netllm_lib.abr.model import PolicyNetwork
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.plm import InferenceWeights, TokenCache, arithmetic_dtype
-from netllm_lib.returns import ReturnScale
 from netllm_lib.runs import plain, tree_hash
 
 if TYPE_CHECKING:
+    from netllm_lib.abr.model import PolicyNetwork
     from netllm_lib.checkpoint import CheckpointMeta
 
 
@@ -63,34 +62,17 @@ class EvalConfig:
             raise ValueError('context="leak" goes on for ever and needs context_window="rolling"')
 
     @classmethod
-    def upstream(cls, in_training: bool = False, **changes: object) -> EvalConfig:
+    def upstream(cls, in_training: bool = False, **changes: Any) -> EvalConfig:
         """As the original tests (`--test`); `in_training`: as it evaluates while training (`--adapt`), with dropout on."""
-        original = cls(
-            choose="sample",
-            draws="stream",
-            dropout=in_training,
-            context="leak",
-            context_window="rolling",
-            cut_to_hidden=True,
-            extra_step=True,
-            merge_lora=False,
-        )
-        return replace(original, **changes)  # type: ignore[arg-type]
-
-
-class _Step(NamedTuple):
-    """A decision in the context, of N episodes."""
-
-    state: torch.Tensor  # [N, 6, 6]
-    action: torch.Tensor  # [N]
-    return_to_go: torch.Tensor  # [N]
-    timestep: torch.Tensor  # [N]
+        original = cls("sample", "stream", in_training, "leak", "rolling", cut_to_hidden=True, extra_step=True)
+        return replace(original, **{"merge_lora": False, **changes})
 
 
 class LLMPolicy(Policy):
     """A `PolicyNetwork` that chooses levels. `meta` says how it was trained: window, reward range, target return."""
 
     block = 512  # the cache of as many episodes is in memory at once
+    _target: np.ndarray  # [N] return-to-go that the next decision is conditioned on
 
     def __init__(
         self,
@@ -100,33 +82,47 @@ class LLMPolicy(Policy):
         name: str = "llm",
         folder: Path | None = None,
     ):
-        config = config or EvalConfig()
-        if config.context_window == "cached" and not network.plm.causal:
+        self.network, self.config, self.name, self.folder = network, config or EvalConfig(), name, folder
+        self.scale, self.w = meta.settings.scale, self.config.w or meta.settings.w
+        self.carries_state, self.acts_after_last = self.config.context == "leak", self.config.extra_step
+        self._cached = self.config.context_window == "cached"
+        if self._cached and not network.plm.causal:
             raise ValueError(f'{network.plm.family} is not causal and cannot be cached: use context_window="rolling"')
-        self.name, self.folder = name, folder
-        self.network = network
-        self.scale: ReturnScale = meta.settings.scale
-        self.config = config
-        self.w = config.w or meta.settings.w
-        self.carries_state = config.context == "leak"
         self._check_length()
-        self.acts_after_last = config.extra_step
         self._weights: InferenceWeights | None = None
-        self._target = np.zeros(0)  # [N] return-to-go that the next decision is conditioned on
-        self._uniform: np.ndarray | None = None
         self._clear()
+
+    def _check_length(self) -> None:
+        """Refuse a PLM that has too few positions, opt for one, before anything is played."""
+        decisions = self.network.config.max_timestep + 1 + self.config.extra_step
+        remedy = 'use context_window="rolling", which needs fewer, or another PLM'
+        if not self._cached:
+            decisions = self.w + 1 if self.carries_state else min(self.w + 1, decisions)
+            remedy = "use a smaller w or another PLM"
+        tokens = self.network.context_tokens(decisions)
+        cut = self.config.cut_to_hidden
+        self.network.plm.check_length(min(tokens, self.network.plm.hidden_size) if cut else tokens, remedy)
 
     def reset(self, episodes: Episodes) -> None:
         """Draws the sampling stream ahead and prepares the weights (they may have been trained since the last test)."""
         config, plm = self.config, self.network.plm
-        if config.choose == "sample":
-            self._uniform = _uniform_draws(config.draws, episodes)
+        if config.choose == "sample":  # float64 [trace, decision] in [0, 1)
+            stream = random.Random(episodes.seed)
+            self._uniform = np.array(
+                [[stream.random() for _ in range(CHUNKS)] for _ in range(len(episodes))]
+                if config.draws == "stream"
+                else [np.random.default_rng((episodes.seed, int(i))).random(CHUNKS) for i in episodes.trace_index]
+            )
         if config.dropout:
             torch.manual_seed(episodes.seed)
         dtype = arithmetic_dtype(config.precision, plm.device)
         merge = config.merge_lora and not config.dropout  # LoRA has a dropout of its own
         self._weights = plm.inference_weights(dtype, merge) if dtype is not None or merge else None
         self._clear()
+
+    def _clear(self) -> None:
+        """Forget all steps. A step: state [N, 6, 6], action [N], return-to-go [N], timestep [N]; the oldest comes first."""
+        self._steps: list[tuple[torch.Tensor, ...]] = []
 
     def act(self, observation: Observation) -> np.ndarray:
         """Levels [N]. The first call of a trace (chunk 1) is timestep 0; the reward of chunk 0 is never subtracted."""
@@ -150,12 +146,11 @@ class LLMPolicy(Policy):
 
     def played(self, levels: np.ndarray) -> None:
         """What the next decision remembers as the last action."""
-        self._steps[-1].action[:] = torch.from_numpy(np.asarray(levels, dtype=np.int64))
+        self._steps[-1][1][:] = torch.from_numpy(np.asarray(levels, dtype=np.int64))
 
     def extras(self) -> Mapping[str, np.ndarray]:
         """Probabilities p0 … p5 and the return-to-go that the decision was conditioned on."""
-        columns = {f"p{level}": self.probabilities[:, level] for level in range(self.probabilities.shape[1])}
-        return {**columns, "return_to_go": self._target}
+        return {**{f"p{i}": column for i, column in enumerate(self.probabilities.T)}, "return_to_go": self._target}
 
     def facts(self) -> Mapping[str, Any]:
         """The fields of `EvalConfig`, and the checkpoint's folder with the hash of its files, where it came from one."""
@@ -165,74 +160,40 @@ class LLMPolicy(Policy):
             facts |= {"policy": str(self.folder), "policy_hash": tree_hash(inner if inner.is_dir() else self.folder)}
         return facts
 
-    # --- context
-
-    def _check_length(self) -> None:
-        """Refuse a PLM that has too few positions, opt for one, before anything is played."""
-        decisions = self.network.config.max_timestep + 1 + self.config.extra_step
-        remedy = 'use context_window="rolling", which needs fewer, or another PLM'
-        if self.config.context_window == "rolling":
-            decisions = self.w + 1 if self.carries_state else min(self.w + 1, decisions)
-            remedy = "use a smaller w or another PLM"
-        tokens = self.network.context_tokens(decisions)
-        if self.config.cut_to_hidden:
-            tokens = min(tokens, self.network.plm.hidden_size)
-        self.network.plm.check_length(tokens, remedy)
-
-    def _clear(self) -> None:
-        self._steps: list[_Step] = []  # oldest first
-        self._cache: TokenCache | None = None
-
     def _begin(self, episodes: int) -> None:
         if self.config.context == "clear":
             self._clear()
-        if self.config.context_window == "cached":
-            steps = self.network.config.max_timestep + 2
-            attend = self.network.context_tokens(self.w + 1)
-            self._cache = self.network.plm.new_cache(steps * self.network.tokens_per_step, attend)
+        if self._cached:
+            network, steps = self.network, self.network.config.max_timestep + 2
+            attend = network.context_tokens(self.w + 1)
+            self._cache: TokenCache = network.plm.new_cache(steps * network.tokens_per_step, attend)
         self._target = np.full(episodes, self.scale.target_return * self.config.target_return_scale)
 
     def _remember(self, observation: Observation) -> None:
         """Add the current step, its action still open, and forget what is older than the window."""
-        timestep = observation.chunk - 1
-        if timestep > self.network.config.max_timestep + 1:
+        timestep, longest = observation.chunk - 1, self.network.config.max_timestep + 1
+        if timestep > longest:
             raise ValueError(
-                f"decision {observation.chunk} of an episode; the policy was trained on episodes of "
-                f"{self.network.config.max_timestep + 1} decisions"
+                f"decision {observation.chunk} of an episode; the policy was trained on episodes of {longest} decisions"
             )
         state, target = (torch.from_numpy(np.asarray(x, dtype=np.float32)) for x in (observation.state, self._target))
-        self._steps.append(
-            _Step(state, torch.zeros(len(target), dtype=torch.int64), target, torch.full((len(target),), timestep))
-        )
-        del self._steps[: -2 if self._cache is not None else -self.w - 1]
+        open_action = torch.zeros(len(target), dtype=torch.int64)
+        self._steps.append((state, open_action, target, torch.full_like(open_action, timestep)))
+        del self._steps[: -2 if self._cached else -self.w - 1]
 
     def _logits(self) -> torch.Tensor:  # [N, 6]
         network = self.network
         parts = (torch.stack(part, dim=1).to(network.device) for part in zip(*self._steps, strict=True))
         # the action of the current step is what is asked for
         tokens = network.embed(*parts)[:, : network.context_tokens(len(self._steps))]
-        if self._cache is not None:  # the previous action, then the current step
+        if self._cached:  # the previous action, then the current step
             return network.decide(tokens[:, -network.tokens_per_step :], self._cache)
-        if self.config.cut_to_hidden:
-            tokens = tokens[:, -network.plm.hidden_size :]
-        return network.decide(tokens)
-
-    # --- choice
+        return network.decide(tokens[:, -network.plm.hidden_size :] if self.config.cut_to_hidden else tokens)
 
     def _choose(self, observation: Observation) -> np.ndarray:
         if self.config.choose == "argmax":
             return self.logits.argmax(axis=1)
-        assert self._uniform is not None, "reset() draws the random numbers"
         # random.choices: running sums in float32, total and product in float64, the first sum that is larger
         sums = np.cumsum(self.probabilities, axis=1, dtype=np.float32)
         threshold = self._uniform[observation.episode, observation.chunk - 1] * sums[:, -1].astype(np.float64)
         return (sums[:, :-1].astype(np.float64) <= threshold[:, None]).sum(axis=1)
-
-
-def _uniform_draws(draws: str, episodes: Episodes, decisions: int = CHUNKS) -> np.ndarray:
-    """Float64 [trace, decision] in [0, 1)."""
-    if draws == "stream":
-        stream = random.Random(episodes.seed)
-        return np.array([[stream.random() for _ in range(decisions)] for _ in range(len(episodes))])
-    seeds = [(episodes.seed, int(trace)) for trace in episodes.trace_index]
-    return np.array([np.random.default_rng(seed).random(decisions) for seed in seeds])

@@ -5,7 +5,8 @@ Predict the throughput of the next chunks, try every sequence of levels over the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -47,14 +48,9 @@ class MPCConfig:
     @classmethod
     def upstream(cls, pool: bool = False) -> MPCConfig:
         """As the original evaluates, or (`pool=True`) as it generates pools: there all states are float32."""
-        return cls(
-            jump_limit=1,
-            size_index="one-late",
-            buffer_cap_s=None,
-            ties="last",
-            carry_history=True,
-            float32_throughput="all" if pool else "first-trace",
-        )
+        rounded: Literal["first-trace", "all"] = "all" if pool else "first-trace"
+        handicaps = cls(jump_limit=1, size_index="one-late", buffer_cap_s=None, ties="last", carry_history=True)
+        return replace(handicaps, float32_throughput=rounded)
 
 
 @njit(cache=True)
@@ -77,12 +73,7 @@ def plan(
     best, best_first = -np.inf, 0
     choice = np.full(horizon + 1, -1)
     # by depth, sums over the levels chosen so far
-    buffer, stall, kbps, change = (
-        np.full(horizon + 1, buffer_s),
-        np.zeros(horizon + 1),
-        np.zeros(horizon + 1),
-        np.zeros(horizon + 1),
-    )
+    buffer, (stall, kbps, change) = np.full(horizon + 1, buffer_s), np.zeros((3, horizon + 1))
     depth = 0 if horizon else -1
     while depth >= 0:
         before = choice[depth - 1] if depth else last_level
@@ -107,36 +98,13 @@ def plan(
     return best_first
 
 
-@njit(cache=True, error_model="numpy")
-def predict(past_mb_per_s: np.ndarray, errors: np.ndarray, error_weight: float) -> tuple[float, float]:
-    """The throughput of the next chunks, and the harmonic mean of `past_mb_per_s` [samples] that it rests on.
-
-    It is the mean by 1 + `error_weight` · the largest of `errors`, the relative errors of the last means.
-    """
-    inverse = 0.0
-    for sample in past_mb_per_s:  # left to right, as the original sums
-        inverse += 1 / sample
-    mean = 1.0 / (inverse / len(past_mb_per_s))
-    worst = 0.0
-    for error in errors:
-        worst = max(worst, error)
-    return mean / (1 + error_weight * worst), mean
-
-
-@njit(cache=True, error_model="numpy")
-def _decide(
-    past_mb_per_s: np.ndarray, means: np.ndarray, errors: np.ndarray, call: int, error_window: int, error_weight: float,
-    sizes_mb: np.ndarray, buffer_s: np.ndarray, last_level: np.ndarray, jump_limit: int, buffer_cap_s: float, first_wins: bool,
+@njit(cache=True)
+def _plans(
+    sizes_mb: np.ndarray, buffer_s: np.ndarray, last_level: np.ndarray, mb_per_s: np.ndarray, jump: int, cap_s: float, first: bool
 ) -> np.ndarray:  # fmt: skip
-    """Levels [N]; updates the last harmonic means [N] and column `call` of `errors` [N, calls]."""
-    levels = np.empty(len(past_mb_per_s), np.int64)
+    levels = np.empty(len(buffer_s), np.int64)
     for i in range(len(levels)):
-        newest = past_mb_per_s[i, -1]
-        if call > 0:
-            errors[i, call] = abs(means[i] - newest) / newest
-        recent = errors[i, max(0, call + 1 - error_window) : call + 1]
-        mb_per_s, means[i] = predict(past_mb_per_s[i], recent, error_weight)
-        levels[i] = plan(sizes_mb, buffer_s[i], last_level[i], mb_per_s, jump_limit, buffer_cap_s, first_wins)
+        levels[i] = plan(sizes_mb, buffer_s[i], last_level[i], mb_per_s[i], jump, cap_s, first)
     return levels
 
 
@@ -148,7 +116,7 @@ class RobustMPC(Policy):
     def __init__(self, video: Video, config: MPCConfig | None = None):
         self.config = config or MPCConfig()
         self.carries_state = self.acts_after_last = self.config.carry_history
-        self._late = 1 if self.config.size_index == "one-late" else 0
+        self._late = int(self.config.size_index == "one-late")
         if self._late and video.sizes_bytes.shape[1] < CHUNKS + 1:
             raise ValueError(
                 f"video {video.name}: the original's MPC reads one chunk past the end and needs {CHUNKS + 1} lines in each "
@@ -157,35 +125,31 @@ class RobustMPC(Policy):
         self._sizes_mb = video.sizes_bytes.T / 1000000.0  # [chunks, 6]
 
     def reset(self, episodes: Episodes) -> None:
-        self._begin(1, CHUNKS * (len(episodes) if self.config.carry_history else 1))
-
-    def _begin(self, rows: int, calls: int) -> None:
-        self._errors = np.zeros((rows, calls))
-        self._means = np.zeros(rows)  # the last harmonic means, not discounted
-        self._calls = 0
+        self._errors = deque[np.ndarray](maxlen=self.config.error_window)  # relative errors [N] of the last means
+        self._mean: np.ndarray | None = None  # the last harmonic mean [N]
 
     def act(self, observation: Observation) -> np.ndarray:
-        config = self.config
-        if observation.chunk == 1 and not config.carry_history:
-            self._begin(len(observation.episode), CHUNKS)
-        past = np.ascontiguousarray(observation.state[:, 2, -min(config.window, observation.chunk) :])  # MB/s
-        first_trace = bool(observation.episode[0] == 0)
-        if config.float32_throughput == "all" or (config.float32_throughput == "first-trace" and first_trace):
+        config, chunk = self.config, observation.chunk
+        if chunk == 1 and not config.carry_history:
+            self._errors.clear()
+            self._mean = None
+        past = observation.state[:, 2, -min(config.window, chunk) :]  # MB/s
+        first_trace = config.float32_throughput == "first-trace" and observation.episode[0] == 0
+        if config.float32_throughput == "all" or first_trace:
             past = past.astype(np.float32).astype(np.float64)
-        start = observation.chunk + self._late
-        levels = _decide(
-            past,
-            self._means,
-            self._errors,
-            self._calls,
-            config.error_window if config.robust else 0,
-            config.error_weight,
-            self._sizes_mb[start : start + min(config.horizon, CHUNKS - observation.chunk)],
+        newest = past[:, -1]
+        self._errors.append(np.zeros(len(past)) if self._mean is None else abs(self._mean - newest) / newest)
+        self._mean = 1 / (
+            sum(1 / sample for sample in past.T) / past.shape[1]
+        )  # summed from left to right, as the original does
+        weight = config.error_weight if config.robust else 0.0
+        start = chunk + self._late
+        return _plans(
+            self._sizes_mb[start : start + min(config.horizon, CHUNKS - chunk)],
             observation.buffer_s,
             observation.last_level,
+            self._mean / (1 + weight * np.max(self._errors, axis=0)),
             LEVELS if config.jump_limit is None else config.jump_limit,
             np.inf if config.buffer_cap_s is None else config.buffer_cap_s,
             config.ties == "first",
         )
-        self._calls += 1
-        return levels

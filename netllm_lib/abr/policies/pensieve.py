@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -30,11 +29,8 @@ SHAPES = dict.fromkeys(DENSE, (1, 128)) | dict.fromkeys(CONV, (4, 1, 6, 128)) | 
 
 def latest_checkpoint(folder: Path) -> Path:
     """Path prefix (without ".index") of the checkpoint with the highest step. Raises FileNotFoundError."""
-    steps = {
-        int(match[1]): path
-        for path in Path(folder).glob("*.ckpt.index")
-        if (match := re.search(r"_(\d+)\.ckpt\.index$", path.name))
-    }
+    found = [(re.search(r"_(\d+)\.ckpt\.index$", path.name), path) for path in Path(folder).glob("*.ckpt.index")]
+    steps = {int(match[1]): path for match, path in found if match}
     if not steps:
         raise FileNotFoundError(f"{folder}: no checkpoint named …_<step>.ckpt.index")
     return steps[max(steps)].with_suffix("")
@@ -66,9 +62,9 @@ def exported_actor(folder: Path) -> Path:
             f"actor {Path(folder).name}: its TensorFlow checkpoint was never exported and no TensorFlow was found; "
             "run `make env-tf` once (or set $NETLLM_TF_PYTHON to a Python that has it)"
         )
-    quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     module = "netllm_lib.abr.policies.tensorflow_actor"
     command = [python, "-m", module, str(checkpoint.resolve()), str(path.resolve())]
+    quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run(command, cwd=PROJECT, env=quiet, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -80,17 +76,11 @@ class Actor:
     """The actor network: states [N, 6, 6] -> probabilities [N, 3] of the actions down, stay, up. float32 throughout."""
 
     def __init__(self, weights: dict[str, np.ndarray]):
-        for layer, shape in SHAPES.items():
-            found = weights.get(f"{layer}/W", np.zeros(0)).shape
-            if found != shape:
-                raise ValueError(f"actor weights: {layer}/W has shape {found}, expected {shape}")
         self._weights = weights
 
     @classmethod
     def load(cls, path: Path) -> Actor:
-        """Read the weights that `export_actor` wrote."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no exported actor; notebook 02 exports them")
+        """Read what `exported_actor` names."""
         return cls(load_file(path))
 
     def probabilities(self, states: np.ndarray) -> np.ndarray:
@@ -98,45 +88,36 @@ class Actor:
 
         The convolutions have width 4 with SAME padding over length 1, so only their tap 1 ever meets data.
         """
-        states = states.astype(np.float32)
-        rows = {0: DENSE[0], 1: DENSE[1], 2: CONV[0], 3: CONV[1], 4: CONV[2], 5: DENSE[2]}
-        features = [
-            np.maximum(self._linear(states[:, row] if name in CONV else states[:, row, -1:], name), 0)
-            for row, name in rows.items()
-        ]
-        hidden = np.maximum(self._linear(np.concatenate(features, axis=1), HIDDEN), 0)
-        logits = self._linear(hidden, OUT)
+        x = states.astype(np.float32)
+        inputs = [(name, x[:, row, -1:]) for row, name in zip((0, 1), DENSE[:2], strict=True)]
+        inputs += [(name, x[:, row]) for row, name in zip((2, 3, 4), CONV, strict=True)]
+        features = [self._layer(part, name) for name, part in [*inputs, (DENSE[2], x[:, 5, -1:])]]
+        logits = self._linear(self._layer(np.concatenate(features, axis=1), HIDDEN), OUT)
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponents / exponents.sum(axis=1, keepdims=True)
 
-    def _linear(self, x: np.ndarray, layer: str) -> np.ndarray:
-        weight = self._weights[f"{layer}/W"]
-        return x @ (weight[1, 0] if layer in CONV else weight) + self._weights[f"{layer}/b"]
+    def _layer(self, x: np.ndarray, name: str) -> np.ndarray:
+        return np.maximum(self._linear(x, name), 0)
+
+    def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        weight = self._weights[f"{name}/W"]
+        return x @ (weight[1, 0] if name in CONV else weight) + self._weights[f"{name}/b"]
 
 
 class Pensieve(Policy):
-    """An actor as a policy: it moves the level down, keeps it, or moves it up.
-
-    `choose="sample"` (as the original, and the sound form with its own stream per episode) compares the cumulated
-    probabilities with the protocol's action draw; "argmax" takes the most likely move.
-    """
+    """An actor as a policy: it moves the level down, keeps it, or moves it up, by the protocol's action draw."""
 
     draws_actions = True
 
-    def __init__(self, actor: Actor, name: str = "genet", choose: Literal["sample", "argmax"] = "sample"):
-        if choose not in ("sample", "argmax"):
-            raise ValueError(f'choose must be "sample" or "argmax", not {choose!r}')
-        self.actor, self.name, self.choose = actor, name, choose
+    def __init__(self, actor: Actor, name: str = "genet"):
+        self.actor, self.name = actor, name
 
     def reset(self, episodes: Episodes) -> None:
         self._draws = episodes.action_draws
 
     def act(self, observation: Observation) -> np.ndarray:
-        probabilities = self.actor.probabilities(observation.state)
-        if self.choose == "sample":
-            action = sampled_action(probabilities, self._draws[observation.episode, observation.chunk - 1])
-        else:
-            action = probabilities.argmax(axis=1)
+        draws = self._draws[observation.episode, observation.chunk - 1]
+        action = sampled_action(self.actor.probabilities(observation.state), draws)
         return np.clip(observation.last_level + _MOVE_OF_ACTION[action], 0, LEVELS - 1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from netllm_lib.abr.episodes import Episodes, Observation
-from netllm_lib.abr.policies.base import Policy, Wrapper
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import CHUNKS, LEVELS
 
 
@@ -15,8 +15,6 @@ class Constant(Policy):
     """Always the same level."""
 
     def __init__(self, level: int):
-        if level not in range(LEVELS):
-            raise ValueError(f"level must lie in 0..{LEVELS - 1}, not {level}")
         self.level, self.name = level, f"constant-{level}"
 
     def act(self, observation: Observation) -> np.ndarray:
@@ -46,61 +44,55 @@ class Replay(Policy):
         return self.levels[observation.episode, observation.chunk]
 
 
-class Prefixed(Wrapper):
+class Prefixed(Policy):
     """Given levels [episodes, 48] up to a chunk, then another policy, which has seen everything since the episode began.
 
     `start` is the first chunk that the inner policy chooses, one for all episodes or [episodes]; from `CHUNKS` on it only watches.
     A given level of -1 leaves that chunk to it, too. What it would have chosen is in the extra column "wanted".
     """
 
-    def __init__(self, policy: Policy, levels: np.ndarray, start: int | np.ndarray):
-        super().__init__(policy)
-        self.levels = np.asarray(levels)
-        self.start = np.broadcast_to(np.asarray(start), len(self.levels))
+    def __init__(self, policy: Policy, levels: np.ndarray, start: int | np.ndarray = CHUNKS):
+        self.policy, self.name, self.block = policy, policy.name, policy.block
+        self.carries_state, self.draws_actions = policy.carries_state, policy.draws_actions
+        self.acts_after_last = policy.acts_after_last
+        self.levels = np.where(np.arange(CHUNKS) < np.reshape(start, (-1, 1)), levels, -1)
 
     def reset(self, episodes: Episodes) -> None:
         if len(episodes) != len(self.levels):
             raise ValueError(f"levels of {len(self.levels)} episodes were given, {len(episodes)} are played")
-        super().reset(episodes)
+        self.policy.reset(episodes)
 
     def act(self, observation: Observation) -> np.ndarray:
-        rows, chunk = observation.episode, observation.chunk
-        wanted = self.policy.act(observation)
-        if chunk >= CHUNKS:  # after the last chunk nothing is played
-            return wanted
-        self._wanted, given = wanted, self.levels[rows, chunk]
-        levels = np.where((chunk < self.start[rows]) & (given >= 0), given, wanted)
+        self._wanted = self.policy.act(observation)
+        if observation.chunk >= CHUNKS:  # after the last chunk nothing is played
+            return self._wanted
+        given = self.levels[observation.episode, observation.chunk]
+        levels = np.where(given >= 0, given, self._wanted)
         self.policy.played(levels)
         return levels
+
+    def played(self, levels: np.ndarray) -> None:
+        self.policy.played(levels)
 
     def extras(self) -> Mapping[str, np.ndarray]:
         return {**self.policy.extras(), "wanted": self._wanted}
 
 
-class Exploring(Wrapper):
+class Exploring(Prefixed):
     """Another policy, some of whose levels are replaced by uniformly random ones, to visit states that it would not.
 
     `share` is the probability of a random level, one for all episodes or [episodes]. Each episode has a stream of its own.
     """
 
     def __init__(self, policy: Policy, share: float | np.ndarray):
-        super().__init__(policy)
-        self.name, self.share = f"{policy.name} exploring", np.asarray(share, dtype=float)
+        super().__init__(policy, np.empty((0, CHUNKS)))
+        self.name, self.share = f"{policy.name} exploring", np.reshape(share, (-1, 1))
         if ((self.share < 0) | (self.share > 1)).any():
             raise ValueError(f"the share of random levels must lie between 0 and 1, not {share}")
 
     def reset(self, episodes: Episodes) -> None:
-        super().reset(episodes)
         streams = [np.random.default_rng([episodes.seed, row, 1]) for row in range(len(episodes))]
-        self._levels = np.array([stream.integers(0, LEVELS, CHUNKS) for stream in streams])
+        levels = np.array([stream.integers(0, LEVELS, CHUNKS) for stream in streams])
         chance = np.array([stream.random(CHUNKS) for stream in streams])
-        self._random = chance < np.broadcast_to(self.share, len(episodes))[:, None]
-
-    def act(self, observation: Observation) -> np.ndarray:
-        rows, decision = observation.episode, observation.chunk - 1
-        wanted = self.policy.act(observation)
-        if observation.chunk >= CHUNKS:
-            return wanted
-        levels = np.where(self._random[rows, decision], self._levels[rows, decision], wanted)
-        self.policy.played(levels)
-        return levels
+        self.levels = np.roll(np.where(chance < self.share, levels, -1), 1, axis=1)  # decision i is about chunk i + 1
+        super().reset(episodes)
