@@ -25,7 +25,7 @@ import pandas as pd
 from netllm_lib import checkpoint, runs, stats
 from netllm_lib.abr import qoe
 from netllm_lib.abr.batches import WindowConfig, make_windows
-from netllm_lib.abr.episodes import Episodes, Progress, sound_episodes
+from netllm_lib.abr.episodes import Episodes, sound_episodes
 from netllm_lib.abr.hindsight import Grid, hindsight_values
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork
 from netllm_lib.abr.play import play
@@ -42,7 +42,12 @@ from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.train import TrainConfig, train
 
 DECISIONS = CHUNKS - 1
-MEAN_MBPS = (0.45, 4.5)  # bandwidths of traces on which something can be learnt: all stall below, none above
+SCALE = (0.6, 1.6)  # a trace's bandwidths are multiplied by a factor from here (log-uniform)
+MEAN_MBPS = (
+    0.45,
+    4.5,
+)  # the factor is cut so that the mean stays within: all stall below, nothing is to be learnt above
+VALIDATION_SHARE, LATER_RATE = 0.3, 0.7  # of the traces; factor on the learning rates from the second round on
 SMALL_TRAINING = TrainConfig(batch=64, lr=1e-3, lr_around=1e-3, weight_decay=0.01, max_grad_norm=1.0)
 
 
@@ -52,21 +57,16 @@ class ImproveConfig:
 
     groups: int = 120  # perturbed traces in a round
     starts: int = 8  # episodes on each, from random places
-    scale: tuple[float, float] = (0.6, 1.6)  # a trace's bandwidths are multiplied by a factor from here (log-uniform)
-    mean_mbps: tuple[float, float] = MEAN_MBPS  # the factor is cut so that the trace's mean stays within
     exploration: float = 0.1  # share of random levels, in all episodes of the first round and half of the later ones
     grid: Grid = field(default_factory=Grid)  # of the hindsight values
     learn: Literal["values", "best"] = "values"  # "best": cross-entropy with the best level, to compare with
     epochs: tuple[int, ...] = (8, 5, 4, 4)  # of each round, over all pools so far; as many rounds
-    later_rate: float = 0.7  # factor on the learning rates from the second round on
     train: TrainConfig = SMALL_TRAINING
     seed: int = 1  # of traces, starts, exploration and the order of windows
 
     def __post_init__(self) -> None:
         if not self.epochs or min(self.groups, self.starts, *self.epochs) < 1:
             raise ValueError(f"at least one round, group, start and epoch are needed: {self}")
-        if not 0 < self.scale[0] <= self.scale[1] or not 0 < self.mean_mbps[0] < self.mean_mbps[1]:
-            raise ValueError(f"scale={self.scale}, mean_mbps={self.mean_mbps}: (lowest, highest), both positive")
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,12 @@ class Improved:
 
     rounds: pd.DataFrame  # round, episodes, pool_reward, regret (of the levels played), loss, score, seconds
     policy: Path  # checkpoint of the last round, or of an earlier one that played the validation episodes surely better
-    pools: list[Path]  # of each round
 
 
-def small_network(seed: int = 1, state_feature_dim: int = 64, max_timestep: int = DECISIONS - 1) -> PolicyNetwork:
+def small_network(seed: int = 1, max_timestep: int = DECISIONS - 1) -> PolicyNetwork:
     """A transformer of two layers, 0.8 M parameters, from random weights, all of it trained: what a PLM is to be held against."""
     plm = load_plm(PLMConfig("tiny-llama", rank=-1, seed=seed))
-    return PolicyNetwork(plm, NetworkConfig(state_feature_dim, max_timestep=max_timestep, tokens="step", seed=seed))
+    return PolicyNetwork(plm, NetworkConfig(64, max_timestep=max_timestep, tokens="step", seed=seed))
 
 
 class Split(NamedTuple):
@@ -93,41 +92,31 @@ class Split(NamedTuple):
     dropped: int  # training traces that share content with a test trace
 
 
-def leak_free(
-    traces: TraceSet,
-    test: TraceSet,
-    *,
-    share: float = 0.3,
-    synthetic: int = 0,
-    mean_mbps: tuple[float, float] = MEAN_MBPS,
-    seed: int = 1,
-) -> Split:
+def leak_free(traces: TraceSet, test: TraceSet, *, synthetic: int = 0, seed: int = 1) -> Split:
     """Training and validation traces out of `traces` without those that share content with `test`, and `synthetic` made ones.
 
     Made traces are of the default `BandwidthModel`, which no trace set was fitted to. The validation traces' bandwidths are
-    scaled into `mean_mbps`, like those that are trained on: a trace on which nobody can play decides every mean. Raises
-    ValueError if fewer than two traces are left.
+    scaled like those that are trained on: a trace on which nobody can play decides every mean. Raises ValueError if fewer than two
+    traces are left.
     """
     clean = traces.subset(np.flatnonzero(~overlapping(traces, test)))
     dropped = len(traces) - len(clean)
     if len(clean) < 2:
         raise ValueError(f"{dropped} of {len(traces)} traces of {traces.name} share content with {test.name}")
-    training, held = split_validation(clean, share, seed)
+    training, held = split_validation(clean, VALIDATION_SHARE, seed)
     made = generate_traces("synthetic", synthetic, seed).traces
     whole = TraceSet(f"{traces.name} without overlap", training.traces + made)
-    return Split(whole, held, perturbed(held, len(held), (1.0, 1.0), mean_mbps, seed), dropped)
+    return Split(whole, held, perturbed(held, len(held), seed, scale=(1.0, 1.0)), dropped)
 
 
-def perturbed(
-    traces: TraceSet, count: int, scale: tuple[float, float], mean_mbps: tuple[float, float], seed: int
-) -> TraceSet:
+def perturbed(traces: TraceSet, count: int, seed: int, scale: tuple[float, float] = SCALE) -> TraceSet:
     """`count` traces drawn from `traces` (each as often as any other), their bandwidths multiplied by a random factor."""
-    rng = np.random.default_rng(seed)
-    order = np.concatenate([rng.permutation(len(traces)) for _ in range(-(-count // len(traces)))])[:count]
+    rng, (low, high) = np.random.default_rng(seed), np.log(scale)
+    order = np.concatenate([rng.permutation(len(traces)) for _ in range(-(-count // len(traces)))])
     made = []
-    for number, factor in enumerate(np.exp(rng.uniform(np.log(scale[0]), np.log(scale[1]), count))):
+    for number, factor in enumerate(np.exp(rng.uniform(low, high, count))):
         trace = traces.traces[order[number]]
-        factor = float(np.clip(factor, mean_mbps[0] / trace.mean_mbps, mean_mbps[1] / trace.mean_mbps))
+        factor = float(np.clip(factor, *(limit / trace.mean_mbps for limit in MEAN_MBPS)))
         made.append(Trace(f"{number:04d}-{trace.name}", trace.time_s, trace.mbps * factor))
     return TraceSet(f"{traces.name} (perturbed)", tuple(made))
 
@@ -152,64 +141,57 @@ def improve(
     config = config or ImproveConfig()
     player: Policy = first or RobustMPC(video)
     places = [Path(folder) / f"round-{number + 1}" for number in range(len(config.epochs))]
-    rounds: list[tuple[ExperiencePool, np.ndarray]] = []
+    pools: list[ExperiencePool] = []
+    targets: list[np.ndarray] = []
     rows, tables = [], []
     for number, (place, epochs) in enumerate(zip(places, config.epochs, strict=True)):
-        stages = [
-            progress(f"round {number + 1} of {len(places)}, {what}") if progress else None for what in ("play", "train")
-        ]
-        pool, values = _play_round(player, traces, video, config, number, place, stages[0])
-        rounds.append((pool, values))
-        pools, targets = zip(*rounds, strict=True)
-        shape = WindowConfig(w=DECISIONS)
+        title = f"round {number + 1} of {len(places)}"
+        playing, learning = (progress(f"{title}, {what}") if progress else None for what in ("play", "train"))
+        chosen, episodes = _episodes(traces, config, number, config.groups)
+        exploring = np.full(len(episodes), config.exploration)
+        exploring[1::2] *= number == 0
+        explorer = Exploring(player, exploring)
+        pools.append(generate_pool(explorer, chosen, video, episodes, path=place / "pool", progress=playing))
+        targets.append(_values(pools[-1], Simulator(chosen, video, episodes), config.grid, place))
+        pool, values, shape = pools[-1], targets[-1], WindowConfig(w=DECISIONS)
         windows = make_windows(concatenate(pools), shape, values=np.concatenate(targets), learn=config.learn)
-        factor = config.later_rate if number else 1.0
+        settings, factor = windows.settings, LATER_RATE if number else 1.0
         rates: Any = {name: factor * getattr(config.train, name) for name in ("lr", "lr_around")}
-        training = dataclasses.replace(config.train, epochs=epochs, seed=config.seed + number, **rates)
-        settings, to = windows.settings, place / "training"
-        done = train(network, windows, training, folder=to, settings=settings, progress=stages[1])
+        plan = dataclasses.replace(config.train, epochs=epochs, seed=config.seed + number, **rates)
+        done = train(network, windows, plan, folder=place / "training", settings=settings, progress=learning)
         player = LLMPolicy(network, checkpoint.describe(network, settings))
         tables += [play(player, held)] if held is not None else []
         played = np.take_along_axis(values, pool.actions[:, None], axis=1)[:, 0]
-        row: dict[str, Any] = {
-            "round": number + 1,
-            "episodes": len(pool.episode_starts),
-            "pool_reward": float(pool.rewards.mean()),
-        }
-        row |= {"regret": float((values.max(axis=1) - played).mean()), "loss": done.final_loss}
-        row |= {"score": qoe.summarise(tables[-1]).reward if tables else float("nan"), "seconds": done.seconds}
-        rows.append(row)
+        rows.append(
+            {
+                "round": number + 1,
+                "episodes": len(pool.episode_starts),
+                "pool_reward": float(pool.rewards.mean()),
+                "regret": float((values.max(axis=1) - played).mean()),
+                "loss": done.final_loss,
+                "score": qoe.summarise(tables[-1]).reward if tables else float("nan"),
+                "seconds": done.seconds,
+            }
+        )
     best = places[chosen_round(tables)] if tables else places[-1]
-    return Improved(pd.DataFrame(rows), best / "training" / "final", [place / "pool" for place in places])
+    return Improved(pd.DataFrame(rows), best / "training" / "final")
 
 
-def _play_round(
-    player: Policy,
-    traces: TraceSet,
-    video: Video,
-    config: ImproveConfig,
-    number: int,
-    place: Path,
-    progress: Progress | None,
-) -> tuple[ExperiencePool, np.ndarray]:
-    """A round's pool and the values [T, 6] of all levels in its states."""
-    chosen, episodes = _episodes(traces, config, number, config.groups)
-    exploring = np.arange(len(episodes)) % 2 == 0 if number else np.ones(len(episodes), dtype=bool)
-    explorer = Exploring(player, config.exploration * exploring)
-    pool = generate_pool(explorer, chosen, video, episodes, path=place / "pool", progress=progress)
-    path = place / f"values-{runs.content_hash([config.grid, pool.content_hash()])}.npy"
+def _values(pool: ExperiencePool, simulator: Simulator, grid: Grid, folder: Path) -> np.ndarray:
+    """[T, 6] what every level would have earned in the states of a pool; kept in `folder`."""
+    path = folder / f"values-{runs.content_hash([grid, pool.content_hash()])}.npy"
     if not path.is_file():
-        levels = np.concatenate([np.zeros((len(episodes), 1), np.int64), pool.actions.reshape(-1, DECISIONS)], axis=1)
-        values = hindsight_values(Simulator(chosen, video, episodes), levels, config.grid)[:, 1:].reshape(-1, 6)
+        levels = np.pad(pool.actions.reshape(-1, DECISIONS), ((0, 0), (1, 0)))
+        values = hindsight_values(simulator, levels, grid)[:, 1:].reshape(-1, 6)
         with runs.atomic_path(path) as aside, open(aside, "wb") as stream:
             np.save(stream, values.astype(np.float32))
-    return pool, np.load(path)
+    return np.load(path)
 
 
 def _episodes(traces: TraceSet, config: ImproveConfig, number: int, groups: int) -> tuple[TraceSet, Episodes]:
     """Perturbed traces and their episodes; every `number` has others."""
     seed = config.seed * 1000 + number
-    chosen = perturbed(traces, groups, config.scale, config.mean_mbps, seed)
+    chosen = perturbed(traces, groups, seed)
     return chosen, sound_episodes(chosen, seed=seed, repeats=config.starts)
 
 
