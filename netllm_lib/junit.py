@@ -7,7 +7,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from netllm_lib import runs
 
@@ -25,23 +25,20 @@ def write(path: Path, suite: str, outcomes: Sequence[Outcome], verdicts: Sequenc
     """Write the file, atomically. Raises StorageError where that is not possible."""
     root = ET.Element("testsuites")
     element = ET.SubElement(root, "testsuite", name=suite, timestamp=time.strftime("%Y-%m-%dT%H:%M:%S"))
-    for one in outcomes:
-        where = f"run folder: {one.folder}" if one.folder else ""
-        _add(element, suite, one.name, one.state, one.problem, "\n".join(one.traceback), where, one.seconds)
-    for verdict in verdicts:
-        _add(element, f"{suite}.gates", verdict.title, verdict.state, verdict.reason, verdict.reason, verdict.reason)
+    rows: list[tuple[Any, ...]] = []
+    for o in outcomes:
+        folder = f"run folder: {o.folder or 'none'}"
+        rows.append((suite, o.name, o.seconds, o.state, o.problem, "\n".join(o.traceback), folder))
+    rows += [(f"{suite}.gates", v.title, 0.0, v.state, v.reason, v.reason, v.reason) for v in verdicts]
+    for group, name, seconds, state, *texts in rows:
+        name, problem, details, output = (NOT_TEXT.sub("", text) for text in (name, *texts))
+        case = ET.SubElement(element, "testcase", classname=group, name=name, time=f"{seconds:.3f}")
+        if tag := TAGS.get(state):
+            ET.SubElement(case, tag, message=problem).text = details
+        ET.SubElement(case, "system-out").text = output
     for name, tag in {"failures": "failure", "errors": "error", "skipped": "skipped", "tests": "."}.items():
         for part in (root, element):
             part.set(name, str(len(element.findall(f"testcase/{tag}"))))
     ET.indent(root)
     with runs.atomic_path(path) as aside:
         ET.ElementTree(root).write(aside, encoding="utf-8", xml_declaration=True)
-
-
-def _add(
-    suite: ET.Element, group: str, name: str, state: str, problem: str, details: str, output: str, seconds: float = 0.0
-) -> None:
-    case = ET.SubElement(suite, "testcase", classname=group, name=NOT_TEXT.sub("", name), time=f"{seconds:.3f}")
-    if tag := TAGS.get(state):
-        ET.SubElement(case, tag, message=NOT_TEXT.sub("", problem)).text = NOT_TEXT.sub("", details)
-    ET.SubElement(case, "system-out").text = NOT_TEXT.sub("", output)

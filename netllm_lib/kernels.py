@@ -5,8 +5,6 @@ where it is idle; one that computes without releasing Python's lock would go on 
 again. On Linux the system is asked to kill it with its parent.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Any
@@ -30,9 +28,8 @@ class BoundKernelManager(AsyncKernelManager):
     """Starts kernels that die with this process, and that know that nobody is watching."""
 
     def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
-        command = super().format_kernel_cmd(extra_arguments)
         bound = [sys.executable, "-ISc", DIE_WITH_PARENT, str(os.getpid())] if sys.platform == "linux" else []
-        return [*bound, *command]
+        return [*bound, *super().format_kernel_cmd(extra_arguments)]
 
     async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
         await super().start_kernel(env={"GOMP_SPINCOUNT": SPIN, **os.environ, "NETLLM_HEADLESS": "1"}, **options)

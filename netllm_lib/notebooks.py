@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from netllm_lib import reports as pages
 
 NOTEBOOKS = runs.PROJECT / "notebooks"
 REPORT = pages.REPORT
+"""The executed notebook as a page that opens offline."""
+
 TIMEOUT_S = 3600.0
 """Time limit of one notebook where nothing else is asked for; zero means none."""
 
@@ -69,43 +71,32 @@ class NotebookRun:
     reused: bool
     """True when nothing was executed: the same content had been run before."""
 
-    @property
-    def report(self) -> Path:
-        """The executed notebook as a page that opens offline."""
-        return self.folder / REPORT
-
 
 # --- notebooks ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One assignment of a notebook's parameters cell."""
+    """One assignment of a notebook's parameters cell. `kind` is the annotated type, with `str` for a path."""
 
     kind: Any
-    """The annotated type, with `str` for a path."""
     default: Any
     is_path: bool
 
 
 @dataclass(frozen=True)
 class Notebook:
-    """A notebook as it lies on the disk, checked."""
+    """A notebook as it lies on the disk, checked. `content` is an nbformat node, `kernel` the name of a Jupyter kernel."""
 
     path: Path
     content: Any
-    """An nbformat node."""
+    kernel: str
     parameters: dict[str, Parameter]
     """All but `run_dir`, which the runner sets."""
 
     @property
     def name(self) -> str:
         return self.path.stem
-
-    @property
-    def kernel(self) -> str:
-        """Name of the Jupyter kernel that it is written for."""
-        return str(self.content.metadata.get("kernelspec", {}).get("name", "python3"))
 
     @property
     def code(self) -> list[str]:
@@ -116,7 +107,7 @@ class Notebook:
     def promised(self) -> list[str]:
         """Files that it promises: `metrics.json`, and those in its `# expected: a, b` comments."""
         lines = re.findall(r"^# expected: *(.+)$", "\n".join(self.code), flags=re.MULTILINE)
-        return [runs.METRICS, *(name.strip() for line in lines for name in line.split(",") if name.strip())]
+        return [runs.METRICS, *re.findall(r"[^\s,]+", " ".join(lines))]
 
     def fit(self, given: Mapping[str, Any], where: str = "") -> dict[str, Any]:
         """`given` with each value as its declared type; strings are read as that type, as the command line gives them.
@@ -163,6 +154,7 @@ def open_notebook(name: str | Path) -> Notebook:
     path = find_notebook(name)
     try:
         content = nbformat.read(path, as_version=4)
+        kernel = content.metadata.get("kernelspec", {}).get("name", "python3")
         declared = papermill.inspect_notebook(path)
         if declared.pop("run_dir", None) is None:
             raise ValueError('a cell tagged `parameters` needs `run_dir: str = ""`, the folder to write to')
@@ -172,7 +164,7 @@ def open_notebook(name: str | Path) -> Notebook:
     except (ValueError, SyntaxError, NameError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from None
     parameters = {name: Parameter(kinds[name], defaults[name], "Path" in types[name]) for name in declared}
-    return Notebook(path, content, parameters)
+    return Notebook(path, content, str(kernel), parameters)
 
 
 # --- what a run is made from --------------------------------------------------------------------------------------------
@@ -186,12 +178,14 @@ def input_hashes(notebook: Notebook, parameters: Mapping[str, Any]) -> dict[str,
     """
     cells = [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in notebook.content.cells]
     found = {"notebook": runs.content_hash(cells, digits=16), **arithmetic(notebook)}
-    for name, text in _paths(notebook, parameters):
-        place = runs.PROJECT / re.sub(r"(\.py):\w+$", r"\1", text)  # FILE.py:NAME is something in that file
-        if text and place.exists():
-            found[f"{name}: {_portable(text)}"] = fingerprint(place)
-        elif not text and name == "data":
-            found["data"] = fingerprint(Path(os.environ.get("NETLLM_DATA") or runs.PROJECT / "data"))
+    for name, parameter in notebook.parameters.items():
+        value = parameters.get(name, parameter.default) if parameter.is_path else []
+        for text in value if isinstance(value, list) else [value or ""]:
+            place = runs.PROJECT / re.sub(r"(\.py):\w+$", r"\1", text)  # FILE.py:NAME is something in that file
+            if text and place.exists():
+                found[f"{name}: {_portable(text)}"] = fingerprint(place)
+            elif not text and name == "data":
+                found["data"] = fingerprint(Path(os.environ.get("NETLLM_DATA") or runs.PROJECT / "data"))
     return found
 
 
@@ -222,14 +216,6 @@ def fingerprint(place: Path) -> str:
             content = f"{status.st_size}-{status.st_mtime_ns}" if large else runs.file_hash(file)
             digest.update(f"{file.relative_to(place)}\0{content}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _paths(notebook: Notebook, parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(parameter, path) of all parameters that are paths, lists item by item."""
-    for name, parameter in notebook.parameters.items():
-        if parameter.is_path:
-            value = parameters.get(name, parameter.default)
-            yield from ((name, text or "") for text in (value if isinstance(value, list) else [value]))
 
 
 def _portable(value: Any) -> Any:
@@ -278,7 +264,7 @@ def run_notebook(
         started = time.monotonic()
         try:
             _execute(notebook, executed, {**fitted, "run_dir": str(folder)}, timeout_s, echo)
-            if missing := _missing(folder, notebook.promised):
+            if missing := [name for name in notebook.promised if not (folder / name).exists()]:
                 problem = f"{notebook.name} ran, but did not write {', '.join(missing)} to {folder}"
                 raise NotebookError(problem, executed)
             metrics = _metrics(folder)
@@ -310,13 +296,9 @@ def _work(notebook: Notebook, fitted: Mapping[str, Any], group: str) -> tuple[st
 def _finished(notebook: Notebook, folder: Path) -> NotebookRun | None:
     """A run that is done, with everything that was promised still there."""
     run = runs.Run(folder)
-    if not run.done or _missing(folder, [*notebook.promised, REPORT]):
+    if not run.done or not all((folder / name).exists() for name in (*notebook.promised, REPORT)):
         return None
     return NotebookRun(folder, _metrics(folder), float(run.manifest.get("seconds", 0.0)), reused=True)
-
-
-def _missing(folder: Path, names: Sequence[str]) -> list[str]:
-    return [name for name in names if not (folder / name).exists()]
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
@@ -361,20 +343,17 @@ def _execute(notebook: Notebook, executed: Path, parameters: dict[str, Any], tim
     except RuntimeError as error:
         raise NotebookError(f"{notebook.name}: the kernel {notebook.kernel} did not start: {error}") from None
     finally:
-        lines.close()
+        lines.write("\n" if lines.rest else "")
 
     added = {"injected-parameters", "papermill-error-cell-tag"}
-    cells = [
-        cell for cell in nbformat.read(executed, as_version=4).cells if not added & set(cell.metadata.get("tags", []))
-    ]
-    code = [(number, cell) for number, cell in enumerate(cells, 1) if cell.cell_type == "code"]
+    kept = [c for c in nbformat.read(executed, as_version=4).cells if not added & set(c.metadata.get("tags", []))]
+    code = [(number, cell) for number, cell in enumerate(kept, 1) if cell.cell_type == "code"]
     begun = [(number, cell) for number, cell in code if cell.metadata.get("papermill", {}).get("start_time")]
     if not failure and len(begun) < len(code):
         failure = "stopped early, by sys.exit or the like; the cells after it were not run"
     if failure:
         number, cell = begun[-1] if begun else (0, {"source": ""})
-        first = next((line.strip() for line in cell["source"].splitlines() if line.strip()), "")
-        place = f"{notebook.name}: cell {number} of {len(cells)} ({first!r})"
+        place = f"{notebook.name}: cell {number} of {len(kept)} ({cell['source'].strip().partition(chr(10))[0]!r})"
         raise NotebookError(f"{place}: {failure}; executed so far: {executed}", executed, traceback)
 
 
@@ -390,9 +369,6 @@ class _Lines(io.TextIOBase):
             self.echo(line.rstrip("\r").rpartition("\r")[2])
         return len(text)
 
-    def close(self) -> None:
-        self.write("\n" if self.rest else "")
-
 
 # --- sources ------------------------------------------------------------------------------------------------------------
 
@@ -407,14 +383,6 @@ def generate(source: Path) -> str:
     return jupytext.writes(notebook, fmt="ipynb") + "\n"
 
 
-def main() -> None:
-    """Regenerate `notebooks/*.ipynb` where they differ from their sources."""
-    for source in sorted(NOTEBOOKS.glob("*.py")):
-        path, text = source.with_suffix(".ipynb"), generate(source)
-        if not path.is_file() or path.read_text() != text:
-            path.write_text(text)
-            print(f"wrote {path.relative_to(runs.PROJECT)}")
-
-
 if __name__ == "__main__":
-    main()
+    for source in sorted(NOTEBOOKS.glob("*.py")):
+        source.with_suffix(".ipynb").write_text(generate(source))

@@ -18,8 +18,7 @@ pool_dir = "{03_experience_pool}"   # the run folder of an earlier step; "{…}/
 notebook = "check.ipynb"
 after = ["04_finetune"]   # needs that step to have succeeded, though no parameter names its files
 
-A step that fails stops those that need it, by `{step}` or `after`, and those that need these; the others go on. The table
-`[gate]` is read by `gate`.
+A step that fails stops those that need it, by `{step}` or `after`; the others go on. The table `[gate]` is read by `gate`.
 """
 
 from __future__ import annotations
@@ -46,9 +45,6 @@ Name = Annotated[str, StringConstraints(pattern=r"^(\w[\w .-]*)?$")]
 """A name that becomes part of a folder's name."""
 
 
-# --- the file -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Step:
     """One notebook of a pipeline: a `[[step]]` as it stands in the file, and as it is run."""
@@ -70,22 +66,13 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A pipeline file as it stands there."""
+class Pipeline:
+    """A pipeline file as it stands there, or with its steps named, their parameters filled in and checked."""
 
     step: tuple[Step, ...]
     name: Name = ""
-    parameters: dict[str, Any] = field(default_factory=dict)
-    gate: Any = None
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """Steps in order, their parameters filled in and checked."""
-
-    name: str
     """By default the file's; the first part of the names of the run folders."""
-    steps: tuple[Step, ...]
+    parameters: dict[str, Any] = field(default_factory=dict)
     gate: Any = None
     """The file's `[gate]`, unchecked: `gate.read_gates` reads it."""
 
@@ -96,7 +83,7 @@ def single(name: str | Path, given: Mapping[str, Any]) -> Pipeline:
     step = Step(notebook.path, notebook.name, notebook.fit(given))
     if step.needs:
         raise ValueError(f"{notebook.name}: {{{step.needs[0]}}} stands for a step, and a single notebook has no others")
-    return Pipeline("run", (step,))
+    return Pipeline((step,), "run")
 
 
 def read_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Pipeline:
@@ -106,14 +93,12 @@ def read_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) 
     `[parameters]`, the step's own table, `key`, `step.key`. FileNotFoundError if there is no such file, ValueError for whatever is
     unknown, unused or does not fit.
     """
-    path = Path(path)
-    table: Table = config.parse(Table, config.read_toml(path), str(path))
+    path, overrides = Path(path), overrides or {}
+    table: Pipeline = config.parse(Pipeline, config.read_toml(path), str(path))
     if not table.step:
         raise ValueError(f"{path}: a pipeline needs at least one [[step]]")
-    everywhere = {key: value for key, value in (overrides or {}).items() if "." not in key}
-    single = {key: value for key, value in (overrides or {}).items() if "." in key}
-    unused, known = {*table.parameters, *everywhere}, set[str]()
     steps: dict[str, Step] = {}
+    unused, known = {*table.parameters, *overrides}, set[str]()
     for row in table.step:
         beside = path.parent / row.notebook
         notebook = notebooks.open_notebook(beside if beside.is_file() else row.notebook)
@@ -121,26 +106,25 @@ def read_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) 
         where = f"{path.name}, step {name}"
         if name in steps:
             raise ValueError(f"{where}: another step has this name")
-        own = {key: single.pop(key) for key in list(single) if key.startswith(f"{name}.")}
-        given = {key: value for key, value in table.parameters.items() if key in notebook.parameters}
-        given |= row.parameters
-        given |= {key: value for key, value in everywhere.items() if key in notebook.parameters}
-        given |= {key.removeprefix(f"{name}."): value for key, value in own.items()}
-        steps[name] = replace(row, notebook=notebook.path, name=name, parameters=notebook.fit(given, where))
-        earlier = list(steps)[:-1]
-        for need in steps[name].needs:
-            if need not in earlier:
-                raise ValueError(
-                    f"{where} needs {need}, which is no earlier step; those are: {', '.join(earlier) or 'none'}"
-                )
-        unused -= set(notebook.parameters)
-        known |= set(notebook.parameters)
-    if single:
-        raise ValueError(f"{path.name} has no step for '{next(iter(single))}'; steps: {', '.join(steps)}")
+        own = {key.removeprefix(f"{name}."): value for key, value in overrides.items() if key.startswith(f"{name}.")}
+        general, strong = (
+            {key: value for key, value in some.items() if key in notebook.parameters}
+            for some in (table.parameters, overrides)
+        )
+        given = notebook.fit({**general, **row.parameters, **strong, **own}, where)
+        step = replace(row, notebook=notebook.path, name=name, parameters=given)
+        if missing := [need for need in step.needs if need not in steps]:
+            earlier = ", ".join(steps) or "none"
+            raise ValueError(f"{where} needs {missing[0]}, which is no earlier step; those are: {earlier}")
+        steps[name] = step
+        known |= {*notebook.parameters}
+        unused -= {*notebook.parameters, *(f"{name}.{key}" for key in own)}
     for key in sorted(unused):
+        if "." in key:
+            raise ValueError(f"{path.name} has no step for '{key}'; steps: {', '.join(steps)}")
         hint = config.did_you_mean(key, known)
         raise ValueError(f"no step of {path.name} has a parameter '{key}'{hint}; known: {', '.join(sorted(known))}")
-    return Pipeline(table.name or path.stem, tuple(steps.values()), table.gate)
+    return Pipeline(tuple(steps.values()), table.name or path.stem, gate=table.gate)
 
 
 # --- running ------------------------------------------------------------------------------------------------------------
@@ -152,27 +136,18 @@ class Outcome:
 
     name: str
     state: Literal["done", "reused", "failed", "skipped"]
-    run: NotebookRun | None
+    run: NotebookRun | None = None
     """None unless done or reused."""
-    seconds: float
+    folder: Path | None = None
+    """Its run folder; of a failed step, where the notebook so far is. None if nothing was executed."""
+    seconds: float = 0.0
     """Spent on it now: next to nothing where an earlier run was reused."""
     problem: str = ""
     """Why it failed or was skipped, in one line."""
+    traceback: tuple[str, ...] = ()
+    """Lines of the failed cell's traceback, or of the error's own if it did not come from a notebook."""
     error: Exception | None = None
     """What it failed with."""
-
-    @property
-    def folder(self) -> Path | None:
-        """Its run folder; of a failed step, where the notebook so far is. None if nothing was executed."""
-        executed = getattr(self.error, "executed", None)
-        return self.run.folder if self.run else executed.parent if executed else None
-
-    @property
-    def traceback(self) -> list[str]:
-        """Lines of the failed cell's traceback, or of the error's own if it did not come from a notebook."""
-        if isinstance(self.error, NotebookError) or self.error is None:
-            return [line for text in getattr(self.error, "traceback", ()) for line in text.splitlines()]
-        return "".join(traceback.format_exception(self.error)).splitlines()
 
     def __str__(self) -> str:
         if self.run is None:
@@ -191,37 +166,40 @@ def run_steps(
     `summary.txt` goes to `echo`, and where its report lies.
     """
     outcomes: dict[str, Outcome] = {}
-    for number, step in enumerate(pipeline.steps, 1):
-        echo(f"[{number}/{len(pipeline.steps)}] {step.name}")
-        folders = {name: outcome.run.folder for name, outcome in outcomes.items() if outcome.run}
-        if lost := next((name for name in step.needs if name not in folders), None):
-            state = "failed" if outcomes[lost].state == "failed" else "was skipped"
-            outcome = Outcome(step.name, "skipped", None, 0.0, f"it needs {lost}, which {state}")
-        else:
-            limit_s = step.timeout_s if timeout_s is None else timeout_s
-            options: dict[str, Any] = {"group": pipeline.name, "timeout_s": limit_s, "force": force}
-            options["echo"] = lambda line: echo(f"      {line}")
-            outcome = attempt(step, folders, **options)
-        outcomes[step.name] = outcome
-        echo(f"      {outcome}")
-    last = outcome.run
+    for number, step in enumerate(pipeline.step, 1):
+        echo(f"[{number}/{len(pipeline.step)}] {step.name}")
+        options: dict[str, Any] = {"timeout_s": step.timeout_s if timeout_s is None else timeout_s, "force": force}
+        options |= {"group": pipeline.name, "echo": lambda line: echo(f"      {line}")}
+        outcomes[step.name] = attempt(step, outcomes, **options)
+        echo(f"      {outcomes[step.name]}")
+    last = outcomes[pipeline.step[-1].name].run
     if last and all(outcome.run for outcome in outcomes.values()):
         if (last.folder / SUMMARY).is_file():
             echo("\n" + (last.folder / SUMMARY).read_text().rstrip() + "\n")
-        echo(f"report: {shown(last.report)}")
+        echo(f"report: {shown(last.folder / notebooks.REPORT)}")
     return list(outcomes.values())
 
 
-def attempt(step: Step, folders: Mapping[str, Path], **options: Any) -> Outcome:
-    """Run one step by `run_notebook`; `folders` are those of the steps that it needs. Raises nothing but KeyboardInterrupt."""
+def attempt(step: Step, before: Mapping[str, Outcome], **options: Any) -> Outcome:
+    """Run one step by `run_notebook`, unless one of those `before` that it needs did not succeed.
+
+    Raises nothing but KeyboardInterrupt: whatever the error is, it is this step's, and others may go on.
+    """
     started = time.monotonic()
+    if lost := next((before[name] for name in step.needs if before[name].run is None), None):
+        state = "failed" if lost.state == "failed" else "was skipped"
+        return Outcome(step.name, "skipped", problem=f"it needs {lost.name}, which {state}")
     try:
+        folders = {name: one.run.folder for name, one in before.items() if one.run}
         done = notebooks.run_notebook(step.notebook, resolve(step.parameters, folders), **options)
-    except Exception as error:  # whatever it is, it is this step's: others may go on
+    except Exception as error:
+        ours = error if isinstance(error, NotebookError) else NotebookError(str(error))
         known = isinstance(error, NotebookError | ValueError | OSError)
         problem = " ".join(f"{'' if known else f'unexpected {type(error).__name__}: '}{error}".split())
-        return Outcome(step.name, "failed", None, time.monotonic() - started, problem, error)
-    return Outcome(step.name, "reused" if done.reused else "done", done, time.monotonic() - started)
+        lines = "\n".join(ours.traceback if ours is error else traceback.format_exception(error)).splitlines()
+        folder = ours.executed.parent if ours.executed else None
+        return Outcome(step.name, "failed", None, folder, time.monotonic() - started, problem, tuple(lines), error)
+    return Outcome(step.name, "reused" if done.reused else "done", done, done.folder, time.monotonic() - started)
 
 
 def raise_failures(pipeline: str, outcomes: Sequence[Outcome]) -> None:

@@ -21,8 +21,8 @@ seeds = [1, 2, 3]
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ PIPELINES = notebooks.NOTEBOOKS / "pipelines"
 
 @dataclass(frozen=True)
 class SweepTable:
-    """A sweep file."""
+    """A sweep file as it stands there."""
 
     name: Name = ""
     pipeline: str | None = None
     notebook: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
-    grid: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
     point: tuple[dict[str, Any], ...] = ({},)
     seeds: tuple[int, ...] = ()
     seed_parameters: tuple[str, ...] = ()
@@ -53,23 +53,6 @@ class SweepTable:
             raise ValueError('one of `pipeline = "FILE.toml"` and `notebook = "NAME"` is needed')
         if self.seed_parameters and not self.seeds:
             raise ValueError("seed_parameters without seeds = [1, 2, …]")
-
-
-@dataclass(frozen=True)
-class SweepStep:
-    """One run of one notebook, which several points may share."""
-
-    step: Step
-    group: str
-    """First part of the name of the run folder, as a plain `netllm run` would have it."""
-    needs: dict[str, str]
-    """Key of the run that is meant by each `{step}` in its parameters."""
-
-    @property
-    def key(self) -> str:
-        """Says all that decides the run but the library and the data."""
-        what = [str(self.step.notebook), self.group, self.step.parameters, self.needs]
-        return f"{self.step.name}-{runs.content_hash(what)}"
 
 
 @dataclass(frozen=True)
@@ -92,10 +75,13 @@ class Sweep:
     path: Path
     name: str
     points: tuple[Point, ...]
-    steps: dict[str, SweepStep]
-    """Distinct runs by key; each comes after those that it needs."""
+    steps: dict[str, Step]
+    """Distinct runs by key, which says all that decides the run but the library and the data."""
+    needs: dict[str, dict[str, str]]
+    """By the same key: the key of the run that is meant by each `{step}` in its parameters, which comes before it."""
+    group: str
+    """First part of the names of the run folders, as a plain `netllm run` would have it."""
     seed_parameters: tuple[str, ...]
-    timeout_s: float | None
     cluster: Slurm | None
 
 
@@ -111,26 +97,32 @@ def read_sweep(path: str | Path) -> Sweep:
     seeded = table.seed_parameters or (_seed_parameters(plain) if table.seeds else ())
     if table.seeds and not seeded:
         raise ValueError(f"{path}: no step has a parameter `seed`; name what the seeds are for in seed_parameters")
-    chosen = list(_combinations(path, table, [step.name for step in plain.steps], seeded))
+    elsewhere = {*table.parameters, *(key for row in table.point for key in row)}
+    if twice := {*table.grid, *seeded} & elsewhere or {*table.grid} & {*seeded}:
+        raise ValueError(f"{path}: {min(twice)} is varied by [grid] or `seeds`; leave it out elsewhere")
+    grid = [dict(zip(table.grid, values, strict=True)) for values in itertools.product(*table.grid.values())]
+    chosen = [{**table.parameters, **row, **values} for row, values in itertools.product(table.point, grid)]
     points: list[Point] = []
-    steps: dict[str, SweepStep] = {}
-    for parameters, seed in itertools.product(chosen, table.seeds or (None,)):
-        number = len(points) + 1
-        label = describe(_differing(parameters, chosen), seed) or "the only point"
+    steps: dict[str, Step] = {}
+    needs: dict[str, dict[str, str]] = {}
+    for number, (given, seed) in enumerate(itertools.product(chosen, table.seeds or (None,)), 1):
+        varied = {key: value for key, value in given.items() if any(other.get(key) != value for other in chosen)}
+        label = describe(varied, seed) or "the only point"
         try:
-            pipeline = _pipeline(path, table, {**parameters, **dict.fromkeys(seeded, seed)})
+            pipeline = _pipeline(path, table, {**given, **dict.fromkeys(seeded, seed)})
         except ValueError as error:
             raise ValueError(f"{path}, point {number} ({label}): {error}") from None
         keys: dict[str, str] = {}
-        for step in pipeline.steps:
-            one = SweepStep(step, pipeline.name, {name: keys[name] for name in step.needs})
-            steps.setdefault(one.key, one)
-            keys[step.name] = one.key
-        for other in points:
-            if other.runs == keys:
-                raise ValueError(f"{path}: points {other.number} and {number} are the same ({label})")
-        points.append(Point(number, parameters, seed, label, keys))
-    return Sweep(path, table.name or path.stem, tuple(points), steps, tuple(seeded), table.timeout_s, table.cluster)
+        for step in pipeline.step:
+            before = {name: keys[name] for name in step.needs}
+            decides = [str(step.notebook), pipeline.name, step.parameters, before]
+            key = keys[step.name] = f"{step.name}-{runs.content_hash(decides)}"
+            needs[key] = before
+            steps[key] = step if table.timeout_s is None else replace(step, timeout_s=table.timeout_s)
+        if twin := next((other.number for other in points if other.runs == keys), None):
+            raise ValueError(f"{path}: points {twin} and {number} are the same ({label})")
+        points.append(Point(number, given, seed, label, keys))
+    return Sweep(path, table.name or path.stem, tuple(points), steps, needs, plain.name, seeded, table.cluster)
 
 
 def describe(parameters: Mapping[str, Any], seed: int | None = None) -> str:
@@ -152,9 +144,8 @@ def _pipeline(path: Path, table: SweepTable, given: Mapping[str, Any]) -> Pipeli
         if place.is_file():
             return pipelines.read_pipeline(place, given)
     known = sorted(file.name for file in PIPELINES.glob("*.toml"))
-    raise FileNotFoundError(
-        f"{path}: no pipeline {named}{config.did_you_mean(named.name, known)}; known: {', '.join(known)}"
-    )
+    hint = config.did_you_mean(named.name, known)
+    raise FileNotFoundError(f"{path}: no pipeline {named}{hint}; known: {', '.join(known)}")
 
 
 def _seed_parameters(pipeline: Pipeline) -> tuple[str, ...]:
@@ -163,31 +154,6 @@ def _seed_parameters(pipeline: Pipeline) -> tuple[str, ...]:
     A step with another default keeps it: it samples by a protocol (notebook 05 has the original's 100003), so that all points are
     tested with the same random numbers.
     """
-    declared = {step.name: notebooks.open_notebook(step.notebook).parameters.get("seed") for step in pipeline.steps}
+    declared = {step.name: notebooks.open_notebook(step.notebook).parameters.get("seed") for step in pipeline.step}
     defaults = {name: parameter.default for name, parameter in declared.items() if parameter is not None}
     return tuple(f"{name}.seed" for name in defaults if defaults[name] == next(iter(defaults.values())))
-
-
-def _combinations(path: Path, table: SweepTable, steps: list[str], seeded: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Parameters of every point but for the seed: each of the list, merged over the fixed ones, times the grid."""
-    fixed, *rows = (_flat(row, steps) for row in (table.parameters, *table.point))
-    grid: dict[str, list[Any]] = config.parse(dict[str, list[Any]], _flat(table.grid, steps), f"{path}, [grid]")
-    named = [*grid, *seeded, *dict.fromkeys(key for row in (fixed, *rows) for key in row)]
-    if twice := [key for key in named if named.count(key) > 1]:
-        raise ValueError(f"{path}: {twice[0]} is varied by [grid] or `seeds`; leave it out elsewhere")
-    for row, values in itertools.product(rows, itertools.product(*grid.values())):
-        yield {**fixed, **row, **dict(zip(grid, values, strict=True))}
-
-
-def _flat(table: Mapping[str, Any], steps: list[str]) -> dict[str, Any]:
-    """`step.key = …`, which TOML reads as a table in a table, as `{"step.key": …}`."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        inner = isinstance(value, dict) and key in steps
-        flat |= {f"{key}.{name}": item for name, item in value.items()} if inner else {key: value}
-    return flat
-
-
-def _differing(parameters: Mapping[str, Any], points: list[dict[str, Any]]) -> dict[str, Any]:
-    """Those of a point's parameters that do not have the same value in all points."""
-    return {key: value for key, value in parameters.items() if any(point.get(key) != value for point in points)}

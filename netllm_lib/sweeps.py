@@ -15,16 +15,16 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from netllm_lib import notebooks, pipelines, runs
 from netllm_lib.notebooks import Echo, NotebookError, NotebookRun
-from netllm_lib.pipelines import Step
-from netllm_lib.sweep_file import Point, Sweep
+from netllm_lib.pipelines import Outcome, Step
+from netllm_lib.sweep_file import Sweep
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -34,55 +34,15 @@ BUSY_S = 6 * 3600.0
 """How long to wait for a run folder that another process is writing, where the notebook has no time limit."""
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What became of one run. It travels between workers and client."""
-
-    state: Literal["done", "reused", "failed", "skipped"]
-    folder: Path | None = None
-    seconds: float = 0.0
-    """That it took when it was made; of a failed one, until then."""
-    problem: str = ""
-
-    @property
-    def good(self) -> bool:
-        return self.state in ("done", "reused")
-
-
-@dataclass(frozen=True)
-class PointResult:
-    """What became of one point: done if all of its runs are."""
-
-    point: Point
-    runs: dict[str, RunResult]
-    """By name of the step."""
-
-    @property
-    def state(self) -> Literal["done", "failed"]:
-        return "done" if all(run.good for run in self.runs.values()) else "failed"
-
-    @property
-    def problem(self) -> str:
-        """Why it failed, in one line."""
-        return next((run.problem for run in self.runs.values() if run.state == "failed"), "")
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON types."""
-        told = {"point": self.point.number, "parameters": self.point.parameters, "seed": self.point.seed}
-        told |= {"state": self.state, "problem": self.problem or None}
-        return told | {"runs": {name: runs.plain(run.folder) for name, run in self.runs.items()}}
-
-
 def finished_runs(sweep: Sweep) -> dict[str, NotebookRun]:
     """The runs of a sweep that are there already, by key."""
     found: dict[str, NotebookRun] = {}
-    for key, one in sweep.steps.items():
-        if all(need in found for need in one.needs.values()):
-            folders = {name: found[need].folder for name, need in one.needs.items()}
-            with contextlib.suppress(NotebookError):  # a file that it refers to is gone
-                parameters = pipelines.resolve(one.step.parameters, folders)
-                if run := notebooks.find_run(one.step.notebook, parameters, one.group):
-                    found[key] = run
+    for key, step in sweep.steps.items():
+        with contextlib.suppress(KeyError, NotebookError):  # what it needs, or a file that it refers to, is not there
+            folders = {name: found[need].folder for name, need in sweep.needs[key].items()}
+            parameters = pipelines.resolve(step.parameters, folders)
+            if run := notebooks.find_run(step.notebook, parameters, sweep.group):
+                found[key] = run
     return found
 
 
@@ -102,62 +62,53 @@ def plan(sweep: Sweep, finished: Mapping[str, NotebookRun]) -> str:
     return "\n".join(lines)
 
 
-def run_step(step: Step, group: str, timeout_s: float, needs: Mapping[str, RunResult]) -> RunResult:
+def run_step(step: Step, group: str, needs: Mapping[str, Outcome]) -> Outcome:
     """Run one notebook, in a process that runs nothing else; never raises. Waits while another process writes its folder."""
-    if lost := [name for name, need in needs.items() if not need.good]:
-        return RunResult("skipped", problem=f"it needs {lost[0]}, which did not succeed")
-    folders = {name: need.folder for name, need in needs.items() if need.folder}
-    end = time.monotonic() + (timeout_s or BUSY_S)
+    end = time.monotonic() + (step.timeout_s or BUSY_S)
     while True:
-        outcome = pipelines.attempt(step, folders, group=group, timeout_s=timeout_s, echo=lambda line: None)
+        outcome = pipelines.attempt(step, needs, group=group, timeout_s=step.timeout_s, echo=lambda line: None)
         if not isinstance(outcome.error, runs.Busy) or time.monotonic() > end:
-            break
+            return replace(outcome, error=None)  # errors of others may not travel
         time.sleep(1)
-    if outcome.run is None:
-        return RunResult("failed", outcome.folder, outcome.seconds, outcome.problem)
-    return RunResult("reused" if outcome.run.reused else "done", outcome.run.folder, round(outcome.run.seconds, 1))
 
 
-def run_sweep(sweep: Sweep, client: Client, echo: Echo = print) -> list[PointResult]:
-    """Run all points; returns what became of each. `echo` gets a line as each run ends.
+def run_sweep(sweep: Sweep, client: Client, echo: Echo = print) -> dict[str, Outcome]:
+    """Run everything; returns what became of each run, by key. `echo` gets a line as each ends.
 
     Raises ConnectionError when the scheduler is lost; what is finished is kept.
     """
     from distributed import as_completed
 
     futures: dict[str, Future] = {}
-    for key, one in sweep.steps.items():
-        needs = {name: futures[need] for name, need in one.needs.items()}
-        limit_s = one.step.timeout_s if sweep.timeout_s is None else sweep.timeout_s
-        # those of the first points first: their results come early
-        order = {"key": key, "priority": -len(futures)}
-        futures[key] = client.submit(run_step, one.step, one.group, limit_s, needs, **order)
-    results: dict[str, RunResult] = {}
+    for key, step in sweep.steps.items():
+        needs = {name: futures[need] for name, need in sweep.needs[key].items()}
+        order = {"key": key, "priority": -len(futures)}  # those of the first points first: their results come early
+        futures[key] = client.submit(run_step, step, sweep.group, needs, **order)
+    outcomes: dict[str, Outcome] = {}
     started = time.monotonic()
     for future in as_completed(futures.values()):
-        result = results[future.key] = _result(future)
+        done = outcomes[str(future.key)] = _result(future, sweep)
         label = next(point.label for point in sweep.points if future.key in point.runs.values())
-        took = {"done": f"{result.seconds:.1f} s", "reused": f"reused, took {result.seconds:.1f} s"}
-        state = took.get(result.state, f"{result.state}: {result.problem}")
-        left_s = (time.monotonic() - started) / len(results) * (len(futures) - len(results))
+        took = f"{'reused, took ' if done.state == 'reused' else ''}{done.run.seconds:.1f} s" if done.run else str(done)
+        left_s = (time.monotonic() - started) / len(outcomes) * (len(futures) - len(outcomes))
         left = f", about {left_s:.0f} s left" if left_s else ""
-        echo(f"[{len(results)}/{len(futures)}] {sweep.steps[future.key].step.name} ({label}): {state}{left}")
-    return [PointResult(point, {name: results[key] for name, key in point.runs.items()}) for point in sweep.points]
+        echo(f"[{len(outcomes)}/{len(futures)}] {done.name} ({label}): {took}{left}")
+    return outcomes
 
 
-def _result(future: Future) -> RunResult:
+def _result(future: Future, sweep: Sweep) -> Outcome:
     from distributed import KilledWorker
 
     if future.status in ("cancelled", "lost"):
         raise ConnectionError("the scheduler is lost; finished runs are kept, start the same sweep again to go on")
-    error = future.exception()
-    if isinstance(error, KilledWorker) and error.task != future.key:
-        return RunResult("skipped", problem=f"it needs {error.task}, which did not succeed")
+    if (error := future.exception()) is None:
+        return future.result()
+    name, problem = sweep.steps[str(future.key)].name, " ".join(f"unexpected {type(error).__name__}: {error}".split())
     if isinstance(error, KilledWorker):
-        return RunResult("failed", problem="every worker that ran it died (often: out of memory)")
-    if error is not None:
-        return RunResult("failed", problem=" ".join(f"unexpected {type(error).__name__}: {error}".split()))
-    return future.result()
+        problem = "every worker that ran it died (often: out of memory)"
+        if error.task != future.key:
+            return Outcome(name, "skipped", problem=f"it needs {sweep.steps[str(error.task)].name}, which failed")
+    return Outcome(name, "failed", problem=problem)
 
 
 # --- what is kept -------------------------------------------------------------------------------------------------------
@@ -167,7 +118,7 @@ def open_folder(sweep: Sweep) -> runs.Run:
     """The sweep's run folder, `reports/runs/sweep/<name>-<hash>`, with a copy of its file in it."""
     points = [{"parameters": point.parameters, "seed": point.seed, "runs": point.runs} for point in sweep.points]
     inputs: dict[str, str] = {}
-    for step in {one.step.notebook: one.step for one in sweep.steps.values()}.values():
+    for step in {step.notebook: step for step in sweep.steps.values()}.values():
         hashes = notebooks.input_hashes(notebooks.open_notebook(step.notebook), step.parameters)
         inputs |= {f"{step.notebook.stem}, {name}": value for name, value in hashes.items()}
     run = runs.open_run(KIND, sweep.name, {"points": points}, inputs)
@@ -176,26 +127,29 @@ def open_folder(sweep: Sweep) -> runs.Run:
     return run
 
 
-def points_table(results: Sequence[PointResult]) -> pd.DataFrame:
-    """One row per point: point, seed, `parameter.<key>`, state, problem, seconds (that its finished runs took when they were made),
-    `run.<step>` (folders), and the metrics of its runs as `metric.<step>.<name>`, nested names joined by dots.
+def rows(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:
+    """What became of each point: point, seed, parameter (by key), state ("done" or "failed"), problem, seconds (that its finished
+    runs took when they were made), run (folder by step), metric (the metrics of its runs by step).
+    """
+    found = []
+    for point in sweep.points:
+        made = {name: outcomes[key] for name, key in point.runs.items()}
+        good = {name: one.run for name, one in made.items() if one.run}
+        row: dict[str, Any] = {"point": point.number, "seed": point.seed, "parameter": point.parameters}
+        row["state"] = "done" if len(good) == len(made) else "failed"
+        row["problem"] = next((one.problem for one in made.values() if one.state == "failed"), "")
+        row["seconds"] = round(sum(run.seconds for run in good.values()), 1)
+        row["run"] = {name: str(one.folder) for name, one in made.items() if one.folder}
+        found.append(row | {"metric": {name: run.metrics for name, run in good.items()}})
+    return found
+
+
+def points_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The same as a table: `parameter.<key>`, `run.<step>`, `metric.<step>.<name>`, nested names joined by dots.
 
     Columns of lists, and those whose values differ in their type, are JSON.
     """
-    rows = []
-    for result in results:
-        good = {name: run for name, run in result.runs.items() if run.good and run.folder}
-        metrics = {name: runs.read_json(Path(str(run.folder)) / runs.METRICS) for name, run in good.items()}
-        row: dict[str, Any] = {
-            "point": result.point.number,
-            "seed": result.point.seed,
-            "parameter": result.point.parameters,
-        }
-        row |= {"state": result.state, "problem": result.problem}
-        row |= {"seconds": round(sum(run.seconds for run in good.values()), 1)}
-        row |= {"run": {name: str(run.folder) for name, run in result.runs.items() if run.folder}, "metric": metrics}
-        rows.append(row)
-    table = pd.json_normalize(rows).astype({"seed": "Int64"})
+    table = pd.json_normalize(list(rows)).astype({"seed": "Int64"})  # type: ignore[arg-type]
     for name in table:
         given = table[name].dropna()
         if given.map(type).nunique() > 1 or given.map(lambda value: isinstance(value, list | dict)).any():

@@ -1,8 +1,4 @@
-"""What the tests of the documents' commands need: the documents' blocks, and a checkout in which bash runs every command as it is.
-
-`netllm` in that checkout is a small program that hands its words and its open files to this process, which forks for it: a command
-costs no import, and finds the sandbox's data instead of the network.
-"""
+"""What the tests of the documents' commands need: the blocks, and a checkout in which bash runs every command as it is."""
 
 from __future__ import annotations
 
@@ -12,40 +8,45 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import huggingface_hub.constants
 import numpy as np
-import torch
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
 
 from llm_fixtures import write_plm
-from netllm_lib import cli, runs
+from netllm_lib import runs
 from netllm_lib.abr import convert, fetch, synthetic
 from netllm_lib.abr.policies.pensieve import SHAPES
 from netllm_lib.abr.traces import SAMPLE, Registry, TraceSet
 from run_fixtures import SmallRun, make_runs
 from upstream_tree import write_tree
 
-NETLLM = """#!{python} -IS
-import json, os, socket, sys
-with socket.socket(socket.AF_UNIX) as server:
-    server.connect({address!r})
-    words = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
-    socket.send_fds(server, [words], [0, 1, 2])
-    server.shutdown(socket.SHUT_WR)
-    sys.exit(int(server.recv(8)))
+NETLLM = """#!{python}
+import sys
+from pathlib import Path
+sys.path.insert(0, {library!r})
+from netllm_lib import cli, runs
+from netllm_lib.abr import fetch
+runs.PROJECT = Path({checkout!r})
+fetch.REPOSITORY, fetch.COMMIT, fetch.SUMS = {repository!r}, {commit!r}, runs.PROJECT.with_name("sums")
+cli.main()
 """
 TOP = ("traces", "videos", "all_models")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a document. A comment `# exits with 1` says another exit code than zero."""
+
+    where: str
+    text: str
+    code: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,8 @@ class Block:
         lines = self.text.replace("\\\n", "").splitlines() if self.language == "sh" else []
         parts = [[*re.split(r"(?:^|\s+)# ", line, maxsplit=1), ""] for line in lines]
         codes = [re.search(r"exits with (\d+)", comment) for _, comment, *_ in parts]
-        told = zip([text.strip() for text, *_ in parts], codes, strict=True)
-        return [Command(self.where, text, int(code[1]) if code else 0) for text, code in told if text]
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command of a document."""
-
-    where: str
-    text: str
-    code: int = 0
-    """The exit code to expect: a comment `# exits with 1` says another one than zero."""
+        texts = zip([text.strip() for text, *_ in parts], codes, strict=True)
+        return [Command(self.where, text, int(code[1]) if code else 0) for text, code in texts if text]
 
 
 def blocks(path: Path) -> list[Block]:
@@ -106,6 +97,7 @@ class Sandbox:
         self.environment = {
             **os.environ,
             "HOME": str(self.home),
+            "HF_HUB_OFFLINE": "1",
             "NETLLM_DATA": str(data / "netllm"),
             "NETLLM_REPORTS": str(self.checkout / "reports"),
             "NETLLM_CACHE": str(data / "cache"),
@@ -123,78 +115,23 @@ class Sandbox:
     def run(self, command: Command) -> str:
         """Run a command in bash and return its output. AssertionError if it ends with another exit code than the one to expect."""
         words = ["bash", "-o", "pipefail", "-c", command.text]
-        options: dict[str, Any] = {"cwd": self.checkout, "env": self.environment, "timeout": 600, "check": False}
-        done = subprocess.run(words, capture_output=True, text=True, **options)
-        told = f"{command.where}: {command.text}\nexit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-        assert done.returncode == command.code, told
+        done = subprocess.run(
+            words, cwd=self.checkout, env=self.environment, timeout=600, capture_output=True, text=True
+        )
+        shown = f"{command.where}: {command.text}\nexit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == command.code, shown
         return done.stdout
 
-    def execute(self, block: Block) -> str:
-        """Run a Python block after those before it in the same document; returns what it printed."""
-        printed = io.StringIO()
+    def execute(self, block: Block) -> None:
+        """Run a Python block after those before it in the same document, as if the library lay in the checkout."""
         names = self.namespaces.setdefault(block.path, {"__name__": "__main__"})
         code = compile("\n" * (block.line - 1) + block.text, str(block.path), "exec")
-        here, words = contextlib.chdir(self.checkout), contextlib.redirect_stdout(printed)
-        with self._inside(), mock.patch.dict(os.environ, self.environment), here, words:
-            exec(code, names)
-        return printed.getvalue()
-
-    @contextlib.contextmanager
-    def _inside(self) -> Iterator[None]:
-        """The library as if it lay in the checkout, and as if the original's repository lay in the home folder."""
-        head = subprocess.run(["git", "-C", self.home / "NetLLM", "rev-parse", "HEAD"], capture_output=True, text=True)
-        with (
+        project, variables = (
             mock.patch.object(runs, "PROJECT", self.checkout),
-            mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
-            mock.patch.object(fetch, "REPOSITORY", (self.home / "NetLLM").as_uri()),
-            mock.patch.object(fetch, "COMMIT", head.stdout.strip()),
-            mock.patch.object(fetch, "SUMS", self.root / "sums"),
-            # completion is for the shell that a command is typed in; under make that would be sh
-            mock.patch("shellingham.detect_shell", return_value=("bash", "/bin/bash")),
-        ):
-            yield
-
-    def serve(self) -> None:
-        """Answer the calls of `netllm`, one after the other, in forked processes."""
-        server = socket.socket(socket.AF_UNIX)
-        server.bind(str(self.root / "socket"))
-        server.listen()
-
-        def answer() -> None:
-            while True:
-                connection, _ = server.accept()
-                message, handles, *_ = socket.recv_fds(connection, 2**20, 3)
-                while more := connection.recv(2**20):
-                    message += more
-                child = os.fork()
-                if child == 0:
-                    self._become(*json.loads(message), handles)
-                for handle in handles:
-                    os.close(handle)
-                connection.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
-                connection.close()
-
-        threading.Thread(target=answer, daemon=True).start()
-
-    def _become(self, words: list[str], folder: str, environment: dict[str, str], handles: list[int]) -> None:
-        """This process, a forked one, is `netllm words…` from here on; it does not return."""
-        code: Any = 1
-        try:
-            for number, handle in enumerate(handles):
-                os.dup2(handle, number)
-            sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
-            os.environ.clear()
-            os.environ.update(environment)
-            os.chdir(folder)
-            torch.set_num_threads(1)  # threads of OpenMP do not outlive a fork
-            with self._inside():
-                cli.main(words)
-        except SystemExit as stop:
-            code = stop.code or 0
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(int(code))
+            mock.patch.dict(os.environ, self.environment),
+        )
+        with project, variables, contextlib.chdir(self.checkout), contextlib.redirect_stdout(io.StringIO()):
+            exec(code, names)
 
 
 # --- the checkout -------------------------------------------------------------------------------------------------------
@@ -202,14 +139,12 @@ class Sandbox:
 
 def make_sandbox(root: Path) -> Sandbox:
     """Make the checkout and the home folder; takes about ten seconds."""
-    torch.set_num_threads(1)
     sandbox = Sandbox(root)
     checkout, tree = sandbox.checkout, sandbox.home / "NetLLM"
     checkout.mkdir(parents=True)
     for name in (".venv-tf", "docs", "notebooks", "netllm_lib", "tests", "Makefile", "pyproject.toml"):
         if (runs.PROJECT / name).exists():
             (checkout / name).symlink_to(runs.PROJECT / name)
-    _link_environment(runs.PROJECT / ".venv", checkout / ".venv", root / "socket")
     cache = checkout / "data" / "cache"
     cache.mkdir(parents=True)
     (checkout / "data" / "sample").symlink_to(SAMPLE)
@@ -219,7 +154,7 @@ def make_sandbox(root: Path) -> Sandbox:
     written = write_tree(tree)
     data = tree / fetch.INSIDE
     _write_data(data, cache)
-    _commit(tree)
+    _link_environment(runs.PROJECT / ".venv", checkout / ".venv", tree.as_uri(), _commit(tree))
     files = sorted(path for top in TOP for path in (data / top).rglob("*") if path.is_file())
     (root / "sums").write_text("".join(f"{runs.file_hash(f, 64)}  {f.relative_to(data)}\n" for f in files))
     for top in TOP:
@@ -232,18 +167,18 @@ def make_sandbox(root: Path) -> Sandbox:
     _write_other_tools_files(checkout)
     for folder in (checkout, sandbox.home):
         shutil.copytree(folder, root / "pristine" / folder.name, symlinks=True)
-    sandbox.serve()
     return sandbox
 
 
-def _link_environment(real: Path, link: Path, address: Path) -> None:
-    """An environment that is the real one but for its `netllm`."""
+def _link_environment(real: Path, link: Path, repository: str, commit: str) -> None:
+    """An environment that is the real one but for its `netllm`, which knows the checkout and the clone."""
     (link / "bin").mkdir(parents=True)
     for path in [*real.resolve().iterdir(), *(real.resolve() / "bin").iterdir()]:
         place = link / path.relative_to(real.resolve())
         if place not in (link / "bin", link / "bin" / "netllm"):
             place.symlink_to(path)
-    (link / "bin" / "netllm").write_text(NETLLM.format(python=sys.executable, address=str(address)))
+    known = {"library": str(runs.PROJECT), "checkout": str(link.parent), "repository": repository, "commit": commit}
+    (link / "bin" / "netllm").write_text(NETLLM.format(python=sys.executable, **known))
     (link / "bin" / "netllm").chmod(0o755)
 
 
@@ -254,11 +189,10 @@ def _write_data(root: Path, cache: Path) -> None:
     synthetic.write_video(synthetic.generate_video("video1", 17), root)
     for name in ("traces", "videos"):
         shutil.copytree(SAMPLE / name, root / name, dirs_exist_ok=True)
-    checkpoint = root / "all_models" / "genet" / "nn_model_ep_9900.ckpt"
-    checkpoint.parent.mkdir(parents=True)
-    checkpoint.with_name(f"{checkpoint.name}.index").write_bytes(b"index")
-    weights = checkpoint.with_name(f"{checkpoint.name}.data-00000-of-00001")
+    weights = root / "all_models" / "genet" / "nn_model_ep_9900.ckpt.data-00000-of-00001"
+    weights.parent.mkdir(parents=True)
     weights.write_bytes(b"weights")
+    weights.with_name("nn_model_ep_9900.ckpt.index").write_bytes(b"index")
     rng = np.random.default_rng(0)
     layers = {f"{name}/W": rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in SHAPES.items()}
     layers |= {f"{name}/b": np.zeros(shape[-1], np.float32) for name, shape in SHAPES.items()}
@@ -266,14 +200,14 @@ def _write_data(root: Path, cache: Path) -> None:
     save_file(layers, cache / "actors" / f"genet-{runs.file_hash(weights, digits=10)}.safetensors")
 
 
-def _commit(folder: Path) -> None:
-    """Make a repository of a folder, its weights left out as in the original's."""
+def _commit(folder: Path) -> str:
+    """Make a repository of a folder, its weights left out as in the original's; returns the commit."""
     (folder / ".gitignore").write_text("downloaded_plms/\nft_plms/\nartifacts/\n")
-    settings = ["user.name=t", "user.email=t@t", "init.defaultBranch=main", "commit.gpgsign=false"]
-    command = ["git", "-C", str(folder), *(word for setting in settings for word in ("-c", setting))]
-    asked = [["config", f"uploadpack.{name}", "true"] for name in ("allowFilter", "allowAnySHA1InWant")]
-    for words in (["init", "-q"], *asked, ["add", "-A"], ["commit", "-q", "-m", "NetLLM"]):
-        subprocess.run([*command, *words], check=True, capture_output=True)
+    asked = "init -q -b main|config user.name t|config user.email t@t|config uploadpack.allowFilter true"
+    asked += "|config uploadpack.allowAnySHA1InWant true|add -A|commit -q -m NetLLM|rev-parse HEAD"
+    for words in asked.split("|"):
+        done = subprocess.run(["git", *words.split()], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def _write_other_tools_files(checkout: Path) -> None:
@@ -288,8 +222,7 @@ def _write_other_tools_files(checkout: Path) -> None:
     for bitrate, sizes in zip(kbps, video.sizes_bytes, strict=True):
         (checkout / "encoded" / str(bitrate)).mkdir(parents=True)
         for number, size in enumerate(sizes):
-            with open(checkout / "encoded" / str(bitrate) / f"chunk{number:03}.m4s", "wb") as file:
-                file.truncate(size // 100)
+            (checkout / "encoded" / str(bitrate) / f"chunk{number:03}.m4s").write_bytes(bytes(size // 100))
     movie = {"segment_duration_ms": 4000, "bitrates_kbps": kbps}
     movie["segment_sizes_bits"] = (video.sizes_bytes.T * 8).tolist()
     (checkout / "movie.json").write_text(json.dumps(movie))

@@ -19,7 +19,7 @@ from netllm_lib.abr import batches, model, play, pool, qoe, synthetic
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import Registry
+from netllm_lib.abr.traces import Registry, TraceSet, Video
 
 RECORDED: dict[tuple[str, int], dict[str, Any]] = {
     ("netllm_lib", 1): {"first loss": 1.94, "last loss": 1.83},
@@ -27,40 +27,32 @@ RECORDED: dict[tuple[str, int], dict[str, Any]] = {
 }
 
 
-def levels_hash(levels: np.ndarray) -> str:
-    return hashlib.sha256(np.asarray(levels, np.int8).tobytes()).hexdigest()[:12]
-
-
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registry, TraceSet, Video, pool.ExperiencePool]:
     folder = tmp_path_factory.mktemp("arithmetic")
     synthetic.write_sample(folder, train=6, test=2)
-    return Registry(folder)
+    registry = Registry(folder)
+    traces, video = registry.trace_set("sample-train"), registry.video("sample")
+    experience = pool.generate_pool(make_policy("mpc", video, registry), traces, video, sound_episodes(traces))
+    return registry, traces, video, experience
 
 
-@pytest.fixture(scope="module")
-def experience(data: Registry) -> pool.ExperiencePool:
-    traces, video = data.trace_set(data.default_traces("train")), data.video(data.default_video())
-    return pool.generate_pool(make_policy("mpc", video, data), traces, video, sound_episodes(traces))
-
-
-def test_bitrate_adaptation(data: Registry, experience: pool.ExperiencePool) -> None:
-    traces, video = data.trace_set(data.default_traces("train")), data.video(data.default_video())
+def test_bitrate_adaptation(data: tuple[Registry, TraceSet, Video, pool.ExperiencePool]) -> None:
+    registry, traces, video, experience = data
     found: dict[str, object] = {}
     for name in ("bba", "mpc", "random"):
-        table = play.play(make_policy(name, video, data), Simulator(traces, video, sound_episodes(traces, seed=1)))
+        table = play.play(make_policy(name, video, registry), Simulator(traces, video, sound_episodes(traces, seed=1)))
         found[name] = round(qoe.summarise(table).reward, 5)
-    found |= {"pool": levels_hash(experience.actions), "windows": len(batches.make_windows(experience))}
+    levels = hashlib.sha256(experience.actions.astype(np.int8).tobytes()).hexdigest()[:12]
+    found |= {"pool": levels, "windows": len(batches.make_windows(experience))}
     assert found == RECORDED["netllm_lib.abr", abr.ARITHMETIC], "the arithmetic changed: raise abr.ARITHMETIC"
 
 
-def test_training(experience: pool.ExperiencePool, tmp_path: Path) -> None:
+def test_training(data: tuple[Registry, TraceSet, Video, pool.ExperiencePool], tmp_path: Path) -> None:
     network = model.PolicyNetwork(plm.load_plm(plm.PLMConfig("tiny-llama", rank=8)), model.NetworkConfig(16, 46))
-    windows = batches.make_windows(experience)
-    config = train.TrainConfig(epochs=2, lr=3e-3)
-    done = train.train(network, windows, config, folder=tmp_path, settings=windows.settings)
-    assert done.history is not None
-    losses = done.history["loss"]
-    found = {"first loss": round(float(losses.iloc[0]), 2), "last loss": round(float(losses.tail(5).mean()), 2)}
+    windows, config = batches.make_windows(data[-1]), train.TrainConfig(epochs=2, lr=3e-3)
+    history = train.train(network, windows, config, folder=tmp_path, settings=windows.settings).history
+    assert history is not None
+    found = {"first loss": round(history["loss"].iloc[0], 2), "last loss": round(history["loss"].tail(5).mean(), 2)}
     recorded = RECORDED["netllm_lib", netllm_lib.ARITHMETIC]
     assert found == pytest.approx(recorded, abs=0.011), "the arithmetic changed: raise netllm_lib.ARITHMETIC"

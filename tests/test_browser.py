@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +17,13 @@ import pytest
 
 from netllm_lib import notebooks, runs
 from run_fixtures import prepare_run
+from test_notebooks import wait_for
 
 QUIET = {  # no questions, no downloads; every cell is in the page, not only those in view
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
 }
-START_S, RUN_MS, REDRAW_MS = 60, 150_000, 30_000  # on a busy machine
+RUN_MS, REDRAW_MS = 150_000, 30_000  # on a busy machine
 
 
 @contextmanager
@@ -43,21 +43,11 @@ def jupyterlab(root: Path, home: Path, **variables: str) -> Iterator[tuple[str, 
         command = [sys.executable, "-m", "jupyter", "lab", *words]
         server = subprocess.Popen(command, env={**os.environ, **environment, **variables}, stdout=log, stderr=log)
     try:
-        deadline, told = time.monotonic() + START_S, home / "runtime" / f"jpserver-{server.pid}.json"
-        while not told.is_file():
-            running = server.poll() is None and time.monotonic() < deadline
-            assert running, (home / "jupyterlab.log").read_text()[-2000:]
-            time.sleep(0.2)
-        time.sleep(0.5)  # until it is written
-        found = runs.read_json(told)
+        found = runs.read_json(wait_for(home / "runtime", f"jpserver-{server.pid}.json", lines=5))
         yield found["url"].rstrip("/"), found["token"]
     finally:
         server.terminate()  # it ends its kernels
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        server.wait(20)
 
 
 @pytest.mark.slow
@@ -70,12 +60,8 @@ def test_notebook_06_in_jupyterlab(page: Any, tmp_path: Path) -> None:
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     cell.source = re.sub(r"^budget_s: float = .*$", "budget_s: float = 5.0", cell.source, flags=re.MULTILINE)
     nbformat.write(notebook, folder / "06_diagnostics.ipynb")
-    variables = {
-        "NETLLM_DATA": str(run.data),
-        "NETLLM_REPORTS": str(run.reports),
-        "NETLLM_CACHE": str(tmp_path / "cache"),
-    }
-    with jupyterlab(folder, tmp_path, **variables) as (address, token):
+    places = {"DATA": run.data, "REPORTS": run.reports, "CACHE": tmp_path / "cache"}
+    with jupyterlab(folder, tmp_path, **{f"NETLLM_{k}": str(v) for k, v in places.items()}) as (address, token):
         try:
             page.goto(f"{address}/lab/tree/06_diagnostics.ipynb?token={token}")
             run_all_cells(page)

@@ -46,43 +46,30 @@ def test_both_examples_run_the_same_and_the_command_line_takes_it() -> None:
         assert given["junit"] == Path("$NETLLM_REPORTS/junit.xml")
 
 
-def test_github_example() -> None:
+def test_what_the_services_keep() -> None:
     found = job(GITHUB)
-    assert set(yaml.safe_load(GITHUB.read_text())[True]) == {
-        "push",
-        "pull_request",
-        "workflow_dispatch",
-    }  # `on` in YAML
-    assert found["runs-on"]
     assert found["env"]["NETLLM_REPORTS"] == "${{ github.workspace }}/reports"
     for step in found["steps"]:
         assert re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]) if "uses" in step else "${{" not in step["run"]
-    cache, upload = (
-        next(s["with"] for s in found["steps"] if word in s.get("uses", "")) for word in ("cache", "upload")
-    )
-    assert cache["path"] == ".venv"
-    assert upload["path"].split() == KEPT
+    assert found["steps"][-1]["with"]["path"].split() == KEPT
     assert found["steps"][-1]["if"] == "always()"
 
-
-def test_gitlab_example() -> None:
     found = job(GITLAB)
     assert found["variables"]["NETLLM_REPORTS"] == "$CI_PROJECT_DIR/reports"
     assert found["artifacts"]["reports"] == {"junit": KEPT[0]}
     assert found["artifacts"]["when"] == "always"
     assert set(KEPT[1:]) <= set(found["artifacts"]["paths"])
-    assert all((runs.PROJECT / name).is_file() for name in found["cache"]["key"]["files"])
 
 
 def test_pipeline_of_the_examples_is_read_and_its_gate_can_be_judged() -> None:
     pipeline = pipelines.read_pipeline(CI)
-    assert [step.name[:2] for step in pipeline.steps] == ["03", "04", "05", "06"]
-    assert {step.parameters["data"] for step in pipeline.steps} == {"data/sample"}
-    gates = gate.read_gates(pipeline.gate, CI.name, [step.name for step in pipeline.steps])
+    assert [step.name[:2] for step in pipeline.step] == ["03", "04", "05", "06"]
+    assert {step.parameters["data"] for step in pipeline.step} == {"data/sample"}
+    gates = gate.read_gates(pipeline.gate, CI.name, [step.name for step in pipeline.step])
     assert [(one.fail_below, one.margin) for one in gates] == [("mpc", 0.5)]
     (words,) = re.findall(r"^#   netllm (run .+ --margin .+)$", CI.read_text(), flags=re.MULTILINE)
     given = dict(word.split("=", 1) for word in cli.join_parameters(words.split()) if "=" in word)
-    assert pipelines.read_pipeline(CI, given).steps[1].parameters["plm"] == "smollm2"
+    assert pipelines.read_pipeline(CI, given).step[1].parameters["plm"] == "smollm2"
 
 
 @pytest.fixture(scope="module")

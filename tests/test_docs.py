@@ -65,38 +65,28 @@ def test_the_index_fits_a_screen_and_leads_to_every_page() -> None:
     assert links == {path.name for path in DOCS.glob("*.md")} - {"index.md"}
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    for path in (*PROJECT.glob("README*.md"), *DOCS.rglob("*.md")):
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
-            assert (path.parent / link).exists(), f"{path.name} links {link}"
-
-
-def test_files_that_the_documents_name_exist() -> None:
+def test_links_and_files_that_the_documents_name_exist() -> None:
     named = re.compile(r"`((?:netllm_lib|notebooks|tests|docs|reports/benchmarks)/[\w./-]+\.\w+)`")
-    for path in (PROJECT / "README.md", *DOCS.glob("*.md")):
-        for name in named.findall(path.read_text()):
-            assert "NN_" in name or (PROJECT / name).exists(), f"{path.name} names {name}"
+    for path in (*PROJECT.glob("README*.md"), *DOCS.rglob("*.md")):
+        places = [path.parent / link for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())]
+        places += [PROJECT / name for name in named.findall(path.read_text()) if "NN_" not in name]
+        assert not [place for place in places if not place.exists()], path.name
 
 
 # --- the library's reference, from its docstrings -------------------------------------------------------------------------
 
 
 def test_the_reference_is_made_from_docstrings(tmp_path: Path) -> None:
-    """As `make docs` does, for two modules."""
-    pdoc.pdoc("netllm_lib.abr.qoe", "netllm_lib.stats", output_directory=tmp_path)
+    """As `make docs` does, for a module."""
+    pdoc.pdoc("netllm_lib.abr.qoe", output_directory=tmp_path)
     page = (tmp_path / "netllm_lib" / "abr" / "qoe.html").read_text()
-    assert (tmp_path / "netllm_lib" / "stats.html").is_file()
-    first = (qoe.per_trace.__doc__ or "").splitlines()[0]
-    assert len(first) > 20
-    assert first in re.sub(r"<[^>]+>", "", page)
+    assert str(qoe.per_trace.__doc__).splitlines()[0] in re.sub(r"<[^>]+>", "", page)
 
 
 def test_everything_public_has_a_docstring() -> None:
     """Modules, classes and functions; a method may speak for itself."""
     words = ["check", "--quiet", "--output-format", "concise", "--select", "D100,D101,D103,D104", "netllm_lib"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ruff", *words], cwd=PROJECT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "ruff", *words], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -112,6 +102,5 @@ def test_the_chinese_readme_has_the_same_commands_code_and_figures() -> None:
 
     assert code(english) == code(chinese)
     assert figures(english) == figures(chinese)
-    assert english.count("\n## ") == chinese.count("\n## ")
-    assert english.count("\n| ") == chinese.count("\n| ")
-    assert english.count("\n- ") == chinese.count("\n- ")
+    for part in ("\n## ", "\n| ", "\n- "):
+        assert english.count(part) == chinese.count(part)

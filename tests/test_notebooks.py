@@ -16,8 +16,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 import netllm_lib
-from netllm_lib import abr, cli, notebooks, runs
-from netllm_lib.notebooks import NotebookError, NotebookRun, run_notebook
+from netllm_lib import abr, notebooks, runs
+from netllm_lib.notebooks import NotebookError, run_notebook
 
 PARAMETERS = """
 smoke: bool = True  # tiny sizes
@@ -70,35 +70,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(scope="module")
-def good(folder: Path) -> tuple[Path, NotebookRun, list[str]]:
-    """A notebook that does all it should, its run with strings from a command line, and the lines it printed."""
-    path = write_notebook(
-        folder,
-        "good",
-        "# expected: table.txt\npathlib.Path(run_dir, 'table.txt').write_text('1 2 3')",
-        "print('step 1\\rstep 2')\nprint('end')",
-        "finish(smoke=repr(smoke), steps=steps, cwd=os.getcwd(), headless=os.environ['NETLLM_HEADLESS'])",
-    )
+def test_a_run_is_strict_reused_and_made_again(folder: Path) -> None:
+    """Strings become the declared types; the same content is reused; lost files are made again; `force` empties the folder."""
+    table = "# expected: table.txt\npathlib.Path(run_dir, 'table.txt').write_text('1 2 3')"
+    asked = "finish(smoke=repr(smoke), steps=steps, cwd=os.getcwd(), headless=os.environ['NETLLM_HEADLESS'])"
+    path = write_notebook(folder, "good", table, "print('step 1\\rstep 2')\nprint('end')", asked)
     lines: list[str] = []
-    return path, run_notebook(path, {"smoke": "false", "steps": "7"}, echo=lines.append), lines
-
-
-def test_strings_become_the_declared_types(good: tuple[Path, NotebookRun, list[str]]) -> None:
-    _, run, lines = good
+    run = run_notebook(path, {"smoke": "false", "steps": "7"}, echo=lines.append)
     assert run.metrics == {"smoke": "False", "steps": 7, "cwd": str(runs.PROJECT), "headless": "1"}
     assert lines == ["step 2", "end"]
-    assert run.report.is_file()
-    assert not run.reused
-
-
-def test_same_content_is_reused_lost_files_are_made_again_and_force_empties(
-    good: tuple[Path, NotebookRun, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, run, _ = good
+    assert (run.folder / notebooks.REPORT).is_file()
     again = run_notebook(path, {"steps": 7, "smoke": False})
     assert (again.reused, again.folder, again.metrics) == (True, run.folder, run.metrics)
-    assert runs.Run(run.folder).manifest["inputs"].keys() == {"notebook"}
     (run.folder / "table.txt").unlink()
     (run.folder / "leftover").touch()
     assert not run_notebook(path, {"smoke": False, "steps": 7}).reused
@@ -106,9 +89,6 @@ def test_same_content_is_reused_lost_files_are_made_again_and_force_empties(
     assert not run_notebook(path, {"smoke": False, "steps": 7}, force=True).reused
     assert (run.folder / "table.txt").is_file()
     assert not (run.folder / "leftover").exists()
-
-
-def test_requests_are_refused_before_anything_runs(good: tuple[Path, NotebookRun, list[str]], folder: Path) -> None:
     for given, message in (
         ({"smokee": "true"}, r"good has no parameter 'smokee', did you mean 'smoke'\?; known: smoke, steps, rate"),
         ({"steps": "many"}, "good: parameter steps is int, got 'many'"),
@@ -116,7 +96,10 @@ def test_requests_are_refused_before_anything_runs(good: tuple[Path, NotebookRun
         ({"run_dir": "/tmp"}, "run_dir is set by the runner"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_notebook(good[0], given)
+            run_notebook(path, given)
+
+
+def test_notebooks_that_cannot_be_run_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="needs `run_dir"):
         run_notebook(write_notebook(folder, "homeless", parameters="a: int = 1"))
     (folder / "broken.ipynb").write_text("[]")
@@ -124,19 +107,14 @@ def test_requests_are_refused_before_anything_runs(good: tuple[Path, NotebookRun
         run_notebook(folder / "broken.ipynb")
     with pytest.raises(ValueError, match=r"strange\.ipynb: name 'Tensor' is not defined"):
         run_notebook(write_notebook(folder, "strange", parameters='x: Tensor = 1\nrun_dir: str = ""'))
-    with pytest.raises(FileNotFoundError, match="no notebook nosuch"):
-        run_notebook("nosuch")
 
 
-def test_failing_cell_is_named_and_the_notebook_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_cell_is_named_and_the_notebook_kept(folder: Path) -> None:
     path = write_notebook(folder, "fails", "x = 0", "\n1 / x  # oops", "finish()")
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["run", str(path)])
-    assert stop.value.code == 1
-    error = capsys.readouterr().err
-    assert "fails: cell 4 of 5 ('1 / x  # oops'): ZeroDivisionError: division by zero" in error
+    with pytest.raises(NotebookError, match=r"fails: cell 4 of 5 \('1 / x  # oops'\): ZeroDivisionError") as failed:
+        run_notebook(path)
     executed = next((folder / "reports" / "runs" / "fails").glob("*/fails.ipynb"))
-    assert str(executed) in error
+    assert failed.value.executed == executed
     assert "ZeroDivisionError" in executed.read_text()
     assert (executed.parent / notebooks.REPORT).is_file()
     assert runs.Run(executed.parent).manifest["status"] == "failed"

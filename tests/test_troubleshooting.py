@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import re
 import shutil
 from collections.abc import Callable
@@ -11,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import doc_sandbox
 from llm_fixtures import tiny_network, toy_pool, train_on, write_plm
 from netllm_lib import notebooks, runs
 from netllm_lib.abr.batches import WindowConfig, make_windows
@@ -19,6 +20,7 @@ from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.synthetic import write_sample
 from netllm_lib.runs import PROJECT
 from netllm_lib.train import TrainConfig
+from test_cli import run
 
 PAGE = PROJECT / "docs" / "troubleshooting.md"
 OTHERS = "Messages of other programs"
@@ -67,9 +69,10 @@ def test_no_message_is_quoted_twice() -> None:
 
 def said(*words: str) -> str:
     """What `netllm words…` says when it fails: one line."""
-    code, _, errors = doc_sandbox.call(*words)
-    assert code in (1, 2)
-    (line,) = [line for line in errors.splitlines() if line.startswith("netllm: ")]
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+        assert run(*words) in (1, 2)
+    (line,) = [line for line in errors.getvalue().splitlines() if line.startswith("netllm: ")]
     return line.removeprefix("netllm: ").removeprefix("error: ")
 
 
@@ -138,19 +141,19 @@ def test_notebooks_that_fail(data: Path, tmp_path: Path) -> None:
     import nbformat
     from nbformat.v4 import new_code_cell, new_notebook
 
-    def run(source: str, timeout_s: float = 100, name: str = "netllm-llm") -> str:
+    def fail(source: str, timeout_s: float = 100, name: str = "netllm-llm") -> str:
         cells = [new_code_cell('run_dir: str = ""', metadata={"tags": ["parameters"]}), new_code_cell(source)]
         kernel = {"name": name, "display_name": "NetLLM (PyTorch)", "language": "python"}
         nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "a.ipynb")
         return raised(lambda: notebooks.run_notebook(tmp_path / "a.ipynb", timeout_s=timeout_s))
 
-    checked("no Jupyter kernel named …", run("pass", name="nosuch").partition(": ")[2])
-    failed = run('raise ValueError("broken")')
+    checked("no Jupyter kernel named …", fail("pass", name="nosuch").partition(": ")[2])
+    failed = fail('raise ValueError("broken")')
     checked("…: cell … of … (…): …; executed so far: …", failed)
     assert "ValueError: broken" in failed
-    checked("time limit of … s reached", run("import time; time.sleep(60)", timeout_s=1).split("): ")[1])
-    checked("the kernel died (often: out of memory)", run("import os; os.kill(os.getpid(), 9)").split("): ")[1])
-    checked("… ran, but did not write … to …", run("pass"))
+    checked("time limit of … s reached", fail("import time; time.sleep(60)", timeout_s=1).split("): ")[1])
+    checked("the kernel died (often: out of memory)", fail("import os; os.kill(os.getpid(), 9)").split("): ")[1])
+    checked("… ran, but did not write … to …", fail("pass"))
     folder, *_ = (tmp_path / "reports" / "runs" / "a").glob("run-*")
     with runs.lock(folder):
         message = "…: process … is writing it; wait until it is done, or end that process"

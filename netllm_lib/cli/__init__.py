@@ -7,7 +7,6 @@ imports happen inside the commands, so that `netllm --help` is quick.
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import netllm_lib
 from netllm_lib.cli import data, pool
 from netllm_lib.cli.diagnose import diagnose
 from netllm_lib.cli.imports import import_
-from netllm_lib.cli.options import DataOption, JsonOption, waiting
+from netllm_lib.cli.options import DataOption, JsonOption, print_json, waiting
 from netllm_lib.cli.play import play
 from netllm_lib.cli.reports import reports
 from netllm_lib.cli.run import run
@@ -63,25 +62,20 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Check this machine: packages, device, PLM, data, disk, kernels."""
-    from netllm_lib import envcheck, runs
+    from netllm_lib import envcheck
     from netllm_lib.abr import checks
 
     with waiting("checking"):
         found = checks.llm_checks(data, plm, layers, load)
     print(envcheck.as_text(found))
-    if as_json:
-        print(json.dumps(runs.plain(found)))
+    print_json(as_json, found)
     if bad := envcheck.failed(found):
         print(f"\n{len(bad)} of {len(found)} checks failed", file=sys.stderr)
         raise typer.Exit(1)
 
 
-app.command()(run)
-app.command()(sweep)
-app.command()(play)
-app.command("import")(import_)
-app.command()(diagnose)
-app.command()(reports)
+for command in (run, sweep, play, import_, diagnose, reports):
+    app.command(command.__name__.strip("_"))(command)
 app.add_typer(data.app, name="data")
 app.add_typer(pool.app, name="pool")
 

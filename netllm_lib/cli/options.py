@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,24 +34,30 @@ def echo(line: str) -> None:
     print(line, flush=True)
 
 
+def print_json(asked: bool, answer: Any) -> None:
+    """The line of JSON that ends a command's output, if it is asked for."""
+    from netllm_lib.runs import plain
+
+    if asked:
+        echo(json.dumps(plain(answer), allow_nan=False))
+
+
 @contextmanager
-def waiting(what: str, after_s: float = 2.0, every_s: float = 10.0) -> Iterator[None]:
+def waiting(what: str) -> Iterator[None]:
     """Say on standard error that the block is still at work, first after two seconds: for work that cannot count its steps."""
     done, started = threading.Event(), time.monotonic()
 
     def speak() -> None:
-        pause = after_s
-        while not done.wait(pause):
+        pause_s = 2.0
+        while not done.wait(pause_s):
             print(f"{what}: {time.monotonic() - started:.0f} s so far", file=sys.stderr, flush=True)
-            pause = every_s
+            pause_s = 10.0
 
-    thread = threading.Thread(target=speak, daemon=True)
-    thread.start()
+    threading.Thread(target=speak, daemon=True).start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
 
 
 def counting(what: str, after_s: float = 2.0) -> Callable[..., None]:

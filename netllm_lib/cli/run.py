@@ -7,19 +7,13 @@ in all of these cases, except where the request is refused before anything runs.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from netllm_lib.cli.options import JsonOption, echo
-
-if TYPE_CHECKING:
-    from netllm_lib.gate import Verdict
-    from netllm_lib.pipelines import Outcome
+from netllm_lib.cli.options import JsonOption, echo, print_json
 
 GATE_FAILED = 3
 
@@ -37,7 +31,9 @@ def run(
         list[str] | None, typer.Option(metavar="BASELINE", help="Exit with 3 unless the test is as good as mpc, …")
     ] = None,
     margin: Annotated[float | None, typer.Option(metavar="X", help="By which it may be below the baseline.")] = None,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE.xml", help="Write JUnit XML, for CI.")] = None,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE.xml", dir_okay=False, help="Write JUnit XML, for CI.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a notebook, or a pipeline of them, headless.
@@ -48,11 +44,9 @@ def run(
     from netllm_lib import junit as junit_xml
     from netllm_lib.reports import write_index
 
-    if junit is not None and junit.is_dir():
-        raise ValueError(f"--junit {junit}: that is a folder; name a file in it, such as {junit / 'junit.xml'}")
     read = pipelines.read_pipeline if target.endswith(".toml") else pipelines.single
     pipeline = read(target, dict(item.split("=", 1) for item in parameters or []))
-    gates = gate.read_gates(pipeline.gate, target, [step.name for step in pipeline.steps], fail_below or [], margin)
+    gates = gate.read_gates(pipeline.gate, target, [step.name for step in pipeline.step], fail_below or [], margin)
 
     outcomes = pipelines.run_steps(pipeline, timeout_s=timeout, force=force, echo=echo)
     write_index()
@@ -61,29 +55,14 @@ def run(
         echo(f"gate {verdict.state}: {verdict.reason}")
     if junit is not None:
         junit_xml.write(junit, pipeline.name, outcomes, verdicts)
-    if as_json:
-        print(json.dumps(summary(pipeline.name, outcomes, verdicts), allow_nan=False), flush=True)
+    steps: list[dict[str, Any]] = []
+    for one in outcomes:
+        step = {"name": one.name, "state": one.state, "run": one.folder, "seconds": round(one.seconds, 1)}
+        steps.append({**step, "metrics": one.run and one.run.metrics, "problem": one.problem or None})
+    print_json(as_json, {"name": pipeline.name, "steps": steps, "gates": [verdict.plain() for verdict in verdicts]})
     pipelines.raise_failures(pipeline.name, outcomes)
     if unclear := [verdict.reason for verdict in verdicts if verdict.state == "error"]:
         raise ValueError("; ".join(unclear))
     if failed := [verdict.reason for verdict in verdicts if verdict.state == "failed"]:
         print(f"netllm: gate failed: {'; '.join(failed)}", file=sys.stderr)
         raise typer.Exit(GATE_FAILED)
-
-
-def summary(name: str, outcomes: Sequence[Outcome], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """What `--json` prints: the steps with their state, run folder, seconds and metrics, the gates with their verdict."""
-    from netllm_lib import runs
-
-    steps = [
-        {
-            "name": outcome.name,
-            "state": outcome.state,
-            "run": outcome.folder,
-            "seconds": round(outcome.seconds, 1),
-            "metrics": outcome.run.metrics if outcome.run else None,
-            "problem": outcome.problem or None,
-        }
-        for outcome in outcomes
-    ]
-    return runs.plain({"name": name, "steps": steps, "gates": [verdict.plain() for verdict in verdicts]})

@@ -5,13 +5,12 @@ Exit codes: 0 done; 1 a point failed, or the comparison did; 2 the request was w
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from netllm_lib.cli.options import JsonOption, echo, waiting
+from netllm_lib.cli.options import JsonOption, echo, print_json, waiting
 
 SHOWN = 3  # failed points in an error message
 
@@ -42,34 +41,29 @@ def sweep(
     echo(sweeps.plan(asked, finished))
     if dry_run:
         counts = {"points": len(asked.points), "runs": len(asked.steps), "finished": len(finished)}
-        if as_json:
-            print(json.dumps({"name": asked.name, **counts}))
-        return
-    steps = len(asked.steps) - len(finished)
+        return print_json(as_json, {"name": asked.name, **counts})
     run = sweeps.open_folder(asked)
     with runs.lock(run.folder):
-        with clusters.connect(asked.cluster, workers, scheduler, steps) as client:
-            results = sweeps.run_sweep(asked, client, echo)
-        points = sweeps.points_table(results)
+        with clusters.connect(asked.cluster, workers, scheduler, len(asked.steps) - len(finished)) as client:
+            rows = sweeps.rows(asked, sweeps.run_sweep(asked, client, echo))
+        points = sweeps.points_table(rows)
         sweeps.write_table(run.folder, sweeps.POINTS, points)
         sweeps.write_table(run.folder, compare.RESULTS, compare.collect(points))
-        failed = [result for result in results if result.state == "failed"]
+        failed = [row for row in rows if row["state"] == "failed"]
         if not failed and not run.done:
             run.finish({"points": len(points), "runs": len(asked.steps)})
-    compared = None
-    if len(failed) < len(results):
-        settings = {"sweep_dir": str(run.folder)}
-        compared = notebooks.run_notebook("08_compare", settings, group=asked.name, echo=lambda _: None)
-        echo("\n" + (compared.folder / "summary.txt").read_text().rstrip() + "\n")
-    write_index()
+    answer = {"name": asked.name, "folder": run.folder, "comparison": None, "points": rows}
     echo(f"tables: {shown(run.folder)}")
-    if compared:
-        echo(f"report: {shown(compared.report)}")
-    if as_json:
-        answer = {"name": asked.name, "folder": run.folder, "comparison": compared and compared.folder}
-        answer |= {"points": [result.plain() for result in results]}
-        print(json.dumps(runs.plain(answer), allow_nan=False), flush=True)
+    if len(failed) < len(rows):
+        settings = {"sweep_dir": str(run.folder)}
+        folder = notebooks.run_notebook("08_compare", settings, group=asked.name, echo=lambda _: None).folder
+        echo(f"\n{(folder / 'summary.txt').read_text().rstrip()}\n\nreport: {shown(folder / notebooks.REPORT)}")
+        answer["comparison"] = folder
+    write_index()
+    print_json(as_json, answer)
     if failed:
-        said = [f"{one.point.number} ({one.point.label}): {one.problem}" for one in failed[:SHOWN]]
+        labels = {point.number: point.label for point in asked.points}
+        said = [f"{row['point']} ({labels[row['point']]}): {row['problem']}" for row in failed[:SHOWN]]
         said += [f"{len(failed) - SHOWN} more in {sweeps.POINTS}"] * (len(failed) > SHOWN)
-        raise notebooks.NotebookError(f"{file}: {len(failed)} of {len(results)} points failed: {'; '.join(said)}")
+        raise notebooks.NotebookError(f"{file}: {len(failed)} of {len(rows)} points failed: {'; '.join(said)}")
+    return None
