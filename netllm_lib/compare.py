@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -102,9 +103,6 @@ def load(folder: str | Path) -> SweepTables:
     return SweepTables(name, done, results, every[every["state"] != "done"], tuple(map(str, shown)))
 
 
-# --- figures of settings ------------------------------------------------------------------------------------------------
-
-
 def figures(tables: SweepTables, policy: str) -> dict[str, pd.DataFrame]:
     """What a policy got in all settings. ValueError if the runs of a setting have no sample in common.
 
@@ -162,9 +160,6 @@ def pooled(sample: pd.DataFrame, minus: pd.DataFrame | None = None) -> Interval:
     return stats.student(ours[:, 0], None if other is None else other[:, 0])
 
 
-# --- comparisons --------------------------------------------------------------------------------------------------------
-
-
 def ranking(samples: Figures, better: str = "higher") -> pd.DataFrame:
     """One row per setting, the best first: runs (seeds), samples, mean with its interval, and the range of the runs' means."""
     rows = {}
@@ -179,12 +174,6 @@ def differences(samples: Figures, minus: pd.DataFrame) -> dict[str, Interval]:
     """Each setting − `minus`, paired by sample; settings that have no sample in common with it are left out."""
     found = {name: pooled(sample, minus) for name, sample in samples.items()}
     return {name: interval for name, interval in found.items() if not math.isnan(interval.mean)}
-
-
-def parts(tables: SweepTables, policy: str) -> pd.DataFrame:
-    """By setting, the means of the parts of the policy's scores."""
-    rows = tables.results[tables.results["policy"] == policy].set_index("setting")
-    return rows.drop(columns=[*KEYS, "seed"]).groupby(level=0, sort=False).mean()
 
 
 def chosen(tables: SweepTables, samples: Figures, better: str = "higher", by: str = "") -> tuple[str, str]:
@@ -224,19 +213,14 @@ def effect(tables: SweepTables, samples: Figures, parameter: str) -> pd.DataFram
     names = [name for name in every[0] if all(name in one for one in every)]
     if not seeds or not names:
         return pd.DataFrame()
-    rows, first = [], None
-    for value, each in zip(values, zip(*complete, strict=True), strict=True):
-        shared = [one.loc[seeds, names] for one in each]
-        mean = sum(shared[1:], shared[0]) / len(shared)
-        change = Interval(0.0, *NOTHING[1:]) if first is None else pooled(mean, first)
-        first = mean if first is None else first
+    rows: list[dict[str, Any]] = []
+    means = [sum(each[1:], each[0]).loc[seeds, names] / len(each) for each in zip(*complete, strict=True)]
+    for value, mean, each in zip(values, means, zip(*complete, strict=True), strict=True):
+        change = pooled(mean, means[0]) if rows else Interval(0.0, *NOTHING[1:])
         row = {"value": value, **pooled(mean)._asdict(), "difference": change.mean, "difference_low": change.low}
         row |= {"difference_high": change.high, "combinations": len(each)}
-        rows.append(row | {"each": [float(one.to_numpy().mean()) for one in shared]})
+        rows.append(row | {"each": [float(one.loc[seeds, names].to_numpy().mean()) for one in each]})
     return pd.DataFrame(rows)
-
-
-# --- plots --------------------------------------------------------------------------------------------------------------
 
 
 def plot_ranking(samples: Figures, baselines: Figures, better: str, best: str = "", what: str = "") -> Axes:
@@ -282,23 +266,3 @@ def plot_effects(effects: Mapping[str, pd.DataFrame], what: str) -> np.ndarray:
         ax.set_ylabel(f"change of {what}", fontsize=9)
     figure.suptitle("Change from the first value, other parameters held (grey: each combination of them)", fontsize=10)
     return axes
-
-
-def summary(
-    tables: SweepTables,
-    ranked: pd.DataFrame,
-    against: Mapping[str, Interval],
-    best: str,
-    by: str,
-    what: str,
-    baseline: str,
-) -> str:
-    """The end of a headless run: the settings in order, their difference to the baseline, the one chosen, what failed."""
-    shown = ranked[["runs", "mean", "low", "high"]].round(4)
-    if against:
-        shown[f"− {baseline}"] = [str(against.get(str(name), "")) for name in ranked.index]
-    text = f"{tables.name}: {what}, 95 % interval\n\n{shown.to_string(na_rep='')}\n\nchosen: {best} (by {by})"
-    if len(tables.failed):
-        names = ", ".join(tables.failed["setting"].unique())
-        text += f"\nfailed and not compared ({len(tables.failed)}): {names}"
-    return text

@@ -47,9 +47,6 @@ def cache_root() -> Path:
     return Path(os.environ.get("NETLLM_CACHE") or PROJECT / "data" / "cache")
 
 
-# --- JSON and hashes ----------------------------------------------------------------------------------------------------
-
-
 def plain(value: Any, finite: bool = True) -> Any:
     """`value` as JSON types: dataclasses to dicts, paths to strings, NumPy scalars and arrays to numbers and lists.
 
@@ -172,10 +169,6 @@ class StorageError(OSError):
     """The disk is full, or a folder cannot be written to. The message names the folder; nothing that was there is lost."""
 
 
-FULL = "the disk is full; what was there before is unchanged, free some space and run the same again"
-UNWRITABLE = "this folder cannot be written to; make it writable, or name another one (for runs in $NETLLM_REPORTS)"
-
-
 @contextmanager
 def storage_errors(folder: Path) -> Iterator[None]:
     """Errors of a full or unwritable disk inside the block, as one StorageError that names `folder` and says what to do."""
@@ -193,15 +186,16 @@ def storage_errors(folder: Path) -> Iterator[None]:
 
 
 def _storage_problem(error: BaseException, folder: Path) -> str:
-    if isinstance(error, PermissionError):
-        return UNWRITABLE if Path(os.fsdecode(error.filename or "/")).is_relative_to(folder) else ""
-    text, code = str(error), getattr(error, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:  # C++ and Rust raise their own errors
-        return FULL
-    if code == errno.EROFS or "Read-only file system" in text:
-        return UNWRITABLE
-    failed = isinstance(error, RuntimeError) and ("write failed" in text or "iostream error" in text)  # PyTorch's
-    return FULL if failed and shutil.disk_usage(folder).free < 2**20 else ""
+    text, code = str(error), getattr(error, "errno", None)  # libraries in C++ and Rust raise their own errors
+    denied = isinstance(error, PermissionError) and Path(os.fsdecode(error.filename or "/")).is_relative_to(folder)
+    if denied or code == errno.EROFS or "Read-only file system" in text:
+        return "this folder cannot be written to; make it writable, or name another one (for runs in $NETLLM_REPORTS)"
+    full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text
+    if isinstance(error, RuntimeError) and ("write failed" in text or "iostream error" in text):  # PyTorch's
+        full = shutil.disk_usage(folder).free < 2**20
+    return (
+        "the disk is full; what was there before is unchanged, free some space and run the same again" if full else ""
+    )
 
 
 class Busy(OSError):
@@ -241,9 +235,6 @@ def lock(path: Path) -> Iterator[None]:
         held.release()
 
 
-# --- run folders --------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A run folder. `folder / "config.json"` says what was asked, `manifest.json` what it was made from and with."""
@@ -272,8 +263,8 @@ class Run:
 
     def note(self, **facts: Any) -> None:
         """Record facts in the manifest; one that is None is removed. `parents` are folders by role, empty ones are left out."""
-        if (parents := facts.get("parents")) is not None:
-            facts["parents"] = {role: self._from_here(Path(folder)) for role, folder in parents.items() if folder}
+        if "parents" in facts:
+            facts["parents"] = {role: self._from_here(Path(at)) for role, at in facts["parents"].items() if at}
         known = {**self.manifest, **facts}
         write_json(self.folder / MANIFEST, {name: value for name, value in known.items() if value is not None})
 
@@ -359,9 +350,6 @@ def git_revision() -> str | None:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="milliseconds")
-
-
-# --- progress -----------------------------------------------------------------------------------------------------------
 
 
 def headless() -> bool:

@@ -71,10 +71,9 @@ print(f"compared: {what}, {better} is better")
 ranking = comparing.ranking(samples, better)
 samples = {name: samples[name] for name in ranking.index}  # the best first
 best, by = comparing.chosen(tables, samples, better, choose_by)
-shown = ranking.join(comparing.parts(tables, subject)) if tested else ranking
-shown.to_parquet(out / "ranking.parquet")
+ranking.to_parquet(out / "ranking.parquet")
 print(f"chosen: {best}, by {by}" + ("" if by == choose_by else "; its figure is flattered by the choice"))
-shown.round(4)
+ranking.round(4)
 
 # %%
 comparing.plot_ranking(samples, others, better, best, what)
@@ -116,7 +115,12 @@ if found:
 pd.concat({name: table.drop(columns="each").round(4) for name, table in found.items()}) if found else None
 
 # %%
-words = comparing.summary(tables, ranking, against, best, by, what, baseline)
+shown = ranking.round(4).astype(object)
+if against:
+    shown[f"minus {baseline}"] = [str(against.get(name, "")) for name in ranking.index]
+words = f"{tables.name}: {what}, 95 % interval\n\n{shown.to_string()}\n\nchosen: {best} (by {by})"
+if len(tables.failed):
+    words += f"\nfailed and not compared ({len(tables.failed)}): {', '.join(tables.failed['setting'].unique())}"
 (out / "summary.txt").write_text(words + "\n")
 print(words)
 

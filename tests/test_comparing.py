@@ -6,7 +6,6 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -69,7 +68,6 @@ def test_a_sweep_is_read_with_its_tests(tables: compare.SweepTables, tmp_path: P
     assert (tables.subject, tables.policies) == ("llm", ["llm", "mpc", "bba"])
     assert tables.varied == (RANK, "04_finetune.random_weights")
     assert list(tables.failed["setting"]) == ["rank=64 random_weights=False"]
-    assert list(compare.parts(tables, "llm").columns) == ["stall"]
     with pytest.raises(ValueError, match="no point tested the policy 'ppo'; tested: llm, mpc, bba"):
         compare.figures(tables, "ppo")
     with pytest.raises(FileNotFoundError, match=r"no points\.parquet; name a folder that `netllm sweep` made"):
@@ -154,17 +152,6 @@ def test_metrics_alone(tmp_path: Path) -> None:
     assert compare.effect(tables, samples, RANK)["difference"][1] == pytest.approx(-0.3)
     with pytest.raises(ValueError, match=r"no metric 'x' in numbers; known: 04_finetune\.held_out_loss"):
         compare.metric_figures(tables, "x")
-
-
-def test_plots(tables: compare.SweepTables) -> None:
-    samples, others = compare.figures(tables, "llm"), {"mpc": compare.baseline_figures(tables, "mpc")}
-    ax = compare.plot_ranking(samples, others, "higher", best=A, what="reward")
-    names = [label.get_text() for label in ax.get_yticklabels()]
-    assert (names[0], names[-1]) == ("mpc", B)
-    assert f"{A} (chosen)" in names
-    axes = compare.plot_effects({name: compare.effect(tables, samples, name) for name in tables.varied}, "reward")
-    assert [label.get_text() for label in axes[0, 0].get_xticklabels()] == ["8", "32"]
-    plt.close("all")
 
 
 @pytest.mark.parametrize("tests", [True, False], ids=["tests", "metrics"])
