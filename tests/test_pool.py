@@ -20,6 +20,7 @@ import pytest
 
 from netllm_lib.abr.episodes import Observation, sound_episodes
 from netllm_lib.abr.play import rollout
+from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Constant, Random
@@ -27,7 +28,6 @@ from netllm_lib.abr.pool import (
     ExperiencePool,
     PoolError,
     concatenate,
-    from_rollout,
     generate_mix,
     generate_pool,
     load_pool,
@@ -52,51 +52,32 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_transitions_are_state_action_reward(pool: ExperiencePool) -> None:
     played = rollout(BBA(), Simulator(TRACES, VIDEO, EPISODES), keep_states=True)
-    assert len(pool) == 3 * 47
-    assert pool.episode_starts.tolist() == [0, 47, 94]
-    assert pool.episode_lengths.tolist() == [47] * 3
     assert played.states is not None
-    for episode, step in ((0, 0), (1, 20), (2, 46)):
-        row = 47 * episode + step
-        np.testing.assert_array_equal(pool.states[row], played.states[episode, step])
-        assert pool.actions[row] == played.level[episode, step + 1]
-        assert pool.rewards[row] == played.reward[episode, step + 1]
-        assert pool.dones[row] == (step == 46)
+    np.testing.assert_array_equal(pool.states, played.states[:, :-1].reshape(-1, 6, 6))
+    np.testing.assert_array_equal(pool.actions, played.level[:, 1:].ravel())
+    np.testing.assert_array_equal(pool.rewards, played.reward[:, 1:].ravel())
+    assert np.flatnonzero(pool.dones).tolist() == [46, 93, 140]
+    going_on = replace(pool, dones=pool.dones & (np.arange(141) < 140))  # an original's can end within an episode
+    for one in (pool, going_on):
+        assert (one.episode_starts.tolist(), one.episode_lengths.tolist()) == ([0, 47, 94], [47] * 3)
     np.testing.assert_allclose(pool.episode_returns(), played.reward[:, 1:].sum(axis=1))
-    with pytest.raises(ValueError, match="keep_states"):
-        from_rollout(rollout(BBA(), Simulator(TRACES, VIDEO, EPISODES)))
 
 
 def test_seeds_work_and_mixes_keep_their_sources(pool: ExperiencePool) -> None:
-    again = generate_pool(BBA(), TRACES, VIDEO, sound_episodes(TRACES, seed=2))
-    other = generate_pool(BBA(), TRACES, VIDEO, sound_episodes(TRACES, seed=3))
+    again, other = (generate_pool(BBA(), TRACES, VIDEO, sound_episodes(TRACES, seed=seed)) for seed in (2, 3))
     assert again.content_hash() == pool.content_hash() != other.content_hash()
     mix = concatenate([pool, generate_pool(Random(), TRACES, VIDEO, EPISODES)])
-    assert mix.source["policies"] == ["bba", "random"]
-    assert len(mix.episode_starts) == 6
-    going_on = replace(
-        pool, dones=pool.dones & (np.arange(len(pool)) < 140)
-    )  # an original's pool can end within an episode
-    assert going_on.episode_starts.tolist() == [0, 47, 94]
-    assert going_on.episode_lengths.tolist() == [47] * 3
+    assert (mix.source["policies"], len(mix.episode_starts)) == (["bba", "random"], 6)
     with pytest.raises(PoolError, match="no episodes"):
         generate_pool(BBA(), TRACES, VIDEO, EPISODES.rows([]))
-
-
-def nan_at(row: int) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda array: np.where((np.arange(len(array)) == row).reshape(-1, *[1] * (array.ndim - 1)), np.nan, array)
 
 
 @pytest.mark.parametrize(
     ("field", "change", "message"),
     [
-        ("states", lambda a: nan_at(5)(a).astype(np.float32), r"transition 5 has a state that is not finite \(1 such"),
-        ("rewards", nan_at(7), "transition 7 has a reward that is not finite"),
-        (
-            "actions",
-            lambda a: np.where(np.arange(len(a)) > 138, 6, a),
-            r"transition 139 has a level outside .* \(2 such",
-        ),
+        ("states", lambda a: np.where(np.arange(141)[:, None, None] == 5, np.float32(np.nan), a), "transition 5 has"),
+        ("rewards", lambda a: np.where(np.arange(141) == 7, np.nan, a), r"transition 7 .* not finite \(1 such"),
+        ("actions", lambda a: np.where(np.arange(141) > 138, 6, a), r"transition 139 has a level .* \(2 such"),
         ("actions", lambda a: a - 1, "transition 0 has a level outside"),
         ("states", lambda a: a.astype(np.float64), "float64"),
         ("states", lambda a: a[:, :5], "shape"),
@@ -145,43 +126,30 @@ class Interrupted(BBA):
         return super().act(observation)
 
 
+NINE = sound_episodes(TRACES, seed=2, repeats=3)
+
+
+def interrupted(path: Path, carries_state: bool = False) -> None:
+    """Three blocks of five are done."""
+    with pytest.raises(KeyboardInterrupt):
+        generate_pool(Interrupted(47 * 7, carries_state), TRACES, VIDEO, NINE, path=path, block=2)
+    assert [file.name for file in path.parent.iterdir()] == [f".{path.name}.generating"]
+
+
+def generated(path: Path | None, policy: Policy | None = None) -> str:
+    return generate_pool(policy or BBA(), TRACES, VIDEO, NINE, path=path, block=2).content_hash()
+
+
 @pytest.mark.parametrize("carries_state", [False, True])
 def test_generation_goes_on_where_it_was(tmp_path: Path, carries_state: bool) -> None:
-    path, episodes = tmp_path / "pool", sound_episodes(TRACES, seed=2, repeats=3)
-
-    with pytest.raises(KeyboardInterrupt):  # three blocks of five are done
-        generate_pool(Interrupted(47 * 7, carries_state), TRACES, VIDEO, episodes, path=path, block=2)
-    assert [file.name for file in tmp_path.iterdir()] == [".pool.generating"]
-    policy = Interrupted(carries_state=carries_state)
-    made = generate_pool(policy, TRACES, VIDEO, episodes, path=path, block=2)
-    assert made.content_hash() == generate_pool(BBA(), TRACES, VIDEO, episodes).content_hash()
+    interrupted(path := tmp_path / "pool", carries_state)
+    policy, again = (Interrupted(carries_state=carries_state) for _ in range(2))
+    assert generated(path, policy) == generated(None)
     assert policy.decisions == 47 * (9 if carries_state else 9 - 4)  # the last block on disk is played again
     before = content(path)
-    again = Interrupted(carries_state=carries_state)
-    generate_pool(again, TRACES, VIDEO, episodes, path=path, block=2)
+    generated(path, again)
     assert again.decisions == 47 * (9 if carries_state else 1)
     assert content(path) == before
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: (folder / "rewards.npy").write_bytes((folder / "rewards.npy").read_bytes()[:-1]),
-        lambda folder: (folder / "dones.npy").unlink(),
-        lambda folder: flip(folder / "rewards.npy", 128 + 8 * 100),  # in the second block
-        lambda folder: flip(folder / "states.npy", -1),
-    ],
-)
-def test_damaged_blocks_are_played_again(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
-    path, episodes = tmp_path / "pool", sound_episodes(TRACES, seed=2, repeats=3)
-    with pytest.raises(KeyboardInterrupt):
-        generate_pool(Interrupted(47 * 7), TRACES, VIDEO, episodes, path=path, block=2)
-    damage(tmp_path / ".pool.generating")
-    made = generate_pool(BBA(), TRACES, VIDEO, episodes, path=path, block=2)
-    assert made.content_hash() == generate_pool(BBA(), TRACES, VIDEO, episodes).content_hash()
-    flip(path / "states.npy", 200)  # a finished one, too
-    made = generate_pool(BBA(), TRACES, VIDEO, episodes, path=path, block=2)
-    assert made.content_hash() == generate_pool(BBA(), TRACES, VIDEO, episodes).content_hash()
 
 
 def flip(path: Path, place: int) -> None:
@@ -190,17 +158,30 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: os.truncate(folder / "rewards.npy", 200),
+        lambda folder: (folder / "dones.npy").unlink(),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: flip(folder / "rewards.npy", 128 + 8 * 100),  # in the second block
+        lambda folder: flip(folder / "states.npy", -1),
+    ],
+)
+def test_damaged_blocks_are_played_again(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    interrupted(path := tmp_path / "pool")
+    damage(tmp_path / ".pool.generating")
+    assert generated(path) == generated(None)
+    flip(path / "states.npy", 200)  # a finished one, too
+    assert generated(path) == generated(None)
+
+
 def test_another_policy_of_the_same_name_starts_anew(tmp_path: Path) -> None:
-    path, episodes = tmp_path / "pool", sound_episodes(TRACES, seed=2, repeats=2)
-    with pytest.raises(KeyboardInterrupt):
-        generate_pool(Interrupted(47 * 5), TRACES, VIDEO, episodes, path=path, block=2)
+    interrupted(path := tmp_path / "pool")
     other = Constant(3)
     other.name = "bba"
-    expected = generate_pool(other, TRACES, VIDEO, episodes).content_hash()
-    for _ in range(2):  # against unfinished work, then against a finished pool
-        assert generate_pool(other, TRACES, VIDEO, episodes, path=path, block=2).content_hash() == expected
-        generate_pool(BBA(), TRACES, VIDEO, episodes, path=path, block=2)
-    assert load_pool(path).content_hash() == generate_pool(BBA(), TRACES, VIDEO, episodes).content_hash()
+    for policy in (other, BBA(), other):  # against unfinished work, then against a finished pool
+        assert generated(path, policy) == generated(None, policy)
 
 
 # --- folders ------------------------------------------------------------------------------------------------------------
@@ -298,9 +279,9 @@ def test_hostile_arrays_are_refused_in_both_formats(tmp_path: Path, kind: str) -
     for name, data in (OURS | HOSTILE[kind]).items():
         (tmp_path / "pool" / f"{name}.npy").write_bytes(data)
     (tmp_path / "pool" / "config.json").write_text("{}")
-    assert_refused(tmp_path / "pool")
     (tmp_path / "old.npz").write_bytes(packed(OURS | HOSTILE[kind]))
-    assert_refused(tmp_path / "old.npz")
+    for path in (tmp_path / "pool", tmp_path / "old.npz"):
+        assert_refused(path)
 
 
 @pytest.mark.parametrize(
