@@ -34,22 +34,16 @@ CALLS = ("fsync", "replace", "unlink", "rmdir", "truncate", "mkdir")
 
 def train_job(network: PolicyNetwork, path: Path) -> None:
     """Six resume points in each of three epochs, and a checkpoint that is replaced."""
-
-    def validate(net: PolicyNetwork) -> float:
-        parameter = next(iter(net.trainable().values()))
-        return float(parameter.detach().abs().sum())
-
-    train_on(network, WINDOWS, CONFIG, path, validate=validate)
+    size = lambda net: float(next(iter(net.trainable().values())).detach().abs().sum())  # noqa: E731
+    train_on(network, WINDOWS, CONFIG, path, validate=size)
 
 
 def pool_job(_: PolicyNetwork, path: Path) -> None:
     """Thirty blocks of three policies."""
     traces, video = generate_traces("t", 5, 8), generate_video("v", 1)
     episodes = sound_episodes(traces, seed=2, repeats=8, noise=True)
-    generate_mix(
-        [(RobustMPC(video), episodes), (BBA(), episodes), (Random(), episodes)],
-        traces, video, path=path / "pool", block=4,
-    )  # fmt: skip
+    mix = [(policy, episodes) for policy in (RobustMPC(video), BBA(), Random())]
+    generate_mix(mix, traces, video, path=path / "pool", block=4)
 
 
 def run_job(network: PolicyNetwork, path: Path) -> None:
@@ -88,9 +82,8 @@ def die_at(count: int) -> None:
 
 
 def main() -> None:
-    network = tiny_network(rank=4, lora=False, layers=1)
+    network, child = tiny_network(rank=4, lora=False, layers=1), 0
     print("ready", flush=True)
-    child = 0
     for line in sys.stdin:
         if child:
             os.waitpid(child, 0)
@@ -102,10 +95,9 @@ def main() -> None:
             JOBS[job](network, Path(path))
             os._exit(0)
         print(child, flush=True)
-        ended = os.waitid(
+        ended: Any = os.waitid(
             os.P_PID, child, os.WEXITED | os.WNOWAIT
-        )  # its number stays taken: a late kill hits nobody else
-        assert ended is not None
+        )  # keeps its number: a late kill hits nobody else
         print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
 
 
