@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ import torch
 
 from conftest import GOLDEN
 from llm_fixtures import batch_loss, stir, tiny_network, toy_pool, write_plm
-from netllm_lib.abr.batches import WindowConfig, make_windows, pool_returns
+from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.model import TOKENS_PER_STEP, Batch, NetworkConfig, PolicyNetwork
 from netllm_lib.abr.pool import load_pool
 from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
 from netllm_lib.plm import PLMConfig, TokenCache, load_plm
+from netllm_lib.returns import pool_returns
 from netllm_lib.runs import read_json
 
 
@@ -25,35 +27,32 @@ def batch(w: int = 10, count: int = 3) -> Batch:
 def test_tokens_are_in_order() -> None:
     """Each input moves its own token of its own step and no other."""
     network, data = tiny_network(), batch()
+    returns, actions, states = data.returns.clone(), data.actions.clone(), [data.states.clone() for _ in range(6)]
+    returns[:, 4], actions[:, 4] = 1, 5
+    for row, changed in enumerate(states):
+        changed[:, 4, row] += 1
+    inputs = [{"returns": returns}, *({"states": changed} for changed in states), {"actions": actions}]
     with torch.inference_mode():
         plain = network.embed(*data[:4])
-        for change, token in {"returns": 0, "actions": 7}.items():
-            values = getattr(data, change).clone()
-            values[:, 4] = 5 if change == "actions" else 1
-            moved = (network.embed(*data._replace(**{change: values})[:4]) != plain).any(-1)
-            assert set(torch.nonzero(moved)[:, 1].tolist()) == {4 * TOKENS_PER_STEP + token}
-        for row, token in enumerate(range(1, 7)):
-            states = data.states.clone()
-            states[:, 4, row] += 1
-            moved = (network.embed(*data._replace(states=states)[:4]) != plain).any(-1)
+        for token, change in enumerate(inputs):
+            moved = (network.embed(*data._replace(**change)[:4]) != plain).any(-1)
             assert set(torch.nonzero(moved)[:, 1].tolist()) == {4 * TOKENS_PER_STEP + token}
 
 
 def test_state_encoder_equals_a_plain_loop() -> None:
     """Level, buffer and remaining read the last column; the series are correlated with their kernels."""
-    encoder = tiny_network().state_encoder
-    states = torch.rand(4, 6, 6)
+    encoder: Any = tiny_network().state_encoder
+    states, relu = torch.rand(4, 6, 6), torch.nn.functional.leaky_relu
     with torch.inference_mode():
         features = encoder(states)
-        relu = torch.nn.functional.leaky_relu
         for n in range(4):
-            for got, row, module in ((0, 0, encoder.fc1), (1, 1, encoder.fc2), (5, 5, encoder.fc6)):
-                expected = relu(states[n, row, -1] * module[0].weight[:, 0] + module[0].bias)  # type: ignore[operator, index]
-                torch.testing.assert_close(features[got][n], expected)
-            for got, module, taps in ((2, encoder.conv3, 4), (3, encoder.conv4, 4), (4, encoder.conv5, 6)):
-                kernel, bias = module[0].weight[:, 0], module[0].bias  # type: ignore[index]
-                sums = [(kernel * states[n, got, i : i + taps]).sum(1) + bias for i in range(7 - taps)]  # type: ignore[operator]
-                torch.testing.assert_close(features[got][n], relu(torch.stack(sums, dim=1).flatten()))
+            for row, module in ((0, encoder.fc1), (1, encoder.fc2), (5, encoder.fc6)):
+                expected = relu(states[n, row, -1] * module[0].weight[:, 0] + module[0].bias)
+                torch.testing.assert_close(features[row][n], expected)
+            for row, module, taps in ((2, encoder.conv3, 4), (3, encoder.conv4, 4), (4, encoder.conv5, 6)):
+                kernel, bias = module[0].weight[:, 0], module[0].bias
+                sums = [(kernel * states[n, row, i : i + taps]).sum(1) + bias for i in range(7 - taps)]
+                torch.testing.assert_close(features[row][n], relu(torch.stack(sums, dim=1).flatten()))
 
 
 def test_a_step_is_predicted_from_what_came_before_its_action() -> None:
@@ -61,14 +60,12 @@ def test_a_step_is_predicted_from_what_came_before_its_action() -> None:
     with torch.inference_mode():
         plain = network(data)
         for step in (0, 5, 9):
-            actions = data.actions.clone()
+            actions, states = data.actions.clone(), data.states.clone()
             actions[:, step] = (actions[:, step] + 3) % 6
-            changed = (network(data._replace(actions=actions)) - plain).abs().amax(dim=(0, 2)) > 1e-6
-            assert changed.tolist() == [i > step for i in range(10)]
-            states = data.states.clone()
             states[:, step] += 1
-            changed = (network(data._replace(states=states)) - plain).abs().amax(dim=(0, 2)) > 1e-6
-            assert changed.tolist() == [i >= step for i in range(10)]
+            for change, first in (({"actions": actions}, step + 1), ({"states": states}, step)):
+                changed = (network(data._replace(**change)) - plain).abs().amax(dim=(0, 2)) > 1e-6
+                assert changed.tolist() == [i >= first for i in range(10)]
 
 
 def test_decide_equals_forward() -> None:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 from original_loop import OriginalPolicy, train_windows
 
 from llm_fixtures import stir, tiny_network, toy_pool, train_on
-from netllm_lib.abr.batches import WindowConfig, make_windows, pool_returns
+from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.episodes import Observation, sound_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings
 from netllm_lib.abr.play import rollout
@@ -23,6 +23,7 @@ from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.checkpoint import describe
 from netllm_lib.plm import PLMConfig, load_plm
+from netllm_lib.returns import pool_returns
 from netllm_lib.train import TrainConfig
 
 UPSTREAM = EvalConfig.upstream()
@@ -39,22 +40,23 @@ def test_the_same_decisions(w: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net, (_, scale) = network(), pool_returns(toy_pool())
     traces = generate_traces("sample", 3, seed=5)
     simulator = Simulator(traces, generate_video("clip", seed=5), sound_episodes(traces, seed=3))
-
     theirs, ours = OriginalPolicy(net, scale, w), LLMPolicy(net, describe(net, PolicySettings(w, scale)), UPSTREAM)
-    seen: dict[str, list[np.ndarray]] = {}
+    levels, logits = [], []
     for policy in (theirs, ours):
+        seen: list[np.ndarray] = []
 
-        def act(observation: Observation, policy: Any = policy, original: Any = policy.act) -> np.ndarray:
-            levels = original(observation)
-            seen.setdefault(policy.name, []).append(policy.logits)
-            return np.asarray(levels)
+        def act(observation: Observation, original: Any = policy.act, seen: Any = seen, policy: Any = policy) -> Any:
+            chosen = original(observation)
+            seen.append(policy.logits)
+            return chosen
 
         monkeypatch.setattr(policy, "act", act)
-    played = [rollout(policy, simulator) for policy in (theirs, ours)]
-    np.testing.assert_array_equal(played[0].level, played[1].level)
-    assert len(set(played[0].level[:, 1:].ravel().tolist())) > 2
-    assert len(seen[ours.name]) == 3 * 48
-    np.testing.assert_allclose(*(np.concatenate(seen[policy.name]) for policy in (ours, theirs)), atol=1e-5, rtol=0)
+        levels.append(rollout(policy, simulator).level)
+        logits.append(np.concatenate(seen))
+    np.testing.assert_array_equal(levels[0], levels[1])
+    assert len(np.unique(levels[0][:, 1:])) > 2
+    assert len(logits[0]) == 3 * 48
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-5, rtol=0)
 
 
 def test_the_same_training(tmp_path: Path) -> None:

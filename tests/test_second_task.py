@@ -23,7 +23,7 @@ from netllm_lib.measure import Measure, Scores
 from netllm_lib.plm import PLM, PLMConfig, load_plm
 from netllm_lib.preflight import preflight
 from netllm_lib.task import Network, Numbers
-from netllm_lib.train import TrainConfig, TrainingRun, train
+from netllm_lib.train import TrainConfig, train
 
 # --- the task -----------------------------------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ def errors(network: SineNetwork) -> np.ndarray:
     return np.asarray((network(batch.x) - batch.y).abs().mean(dim=1))
 
 
-def fit(network: SineNetwork, folder: Path, die_at: int = 0) -> TrainingRun:
+def fit(network: SineNetwork, folder: Path, die_at: int = 0) -> Any:
     def progress(done: int, *_: Any) -> None:
         if done == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -111,25 +111,22 @@ def fit(network: SineNetwork, folder: Path, die_at: int = 0) -> TrainingRun:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[SineNetwork, TrainingRun]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[SineNetwork, Any]:
     network = make()
     return network, fit(network, tmp_path_factory.mktemp("sine"))
 
 
-def test_it_learns_and_the_lowest_error_is_kept(trained: tuple[SineNetwork, TrainingRun]) -> None:
+def test_it_learns_and_the_lowest_error_is_kept(trained: tuple[SineNetwork, Any]) -> None:
     _, result = trained
-    assert result.evaluations is not None
-    assert result.best is not None
     flight = preflight(make(), DATA, CONFIG)
     assert (flight.plan.steps, flight.labels, flight.crossing) == (result.steps, 512, 0)
     assert 0 < flight.memory.weights < flight.memory.peak
-    assert result.held_out_loss is not None
     assert result.held_out_loss < 0.1
     assert result.best_score == result.evaluations["score"].min() == read_meta(result.best).score
     assert result.best_score < result.evaluations["score"].iloc[0]
 
 
-def test_a_killed_training_ends_with_the_same_bits(trained: tuple[SineNetwork, TrainingRun], tmp_path: Path) -> None:
+def test_a_killed_training_ends_with_the_same_bits(trained: tuple[SineNetwork, Any], tmp_path: Path) -> None:
     program = "import sys, pathlib, test_second_task as t; t.fit(t.make(), pathlib.Path(sys.argv[1]), die_at=35)"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"}
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=env, capture_output=True, text=True)
@@ -141,9 +138,8 @@ def test_a_killed_training_ends_with_the_same_bits(trained: tuple[SineNetwork, T
     assert result.held_out_loss == trained[1].held_out_loss
 
 
-def test_its_checkpoint_is_its_own(trained: tuple[SineNetwork, TrainingRun]) -> None:
+def test_its_checkpoint_is_its_own(trained: tuple[SineNetwork, Any]) -> None:
     network, result = trained
-    assert result.final is not None
     loaded, meta = load_checkpoint(result.final, SineNetwork)
     assert (meta.task, meta.settings, meta.network) == ("sine", Settings(), Sizes())
     np.testing.assert_array_equal(errors(loaded), errors(network))
@@ -151,7 +147,7 @@ def test_its_checkpoint_is_its_own(trained: tuple[SineNetwork, TrainingRun]) -> 
         load_policy(result.final)
 
 
-def test_it_is_compared_and_gated(trained: tuple[SineNetwork, TrainingRun], tmp_path: Path) -> None:
+def test_it_is_compared_and_gated(trained: tuple[SineNetwork, Any], tmp_path: Path) -> None:
     ours, zero = errors(trained[0]), np.abs(np.sin(np.pi * TEST.x)).mean(axis=1)
     rows = [
         {"policy": policy, "sample": sample, "error": error}

@@ -139,7 +139,7 @@ def test_accumulating_equals_one_large_batch(tmp_path: Path) -> None:
         "order": ((3, 1, 2, 0),),
         "max_grad_norm": 1e-3,
     }
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "large": {"batch": 4, "accumulation": 1},
         "step": {},
         "micro": {"clip": "micro"},
