@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,8 +52,7 @@ class _Memo(list[Any]):
 
 class _Instructions(dict[int, Callable[[Any], None]]):
     def __missing__(self, code: int) -> Callable[[Any], None]:
-        names = {op.code: op.name for op in pickletools.opcodes}
-        raise ValueError(f"pickle opcode {names.get(chr(code), code)} is refused")
+        raise ValueError(f"pickle opcode {bytes([code])!r} is refused")
 
 
 _Python: Any = pickle._Unpickler  # whose parts typeshed does not list
@@ -83,19 +81,16 @@ class _Unpickler(_Python):
         self.append(self.read(int.from_bytes(self.read(8), "little")))  # Python's takes the memory before it reads
 
     def load_setitem(self) -> None:
-        items = self.stack[-2:]
-        del self.stack[-2:]
-        self.set_items(items)
+        self.set_items([self.stack.pop(-2), self.stack.pop()])
 
     def load_setitems(self) -> None:
-        items = self.pop_mark()
-        self.set_items(items)
+        self.set_items(self.pop_mark())
 
     def set_items(self, items: list[Any]) -> None:
-        keys, target = items[::2], self.stack[-1]
-        if not isinstance(target, dict) or not all(type(key) is str for key in keys):
+        target = self.stack[-1]
+        if not isinstance(target, dict) or not all(type(key) is str for key in items[::2]):
             raise ValueError("values without names")
-        target.update(zip(keys, items[1::2], strict=True))
+        target.update(zip(items[::2], items[1::2], strict=True))
 
     def load_build(self) -> None:
         state = self.stack.pop()
@@ -108,11 +103,5 @@ class _Unpickler(_Python):
             raise ValueError("more than one object")
         super().load_stop()
 
-    dispatch |= {
-        pickle.FRAME[0]: load_frame,
-        pickle.BYTEARRAY8[0]: load_bytearray8,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-        pickle.BUILD[0]: load_build,
-        pickle.STOP[0]: load_stop,
-    }
+    for _code in ("FRAME", "BYTEARRAY8", "SETITEM", "SETITEMS", "BUILD", "STOP"):
+        dispatch[getattr(pickle, _code)[0]] = locals()[f"load_{_code.lower()}"]

@@ -38,21 +38,19 @@ def _pattern(template: str) -> str:
 
     def group(setting: re.Match[str]) -> str:
         key = setting[1]
-        value = _REAL if key in _REALS else "True|False" if key.endswith("fixed") else _INTEGER
-        return f"(?P<{key}>{value})"
+        return f"(?P<{key}>{_REAL if key in _REALS else 'True|False' if key.endswith('fixed') else _INTEGER})"
 
     return re.sub(r"\{(\w+)\}", group, template)
 
 
 _MODEL = "|".join(POLICIES)
-_TRAINING = re.compile(_pattern(TRAINING))
+_TRAINING, _TEST_SET, _BASELINE, _POOL_LEAF = (
+    re.compile(_pattern(template)) for template in (TRAINING, TEST_SET, BASELINE, POOL)
+)
 _TEST = re.compile(f"(?:{_pattern('early_stop_{early_stop}_')})?{_pattern(TEST)}")
 _SAVED = re.compile(_pattern("early_stop_{early_stop}_") + r"(?:best_model|checkpoint|console\.log)")
-_TEST_SET = re.compile(_pattern(TEST_SET))
-_BASELINE = re.compile(_pattern(BASELINE))
-_POOL_LEAF = re.compile(_pattern(POOL))
-_POOL = re.compile(
-    rf"(?:(?P<set>.+?_[^_]+)_(?P<models>(?:{_MODEL})(?:_(?:{_MODEL}))*)|(?P<other_set>[^_]+_[^_]+)_(?P<other>.+))_{_pattern(POOL)}"
+_POOL_HEAD = re.compile(
+    rf"(?P<set>.+?_[^_]+)_(?P<models>(?:{_MODEL})(?:_(?:{_MODEL}))*)|(?P<other_set>[^_]+_[^_]+)_(?P<other>.+)"
 )
 _POOL_AND_STEP = re.compile(rf"(?P<pool>.+)_ss_(?P<sample_step>None|{_INTEGER})")
 _PLM = re.compile(rf"(?P<plm_type>{'|'.join(map(re.escape, PLM_TYPES))})_(?P<plm_size>.+)")
@@ -61,34 +59,27 @@ _PLM = re.compile(rf"(?P<plm_type>{'|'.join(map(re.escape, PLM_TYPES))})_(?P<plm
 def settings_of(path: Path | str) -> dict[str, Any]:
     """The settings that the folder names of a path tell, at whatever level; empty if none of them is one of the original's.
 
-    - pool: `pool` (its name), `train_traces`, `train_video`, `pool_models`, `pool_seed`, `pool_trace_num`, `pool_fixed`
-    - training: `plm_type`, `plm_size`, `sample_step`, `rank`, `w`, `gamma`, `state_feature_dim`, `lr`, `weight_decay`,
-      `warmup_steps`, `epochs`, `seed`, `early_stop` (the original's `--which-layer`)
-    - test: `test_traces`, `test_video`, `test_trace_num`, `test_fixed`, `plm_type`, `plm_size`, `early_stop`, `rank`, `w`, `gamma`,
-      `target_return_scale`, `test_seed`; a baseline's: `policy` in place of what belongs to the PLM
-
+    The keys are those of the templates above, with `pool` (its name), `train_traces`, `train_video`, `pool_models`, `sample_step`,
+    `test_traces`, `test_video`, `plm_type`, `plm_size`, and a baseline's `policy`. `early_stop` is the original's `--which-layer`.
     Names of trace sets may hold underscores, names of videos may not.
     """
-    parts = ["", *str(path).replace("\\", "/").split("/")]
+    parts = ["", *str(path).replace("\\", "/").split("/"), "", ""]
     found: dict[str, Any] = {}
-    for index, part in enumerate(parts[1:], start=1):
-        before, grandparent = parts[index - 1], parts[index - 2] if index > 1 else ""
-        if match := _TRAINING.fullmatch(part):
+    for index in range(1, len(parts) - 2):
+        above, before, part = parts[index - 2] if index > 1 else "", parts[index - 1], parts[index]
+        if match := _TRAINING.fullmatch(part) or _SAVED.fullmatch(part):
             found |= _values(match)
         elif match := _TEST.fullmatch(part):
-            found |= _values(match) | _plm_of(before, certain=bool(_TEST_SET.fullmatch(grandparent)))
-        elif match := _SAVED.fullmatch(part):
-            found |= _values(match)
+            found |= _values(match) | _plm_of(before, certain=bool(_TEST_SET.fullmatch(above)))
         elif match := _POOL_AND_STEP.fullmatch(part):
             step = None if match["sample_step"] == "None" else int(match["sample_step"])
-            found |= _pool_of(match["pool"]) | {"sample_step": step} | _plm_of(before, certain=grandparent == "ft_plms")
+            found |= _pool_of(match["pool"]) | {"sample_step": step} | _plm_of(before, certain=above == "ft_plms")
         elif _POOL_LEAF.fullmatch(part) and index > 2:
-            found |= _pool_of(f"{grandparent}_{before}_{part}")
+            found |= _pool_of(f"{above}_{before}_{part}")
         elif match := _TEST_SET.fullmatch(part):
             found |= _values(match) | _pair(before, "test_traces", "test_video")
-            policy, leaf = (*parts[index + 1 : index + 3], "", "")[:2]
-            if seed := _BASELINE.fullmatch(leaf):
-                found |= {"policy": policy} | _values(seed)
+            if seed := _BASELINE.fullmatch(parts[index + 2]):
+                found |= {"policy": parts[index + 1]} | _values(seed)
     return found
 
 
@@ -97,10 +88,8 @@ def run_of(path: Path) -> tuple[Path, int] | None:
 
     Several early stops share a folder, so both are needed to tell runs apart.
     """
-    for place in (path, *path.parents):
-        if match := _SAVED.fullmatch(place.name):
-            return place.parent, int(match["early_stop"])
-    return None
+    matches = ((place.parent, _SAVED.fullmatch(place.name)) for place in (path, *path.parents))
+    return next(((folder, int(match["early_stop"])) for folder, match in matches if match), None)
 
 
 def results_label(folder: Path) -> str:
@@ -112,10 +101,10 @@ def results_label(folder: Path) -> str:
 
 
 def _values(match: re.Match[str]) -> dict[str, Any]:
-    found = {key: value for key, value in match.groupdict().items() if value is not None}
     return {
         key: float(value) if key in _REALS else value == "True" if value in ("True", "False") else int(value)
-        for key, value in found.items()
+        for key, value in match.groupdict().items()
+        if value is not None
     }
 
 
@@ -133,11 +122,10 @@ def _plm_of(name: str, certain: bool) -> dict[str, str]:
 
 
 def _pool_of(name: str) -> dict[str, Any]:
-    match = _POOL.fullmatch(name)
-    if match is None:
+    head, _, tail = name.rpartition("_seed_")
+    match, numbers = _POOL_HEAD.fullmatch(head), _POOL_LEAF.fullmatch(f"seed_{tail}")
+    if match is None or numbers is None:
         return {"pool": name}
     models = tuple(re.findall(_MODEL, match["models"])) if match["models"] else (match["other"],)
     traces = _pair(match["set"] or match["other_set"], "train_traces", "train_video")
-    numbers = _POOL_LEAF.fullmatch(name[match.start("pool_seed") - len("seed_") :])
-    assert numbers is not None
     return {"pool": name, **traces, "pool_models": models, **_values(numbers)}

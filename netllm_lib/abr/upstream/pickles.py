@@ -27,7 +27,7 @@ class _Pool(Part):
     """The original's pool: its four lists as attributes."""
 
     def __setstate__(self, state: Any) -> None:
-        if type(state) is not dict:
+        if type(state) is not dict:  # whose keys are text: hashing something else may take for ever
             raise ValueError("a pool without lists")
         vars(self).update(state)
 
@@ -54,23 +54,21 @@ class _Array(Part):
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
-        self.values = _numbers(data, dtype, shape, fortran is True)
-
-
-def _numbers(data: Any, dtype: Any, shape: Any, fortran: bool = False) -> np.ndarray:
-    if type(data) not in (bytes, bytearray) or type(dtype) is not _DType or type(shape) is not tuple:
-        raise ValueError("an array without numbers")
-    return np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")  # a view: no memory is taken
-
-
-def _scalar(dtype: Any, data: Any) -> Any:
-    return _numbers(data, dtype, ()).item()
+        if type(data) not in (bytes, bytearray) or type(dtype) is not _DType or type(shape) is not tuple:
+            raise ValueError("an array without numbers")
+        order: Any = "F" if fortran is True else "C"
+        self.values = np.frombuffer(data, dtype.dtype).reshape(shape, order=order)  # a view: no memory is taken
 
 
 def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
     array = _Array()
-    array.values = _numbers(data, dtype, shape, type(order) is str and order == "F")
+    array.__setstate__((1, shape, dtype, order == "F", data))
     return array
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    values = _frombuffer(data, dtype, (), "C").values
+    return None if values is None else values.item()
 
 
 def _encode(text: Any, *_: Any) -> bytes:
@@ -81,11 +79,8 @@ def _encode(text: Any, *_: Any) -> bytes:
 
 
 _NAMES: dict[tuple[str, str], Any] = {
-    POOL_CLASS: _Pool,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _DType,
-    ("_codecs", "encode"): _encode,
-}
+    POOL_CLASS: _Pool, ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _DType, ("_codecs", "encode"): _encode,
+}  # fmt: skip
 for _core in ("numpy._core", "numpy.core"):  # NumPy 2 and NumPy 1
     _NAMES[f"{_core}.multiarray", "_reconstruct"] = _Array
     _NAMES[f"{_core}.multiarray", "scalar"] = _scalar
@@ -100,8 +95,6 @@ def read_pool(path: Path) -> dict[str, np.ndarray]:
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"{size} bytes, larger than any experience pool")
     record = load(path.read_bytes(), _NAMES)
-    if type(record) is not _Pool:
-        raise ValueError("an object of another class")
     states = [value.values for value in _entries(record, "states", _Array)]
     if not all(state is not None and state.shape == (6, 6) and state.dtype.kind == "f" for state in states):
         raise ValueError("a state is not a 6 × 6 array of floating point numbers")
@@ -115,13 +108,10 @@ def read_pool(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def _entries(record: _Pool, name: str, *kinds: type) -> list[Any]:
-    values = vars(record).get(name)
-    if type(values) is not list:
-        raise ValueError(f"the list {name!r} is missing")
-    for index, value in enumerate(values):
-        if type(value) not in kinds:  # True is no level
-            raise ValueError(f"{name}: entry {index} is of type {type(value).__name__.strip('_')}")
+def _entries(record: Any, name: str, *kinds: type) -> list[Any]:
+    values = vars(record).get(name) if type(record) is _Pool else None
+    if type(values) is not list or not all(type(value) in kinds for value in values):  # True is no level
+        raise ValueError(f"no list {name!r} of {' or '.join(kind.__name__.strip('_') for kind in kinds)} in it")
     return values
 
 
