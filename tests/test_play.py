@@ -44,7 +44,7 @@ def test_blocks_change_nothing(name: str) -> None:
         blocked = rollout(policy, SIMULATOR, block=block, keep_states=True)
         for field in ("level", "reward", "buffer_s", "delay_ms", "sleep_ms", "time_s", "states"):
             np.testing.assert_array_equal(getattr(whole, field), getattr(blocked, field))
-        parts = list(rollout_blocks(policy, SIMULATOR, block, keep_states=True))
+        parts = list(rollout_blocks(policy, SIMULATOR, block))
         assert [len(part) for part in parts] == [min(block, 9 - first) for first in range(0, 9, block)]
         np.testing.assert_array_equal(np.concatenate([part.reward for part in parts]), whole.reward)
         np.testing.assert_array_equal(np.concatenate([part.states for part in parts]), whole.states)

@@ -42,9 +42,8 @@ class Episodes:
 
     def rows(self, index: Sequence[int]) -> Episodes:
         """The episodes at `index`, in that order."""
-        noise = None if self.noise is None else self.noise[index]
-        trace, start, draws = self.trace_index[index], self.start_ptr[index], self.action_draws[index]
-        return replace(self, trace_index=trace, start_ptr=start, noise=noise, action_draws=draws)
+        arrays = {name: values[index] for name, values in vars(self).items() if isinstance(values, np.ndarray)}
+        return replace(self, **arrays)
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ def sound_episodes(traces: TraceSet, *, seed: int = 0, repeats: int = 1, noise: 
     """
     count = len(traces)
     trace_index = np.tile(np.arange(count), repeats)
-    start = np.empty(len(trace_index), dtype=np.int64)
-    factors, draws = np.empty((len(start), CHUNKS)), np.empty((len(start), CHUNKS), dtype=np.int64)
+    start, draws = np.empty(len(trace_index), np.int64), np.empty((len(trace_index), CHUNKS), np.int64)
+    factors = np.empty(draws.shape)
     for row, index in enumerate(trace_index):
         rng = np.random.default_rng([seed, row // count, index])
         start[row] = rng.integers(1, len(traces.traces[index].mbps))
@@ -108,25 +107,17 @@ def upstream_episodes(
     order = list(range(count))
     if not fixed:
         rng.shuffle(order)
-    pointers = traces.start_ptrs
-    start = [rng.randint(1, len(traces.traces[i].mbps)) if pointers is None else int(pointers[i]) for i in order]
+    given = traces.start_ptrs
+    start = [rng.randint(1, len(traces.traces[i].mbps)) if given is None else int(given[i]) for i in order]
     if not pool:
         rng = np.random.RandomState(seed)
 
     noise = np.ones((trace_num, CHUNKS))
     draws = np.zeros((trace_num, CHUNKS), dtype=np.int64)
-    for episode in range(trace_num):
-        for chunk in range(CHUNKS):
-            if not fixed:
-                noise[episode, chunk] = rng.uniform(NOISE_LOW, NOISE_HIGH)
-            if draws_actions:
-                draws[episode, chunk] = rng.randint(1, DRAWS)
-    return Episodes(
-        trace_index=np.array(order[:trace_num]),
-        start_ptr=np.array(start[:trace_num]),
-        noise=None if fixed else noise,
-        action_draws=draws,
-        seed=seed,
-        fixed=fixed,
-        running_clock=clock == "running",
-    )
+    for chunk in np.ndindex(noise.shape):
+        if not fixed:
+            noise[chunk] = rng.uniform(NOISE_LOW, NOISE_HIGH)
+        if draws_actions:
+            draws[chunk] = rng.randint(1, DRAWS)
+    index, pointers = np.array(order[:trace_num]), np.array(start[:trace_num])
+    return Episodes(index, pointers, None if fixed else noise, draws, seed, fixed, running_clock=clock == "running")

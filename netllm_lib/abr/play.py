@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,32 +44,25 @@ class Rollout(Outcome):
     def table(self) -> pd.DataFrame:
         """One row per episode × chunk. Columns: see docs/formats.md; what the policy adds comes last."""
         rows, chunks = self.level.shape
-        names = [self.trace_names[index] for index in self.episodes.trace_index]
-        repeats = pd.Series(names).groupby(names).cumcount()
-        labels = [f"{name}#{repeat}" if repeat else name for name, repeat in zip(names, repeats, strict=True)]
+        names = pd.Series([self.trace_names[index] for index in self.episodes.trace_index])
+        labels = [
+            f"{name}#{repeat}" if repeat else name
+            for name, repeat in zip(names, names.groupby(names).cumcount(), strict=True)
+        ]
         columns = {
             "trace": np.repeat(np.array(labels, dtype=object), chunks),
             "chunk": np.tile(np.arange(chunks), rows),
-            "level": self.level,
-            "bitrate_kbps": self.bitrate_kbps,
-            "buffer_s": self.buffer_s,
-            "rebuffer_s": self.rebuffer_s,
+            **{name: getattr(self, name) for name in ("level", "bitrate_kbps", "buffer_s", "rebuffer_s")},
             "size_bytes": self.size_bytes.astype(np.int64),
-            "delay_ms": self.delay_ms,
-            "smoothness_mbps": self.smoothness_mbps,
-            "reward": self.reward,
-            "time_s": self.time_s,
-            "start_ptr": np.repeat(self.episodes.start_ptr, chunks),
-            "trace_index": np.repeat(self.episodes.trace_index, chunks),
+            **{name: getattr(self, name) for name in ("delay_ms", "smoothness_mbps", "reward", "time_s")},
+            **{name: np.repeat(getattr(self.episodes, name), chunks) for name in ("start_ptr", "trace_index")},
         }
         return pd.DataFrame({name: values.ravel() for name, values in (columns | self.extras).items()})
 
 
-def play(
-    policy: Policy, simulator: Simulator, *, block: int | None = None, progress: Progress | None = None
-) -> pd.DataFrame:
-    """`rollout` as a table: one row per episode × chunk (see `Rollout.table`)."""
-    return rollout(policy, simulator, block=block, progress=progress).table()
+def play(policy: Policy, simulator: Simulator, **options: Any) -> pd.DataFrame:
+    """`rollout` as a table: one row per episode × chunk (see `Rollout.table`). Options are those of `rollout`."""
+    return rollout(policy, simulator, **options).table()
 
 
 def rollout(
@@ -90,15 +84,9 @@ def rollout(
 
 
 def rollout_blocks(
-    policy: Policy,
-    simulator: Simulator,
-    block: int,
-    *,
-    first: int = 0,
-    keep_states: bool = False,
-    progress: Progress | None = None,
+    policy: Policy, simulator: Simulator, block: int, *, first: int = 0, progress: Progress | None = None
 ) -> Iterator[Rollout]:
-    """`rollout` as a stream of its parts, `block` episodes each, so that no more than one of them is in memory.
+    """`rollout` with its states as a stream of its parts, `block` episodes each, so that no more than one of them is in memory.
 
     Within a part as many episodes are played at once as the policy's own `block` allows. `first` skips as many parts. A policy
     that carries state from trace to trace cannot skip: it raises ValueError.
@@ -107,9 +95,8 @@ def rollout_blocks(
         raise ValueError(f"{policy.name} carries state from trace to trace: it cannot begin at block {first}")
     policy.reset(simulator.episodes)
     for start in range(first * block, len(simulator), block):
-        rows = range(start, min(start + block, len(simulator)))
-        report = None if progress is None else shifted(progress, start * CHUNKS, len(simulator) * CHUNKS)
-        yield _play(policy, simulator.part(rows), None, keep_states, report)
+        part = simulator.part(range(start, min(start + block, len(simulator))))
+        yield _play(policy, part, None, True, progress and shifted(progress, start * CHUNKS, len(simulator) * CHUNKS))
 
 
 def shifted(progress: Progress, earlier: int, total: int) -> Progress:
@@ -120,17 +107,13 @@ def shifted(progress: Progress, earlier: int, total: int) -> Progress:
 def _play(
     policy: Policy, simulator: Simulator, block: int | None, keep_states: bool, progress: Progress | None
 ) -> Rollout:
-    size = 1 if policy.carries_state else block or policy.block or len(simulator)
-    if size < 1:
-        raise ValueError(f"block={size}: at least one episode has to be played at once")
     shape = len(simulator), CHUNKS
-    levels = np.full(shape, FIRST_LEVEL)
+    levels, extras = np.full(shape, FIRST_LEVEL), dict[str, np.ndarray]()
     states = np.empty((*shape, 6, 6), dtype=np.float32) if keep_states else None
-    extras: dict[str, np.ndarray] = {}
+    size = 1 if policy.carries_state else block or policy.block or len(simulator)
     for first in range(0, len(simulator), size):
-        rows = slice(first, min(first + size, len(simulator)))
-        together = simulator.part(range(rows.start, rows.stop))
-        wanted = np.full(len(together), FIRST_LEVEL)
+        rows = range(first, min(first + size, len(simulator)))
+        together, wanted = simulator.part(rows), levels[rows, 0]
         for chunk in range(CHUNKS):
             together.step(wanted)
             levels[rows, chunk] = wanted
@@ -143,9 +126,7 @@ def _play(
                 for name, values in policy.extras().items():
                     extras.setdefault(name, np.full(shape, np.nan))[rows, chunk + 1] = values
             if progress:
-                progress(rows.start * CHUNKS + (chunk + 1) * len(together), levels.size)
+                progress(first * CHUNKS + (chunk + 1) * len(rows), levels.size)
     # the levels say everything else: the simulator brings the rest in one call
-    brought = simulator.replay(levels)
-    return Rollout(
-        **vars(brought), episodes=simulator.episodes, trace_names=simulator.traces.names, states=states, extras=extras
-    )
+    brought, names = vars(simulator.replay(levels)), simulator.traces.names
+    return Rollout(**brought, episodes=simulator.episodes, trace_names=names, states=states, extras=extras)

@@ -6,6 +6,7 @@ Colours are those of seaborn's colour-blind palette; lines differ in style too, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,15 +21,21 @@ from netllm_lib.stats import Interval
 
 PALETTE = sns.color_palette("colorblind")
 STYLES = ("-", "--", ":", "-.")
+BESIDE: dict[str, Any] = {"frameon": False, "fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+"""Of a legend to the right of the axes."""
+
+
+def given_or_new(axes: Axes | None, size: tuple[float, float]) -> Axes:
+    """`axes`, or those of a new figure of `size` inches."""
+    return axes if axes is not None else plt.subplots(figsize=size, constrained_layout=True)[1]
 
 
 def plot_bandwidths(trace_sets: Sequence[TraceSet], axes: Axes | None = None) -> Axes:
     """Distribution over traces of the mean bandwidth, one step curve per trace set."""
     ax = given_or_new(axes, (7, 3.2))
     for i, traces in enumerate(trace_sets):
-        means = traces.describe()["mean_mbps"]
-        label = f"{traces.name} ({len(traces)} traces)"
-        sns.ecdfplot(means, ax=ax, label=label, color=PALETTE[i], linestyle=STYLES[i % len(STYLES)])
+        style = {"label": f"{traces.name} ({len(traces)} traces)", "color": PALETTE[i], "linestyle": STYLES[i % 4]}
+        sns.ecdfplot(traces.describe()["mean_mbps"], ax=ax, **style)
     ax.set(xlabel="mean bandwidth of a trace (Mbps)", ylabel="share of traces", title="Bandwidth")
     ax.legend(frameon=False)
     return ax
@@ -46,8 +53,7 @@ def plot_pool(pool: ExperiencePool) -> np.ndarray:
 def plot_pool_levels(pool: ExperiencePool, axes: Axes | None = None) -> Axes:
     """How often the behaviour policy chose each level."""
     ax = given_or_new(axes, (5, 3.2))
-    share = np.bincount(pool.actions, minlength=qoe.LEVELS) / len(pool)
-    ax.bar(range(qoe.LEVELS), 100 * share, color=PALETTE[0])
+    ax.bar(range(qoe.LEVELS), 100 * np.bincount(pool.actions, minlength=qoe.LEVELS) / len(pool), color=PALETTE[0])
     ax.set(xlabel="level", ylabel="share of transitions (%)", title="Levels chosen")
     return ax
 
@@ -67,8 +73,8 @@ def plot_pool_episodes(
     ax = given_or_new(axes, (5, 3.2))
     means = pool.episode_returns() / pool.episode_lengths
     ax.hist(means, bins=40, color=PALETTE[2])
-    for i, (name, value) in enumerate(({"mean": float(means.mean())} | dict(references or {})).items()):
-        ax.axvline(value, color="k", linestyle=STYLES[i % len(STYLES)], linewidth=1.2, label=f"{name}: {value:.2f}")
+    for i, (name, value) in enumerate({"mean": float(means.mean()), **(references or {})}.items()):
+        ax.axvline(value, color="k", linestyle=STYLES[i % 4], linewidth=1.2, label=f"{name}: {value:.2f}")
     ax.set(xlabel="mean reward of an episode", ylabel="episodes", title="Episodes")
     ax.legend(frameon=False, fontsize=8)
     return ax
@@ -80,12 +86,10 @@ def plot_training(history: pd.DataFrame, references: Mapping[str, float], axes: 
     steps = history.groupby("step")["loss"].mean()
     ax.plot(steps.index, steps, color="0.75", linewidth=0.8, label="loss of a step")
     ax.plot(steps.index, steps.rolling(15, min_periods=1).mean(), color=PALETTE[0], label="mean of 15 steps")
-    for i, (name, value) in enumerate(references.items()):
-        ax.axhline(
-            value, color=PALETTE[i + 1], linestyle=STYLES[1 + i % 3], linewidth=1.2, label=f"{name}: {value:.2f}"
-        )
+    for i, (name, value) in enumerate(references.items(), start=1):
+        ax.axhline(value, color=PALETTE[i], linestyle=STYLES[i % 4], linewidth=1.2, label=f"{name}: {value:.2f}")
     ax.set(xlabel="optimizer step", ylabel="cross-entropy (nats)", title="Training loss")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(**BESIDE)
     return ax
 
 
@@ -93,17 +97,16 @@ def plot_decomposition(tables: Mapping[str, pd.DataFrame], axes: Axes | None = N
     """Where the reward goes, by policy: bitrate gained, rebuffering and switching paid; the dot is the mean reward."""
     ax = given_or_new(axes, (8, 0.55 * len(tables) + 1.4))
     means = pd.DataFrame({name: qoe.per_trace(table).mean() for name, table in tables.items()}).T[::-1]
+    stalls, switches = -means["rebuffering"], -means["smoothness"]
     ax.barh(means.index, means["quality"], color=PALETTE[0], label="quality (bitrate)")
-    ax.barh(means.index, -means["rebuffering"], color=PALETTE[3], hatch="//", label="rebuffering")
-    ax.barh(
-        means.index, -means["smoothness"], left=-means["rebuffering"], color=PALETTE[1], hatch="..", label="smoothness"
-    )
+    ax.barh(means.index, stalls, color=PALETTE[3], hatch="//", label="rebuffering")
+    ax.barh(means.index, switches, left=stalls, color=PALETTE[1], hatch="..", label="smoothness")
     ax.plot(means["reward"], means.index, "ko", label="mean reward")
     for name, value in means["reward"].items():
         ax.annotate(f"{value:.3f}", (value, name), xytext=(6, 6), textcoords="offset points", fontsize=8)
     ax.axvline(0, color="k", linewidth=0.8)
     ax.set(xlabel="reward per chunk (Mbps)", title="Where the reward goes")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(**BESIDE)
     return ax
 
 
@@ -124,25 +127,19 @@ def plot_differences(differences: Mapping[str, Interval], axes: Axes | None = No
 def plot_steps(rewards: Mapping[str, float], axes: Axes | None = None) -> Axes:
     """A waterfall: the reward that the first entry had, and what each later one added or took."""
     ax = given_or_new(axes, (1.1 * len(rewards) + 1.5, 3.4))
-    before = None
-    for place, reward in enumerate(rewards.values()):
-        if before is None:
-            ax.plot([place - 0.35, place + 0.35], [reward, reward], color="k", linewidth=2)
-        else:
-            gain = reward - before
-            color, hatch = (PALETTE[2], "") if gain >= 0 else (PALETTE[3], "///")
-            ax.bar(place, gain, bottom=before, width=0.7, facecolor=color, edgecolor="k", linewidth=0.5, hatch=hatch)
-            ax.plot([place - 1, place + 0.35], [before, before], color="0.6", linewidth=0.8, zorder=0)
-        text = f"{reward:.3f}" if before is None else f"{reward:.3f}\n({reward - before:+.3f})"
-        top = (place, max(reward, before or reward))
-        ax.annotate(text, top, xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9)
-        before = reward
-    ax.set_xticks(range(len(rewards)), list(rewards))
-    low, high = ax.get_ylim()
-    ax.set(ylim=(low, high + 0.2 * (high - low)), ylabel="mean reward per chunk")
+    values, places = np.array(list(rewards.values())), np.arange(len(rewards))
+    before, gains = values[:-1], np.diff(values)
+    ax.hlines(values[0], -0.35, 0.35, color="k", linewidth=2)
+    ax.hlines(before, places[:-1], places[1:] + 0.35, color="0.6", linewidth=0.8, zorder=0)
+    style = {"color": [PALETTE[2 if gain >= 0 else 3] for gain in gains], "edgecolor": "k", "linewidth": 0.5}
+    ax.bar(places[1:], gains, 0.7, before, hatch=["" if gain >= 0 else "///" for gain in gains], **style)
+    texts = [
+        f"{values[0]:.3f}",
+        *(f"{value:.3f}\n({gain:+.3f})" for value, gain in zip(values[1:], gains, strict=True)),
+    ]
+    for place, text, top in zip(places, texts, np.maximum(values, np.r_[values[0], before]), strict=True):
+        ax.annotate(text, (place, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9)
+    ax.set_xticks(places, list(rewards))
+    ax.margins(y=0.2)
+    ax.set_ylabel("mean reward per chunk")
     return ax
-
-
-def given_or_new(axes: Axes | None, size: tuple[float, float]) -> Axes:
-    """`axes`, or those of a new figure of `size` inches."""
-    return axes if axes is not None else plt.subplots(figsize=size, constrained_layout=True)[1]

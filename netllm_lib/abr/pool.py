@@ -326,7 +326,7 @@ def _play(
         if first < number + count:
             skip = 0 if policy.carries_state else max(first - number, 0)
             report, simulator = progress and shifted(progress, before, total), Simulator(traces, video, episodes)
-            played = rollout_blocks(policy, simulator, block, first=skip, keep_states=True, progress=report)
+            played = rollout_blocks(policy, simulator, block, first=skip, progress=report)
             yield from enumerate(map(from_rollout, played), start=number + skip)
         number, before = number + count, before + len(episodes) * CHUNKS
 
