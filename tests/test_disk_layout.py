@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from llm_fixtures import FAMILIES, stir, write_plm
 from netllm_lib import checkpoint, runs
@@ -19,6 +18,8 @@ from netllm_lib.returns import ReturnScale
 
 SCALE = ReturnScale(min_reward=-10.0, max_reward=4.3, target_return=0.05, max_timestep=46, pool_hash="none")
 """Of no pool in particular."""
+X = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(1))
+"""Embeddings [batch, tokens, hidden]."""
 
 
 def saved(plm: Path, folder: Path, **config: Any) -> PolicyNetwork:
@@ -29,14 +30,13 @@ def saved(plm: Path, folder: Path, **config: Any) -> PolicyNetwork:
     return network
 
 
-def hidden_states(model: Any, family: str, x: torch.Tensor) -> torch.Tensor:
-    """What a plain model makes of embeddings [batch, tokens, hidden], fed as the original feeds each family."""
+def hidden_states(model: Any, family: str) -> torch.Tensor:
+    """What a plain model makes of the embeddings, fed as the original feeds each family."""
     if family == "t5-lm":  # the decoder on the encoder's output
-        x = model.encoder(inputs_embeds=x).last_hidden_state
+        x = model.encoder(inputs_embeds=X).last_hidden_state
         return model.decoder(inputs_embeds=x, encoder_hidden_states=x, use_cache=False).last_hidden_state
-    if family == "gpt2":  # which the original leaves without positions
-        x = x - model.wpe.weight[: x.shape[1]]
-    return model(inputs_embeds=x).last_hidden_state
+    # the original leaves gpt2 without positions
+    return model(inputs_embeds=X - model.wpe.weight[: X.shape[1]] if family == "gpt2" else X).last_hidden_state
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,14 +44,11 @@ def test_plain_peft_loads_our_adapter(tmp_path: Path, family: str) -> None:
     """Over plain transformers' model, from the folder that `save_pretrained` wrote and `load_plm` reads: the same hidden states."""
     plm = write_plm(tmp_path / "plm", family)
     network = saved(plm, tmp_path / "policy")
-    base = transformers.AutoModel.from_pretrained(plm)
-    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        ours = network.plm(x)
-        untuned = hidden_states(base.eval(), family, x)
-        adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "policy")).eval()
-        theirs = hidden_states(adapted.get_base_model(), family, x)
-    torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=0)
+    base = transformers.AutoModel.from_pretrained(plm).eval()
+    untuned = hidden_states(base, family)
+    adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "policy")).eval()
+    theirs = hidden_states(adapted.get_base_model(), family)
+    torch.testing.assert_close(theirs, network.plm(X), atol=2e-5, rtol=0)
     assert (theirs - untuned).abs().max() > 1e-2
 
 
@@ -62,34 +59,23 @@ def test_an_adapter_of_the_first_layers(tmp_path: Path) -> None:
     base = transformers.AutoModel.from_pretrained(plm)
     with pytest.warns(UserWarning, match=r"missing adapter keys.*layers\.2\."):  # and of no other layer
         adapted: Any = peft.PeftModel.from_pretrained(base, str(tmp_path / "policy")).eval().get_base_model()
-    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        second = adapted(inputs_embeds=x, output_hidden_states=True).hidden_states[2]
-        torch.testing.assert_close(adapted.norm(second), network.plm(x), atol=2e-5, rtol=0)
+    second = adapted(inputs_embeds=X, output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(adapted.norm(second), network.plm(X), atol=2e-5, rtol=0)
 
 
 def test_an_adapter_that_peft_wrote(tmp_path: Path) -> None:
     """Its files in the place of ours: the folder loads, and plays with peft's numbers."""
-    plm = write_plm(tmp_path / "plm", "llama")
-    saved(plm, tmp_path / "policy")
+    plm, policy = write_plm(tmp_path / "plm", "llama"), tmp_path / "policy"
+    network = saved(plm, policy)
     base = transformers.AutoModel.from_pretrained(plm)
-    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "policy"), is_trainable=True)
-    theirs.save_pretrained(str(tmp_path / "again"))
-    ours, plain = (tmp_path / name / "adapter_model.safetensors" for name in ("policy", "again"))
-    assert load_file(ours).keys() == load_file(plain).keys()
-    for name, values in load_file(plain).items():
-        assert torch.equal(values, load_file(ours)[name]), name
-    reloaded, _ = load_policy(tmp_path / "policy")
+    peft.PeftModel.from_pretrained(base, str(policy), is_trainable=True).save_pretrained(str(tmp_path / "again"))
+    about = runs.read_json(policy / "config.json")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / "policy" / name).write_bytes((tmp_path / "again" / name).read_bytes())
-    config = tmp_path / "policy" / "config.json"
-    told = runs.read_json(config)
-    told["hashes"]["adapter_model.safetensors"] = runs.file_hash(plain)
-    runs.write_json(config, told)
-    swapped, _ = load_policy(tmp_path / "policy")
-    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        assert torch.equal(swapped.plm(x), reloaded.plm(x))
+        (policy / name).write_bytes((tmp_path / "again" / name).read_bytes())
+        about["hashes"][name] = runs.file_hash(policy / name)
+    runs.write_json(policy / "config.json", about)
+    swapped, _ = load_policy(policy)
+    assert torch.equal(swapped.plm(X), network.eval().plm(X))
 
 
 @pytest.mark.parametrize("layout", ["one file", "shards", "half precision"])
@@ -105,8 +91,6 @@ def test_load_plm_reads_what_save_pretrained_wrote(tmp_path: Path, layout: str) 
         model = model.half()
     model.save_pretrained(tmp_path / "plm", max_shard_size="100KB" if layout == "shards" else "1GB")
     assert (len(list((tmp_path / "plm").glob("*.safetensors"))) > 1) == (layout == "shards")
-    plm = load_plm(PLMConfig(str(tmp_path / "plm"), rank=0))
     plain = transformers.AutoModel.from_pretrained(tmp_path / "plm", dtype=torch.float32).eval()
-    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        torch.testing.assert_close(plm(x), plain(inputs_embeds=x).last_hidden_state, atol=2e-5, rtol=0)
+    theirs = plain(inputs_embeds=X).last_hidden_state
+    torch.testing.assert_close(load_plm(PLMConfig(str(tmp_path / "plm"), rank=0))(X), theirs, atol=2e-5, rtol=0)
