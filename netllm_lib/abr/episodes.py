@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -42,7 +42,9 @@ class Episodes:
 
     def rows(self, index: Sequence[int]) -> Episodes:
         """The episodes at `index`, in that order."""
-        arrays = {name: values[index] for name, values in vars(self).items() if isinstance(values, np.ndarray)}
+        arrays: dict[str, Any] = {
+            name: values[index] for name, values in vars(self).items() if isinstance(values, np.ndarray)
+        }
         return replace(self, **arrays)
 
 

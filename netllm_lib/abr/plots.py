@@ -131,8 +131,8 @@ def plot_steps(rewards: Mapping[str, float], axes: Axes | None = None) -> Axes:
     before, gains = values[:-1], np.diff(values)
     ax.hlines(values[0], -0.35, 0.35, color="k", linewidth=2)
     ax.hlines(before, places[:-1], places[1:] + 0.35, color="0.6", linewidth=0.8, zorder=0)
-    style = {"color": [PALETTE[2 if gain >= 0 else 3] for gain in gains], "edgecolor": "k", "linewidth": 0.5}
-    ax.bar(places[1:], gains, 0.7, before, hatch=["" if gain >= 0 else "///" for gain in gains], **style)
+    colors, hatches = [PALETTE[2 if gain >= 0 else 3] for gain in gains], ["" if gain >= 0 else "///" for gain in gains]
+    ax.bar(places[1:], gains, 0.7, before, color=colors, hatch=hatches, edgecolor="k", linewidth=0.5)
     texts = [
         f"{values[0]:.3f}",
         *(f"{value:.3f}\n({gain:+.3f})" for value, gain in zip(values[1:], gains, strict=True)),

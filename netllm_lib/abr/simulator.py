@@ -72,9 +72,7 @@ def begin(episode: Episode) -> Client:
 @inlined
 def next_sample(time_s: Array, ptr: int) -> tuple[int, float]:
     """Pointer and time when sample `ptr` is over. Past the end a trace starts again at sample 1: sample 0 is never used."""
-    if ptr + 1 < len(time_s):
-        return ptr + 1, time_s[ptr]
-    return 1, 0.0
+    return (ptr + 1, time_s[ptr]) if ptr + 1 < len(time_s) else (1, 0.0)
 
 
 @inlined

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,37 +40,28 @@ def play(
     clip = registry.video(video or registry.default_video())
     player = make_policy(policy, clip, registry, preset.value)
     if preset is Preset.upstream:
-        episodes = upstream_episodes(
-            trace_set,
-            trace_num=min(100, len(trace_set)) if trace_num is None else trace_num,
-            fixed_order=fixed_order,
-            seed=seed,
-            draws_actions=player.draws_actions,
-        )
+        count = min(100, len(trace_set)) if trace_num is None else trace_num
+        how: dict[str, Any] = {"fixed_order": fixed_order, "draws_actions": player.draws_actions}
+        episodes = upstream_episodes(trace_set, trace_num=count, seed=seed, **how)
     else:
         count = len(trace_set) if trace_num in (None, -1) else trace_num
         if count < 1:
             raise ValueError(f"--trace-num {trace_num}: give a positive number, or -1 for all")
         episodes = sound_episodes(trace_set, seed=seed, repeats=-(-count // len(trace_set))).rows(range(count))
-    table = playing.play(
-        player,
-        Simulator(trace_set, clip, episodes),
-        progress=runs.progress(policy) if sys.stderr.isatty() else counting("chunks played"),
-    )
-    quality = qoe.summarise(table)
+    report = runs.progress(policy) if sys.stderr.isatty() else counting("chunks played")
+    table = playing.play(player, Simulator(trace_set, clip, episodes), progress=report)
+    quality, mean_all48 = qoe.summarise(table), float(table["reward"].mean())
     if out is not None:
         with runs.atomic_path(out) as aside:
             table.to_parquet(aside)
     print(f"{player.name} on {trace_set.name}, {clip.name}: {len(episodes)} traces, preset {preset.value}, seed {seed}")
-    print(f"  mean reward   {quality.reward:.6f}   (all 48 chunks: {table['reward'].mean():.6f})")
+    print(f"  mean reward   {quality.reward:.6f}   (all 48 chunks: {mean_all48:.6f})")
     print(f"  bitrate       {quality.bitrate_mbps:.4f} Mbps")
     print(f"  rebuffering   {quality.rebuffer_s:.5f} s per chunk")
     print(f"  smoothness    {quality.smoothness_mbps:.4f} Mbps")
     if as_json:
-        result = quality._asdict()
-        result = {"mean_reward": result.pop("reward"), "mean_all48": float(table["reward"].mean()), **result}
+        parts = quality._asdict()
+        result = {"mean_reward": parts.pop("reward"), "mean_all48": mean_all48, **parts}
         result |= {"traces": len(episodes), "fixed": episodes.fixed, "seed": seed}
-        by_trace = qoe.per_trace(table)["reward"]  # named as the original names its result files
-        print(
-            json.dumps({**result, "per_trace": {f"{trace_set.name}_{name}": mean for name, mean in by_trace.items()}})
-        )
+        means = qoe.per_trace(table)["reward"]  # named as the original names its result files
+        print(json.dumps({**result, "per_trace": {f"{trace_set.name}_{name}": mean for name, mean in means.items()}}))
