@@ -77,25 +77,23 @@ def main(count: int = 1_000_000) -> None:
         size_mb = sum(path.stat().st_size for path in Path(scratch, "pool").iterdir()) / MB
     if len({row["hash"] for row in found.values()}) != 1:
         raise SystemExit(f"the pools differ: {found}")
-    lines = [
-        f"# A pool of {found['load']['transitions']:,} transitions",
-        "",
-        f"MPC, BBA and random levels in equal parts on the bundled training traces; the folder has {size_mb:.0f} MB. Each figure "
-        "from a",
-        f"process of its own, one thread, {platform.machine()}, Python {platform.python_version()}. "
-        "Command: `python tests/bench/bench_pool.py`.",
-        "",
-        "Memory is the peak above what the process held after imports and a small warm-up, in MB: first its own (anonymous)",
-        "memory, then with pages of mapped files, which the system takes back when there is no room.",
-        "",
-        "| | seconds | own memory | with pages |",
-        "|---|---|---|---|",
-        *(
-            f"| {PHASES[phase]} | {row['seconds']:.1f} | {row['anonymous_mb']:.0f} | {row['peak_mb']:.0f} |"
-            for phase, row in found.items()
-        ),
-    ]
-    publish("pool", "\n".join(lines))
+    machine = f"{platform.machine()}, Python {platform.python_version()}"
+    rows = (
+        f"| {PHASES[phase]} | {row['seconds']:.1f} | {row['anonymous_mb']:.0f} | {row['peak_mb']:.0f} |"
+        for phase, row in found.items()
+    )
+    text = f"""# A pool of {found["load"]["transitions"]:,} transitions
+
+MPC, BBA and random levels in equal parts on the bundled training traces; the folder has {size_mb:.0f} MB. Each figure from a
+process of its own, one thread, {machine}. Command: `python tests/bench/bench_pool.py`.
+
+Memory is the peak above what the process held after imports and a small warm-up, in MB: first its own (anonymous)
+memory, then with pages of mapped files, which the system takes back when there is no room.
+
+| | seconds | own memory | with pages |
+|---|---|---|---|
+"""
+    publish("pool", text + "\n".join(rows))
 
 
 if __name__ == "__main__":

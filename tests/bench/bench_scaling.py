@@ -25,17 +25,15 @@ from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import SAMPLE, Registry
+from netllm_lib.abr.traces import SAMPLE, Registry, Video
 
 SIZES = (10, 100, 1000, 10_000)
 POLICIES = {"bba": "BBA", "mpc": "RobustMPC", "llm": "language model (one layer of tiny-llama, cached, blocks of 512)"}
 
 
-def policy_named(name: str, registry: Registry) -> Policy:
-    if name == "bba":
-        return BBA()
-    if name == "mpc":
-        return RobustMPC(registry.video(registry.default_video()))
+def policy_named(name: str, video: Video) -> Policy:
+    if name != "llm":
+        return BBA() if name == "bba" else RobustMPC(video)
     from llm_fixtures import tiny_network, toy_pool
     from netllm_lib.abr.batches import pool_returns
     from netllm_lib.abr.policies.llm import LLMPolicy
@@ -48,7 +46,7 @@ def policy_named(name: str, registry: Registry) -> Policy:
 def child(name: str, count: int) -> None:
     registry = Registry(SAMPLE)
     traces, video = registry.trace_set(registry.default_traces("test")), registry.video(registry.default_video())
-    policy = policy_named(name, registry)
+    policy = policy_named(name, video)
 
     def simulator(episodes: int) -> Simulator:
         repeats = -(-episodes // len(traces))
@@ -69,24 +67,21 @@ def child(name: str, count: int) -> None:
 
 
 def main() -> None:
-    lines = [
-        "# Rollouts of 10 to 10,000 episodes",
-        "",
-        "The bundled test traces, repeated from other starting points; each row a process of its own, one thread, "
-        f"{platform.machine()}, Python {platform.python_version()}.",
-        "Command: `python tests/bench/bench_scaling.py`.",
-        "",
-        "Seconds are the median of up to five rollouts; memory is the peak that the first one adds to the process. Growth is the",
-        "time per episode against the row above: 1 is linear; below 1, the fixed cost of a call is spread over more episodes.",
-    ]
+    text = f"""# Rollouts of 10 to 10,000 episodes
+
+The bundled test traces, repeated from other starting points; each row a process of its own, one thread,
+{platform.machine()}, Python {platform.python_version()}. Command: `python tests/bench/bench_scaling.py`.
+
+Seconds are the median of up to five rollouts; memory is the peak that the first one adds to the process. Growth is the
+time per episode against the row above: 1 is linear; below 1, the fixed cost of a call is spread over more episodes.
+"""
     for name, title in POLICIES.items():
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| episodes | rollout, s | ms per episode | growth | added memory, MB | kB per episode | drawing the episodes, s |",
-            "|---|---|---|---|---|---|---|",
-        ]
+        text += f"""
+## {title}
+
+| episodes | rollout, s | ms per episode | growth | added memory, MB | kB per episode | drawing the episodes, s |
+|---|---|---|---|---|---|---|
+"""
         before = None
         for count in SIZES:
             found = in_child(__file__, name, count)
@@ -94,9 +89,9 @@ def main() -> None:
             growth = "" if before is None else f"{each / before:.2f}"
             memory = f"{found['peak_mb']:.1f} | {found['peak_mb'] * 1024 / count:.1f}"
             time = f"{found['seconds']:.3f} | {each * 1000:.3f} | {growth}"
-            lines.append(f"| {count:,} | {time} | {memory} | {found['draw_seconds']:.2f} |")
+            text += f"| {count:,} | {time} | {memory} | {found['draw_seconds']:.2f} |\n"
             before = each
-    publish("scaling", "\n".join(lines))
+    publish("scaling", text)
 
 
 if __name__ == "__main__":
