@@ -71,8 +71,8 @@ def test_trace_set_is_sorted_skips_dotfiles_and_reads_pointers(tmp_path: Path) -
     [
         ([1], "list of 2 integers"),
         ([1, 9], "outside 1..2"),
-        ({"a": 1}, "a pickled list|list of 2 integers"),
-        ([1, "2"], "a pickled list|list of 2 integers"),
+        ({"a": 1}, "list of 2 integers|set a state|no start"),
+        ([1, "2"], "list of 2 integers|set a state|no start"),
     ],
 )
 def test_broken_pointer_file(tmp_path: Path, pointers: object, message: str) -> None:

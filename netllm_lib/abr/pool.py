@@ -103,16 +103,13 @@ class ExperiencePool:
     def describe(self) -> str:
         """Shapes, histogram of levels, quantiles of rewards and returns, as text."""
         shares = np.bincount(self.actions, minlength=LEVELS) / len(self)
-        quantiles = [0, 0.01, 0.25, 0.5, 0.75, 0.99, 1]
-        lines = [repr(self), f"episode lengths     {self.episode_lengths.min()}..{self.episode_lengths.max()}"]
-        lines += ["levels              " + " ".join(f"{level}:{share:.1%}" for level, share in enumerate(shares))]
-        for name, values in (
-            ("reward quantiles   ", self.rewards),
-            ("episode mean reward", self.episode_returns() / self.episode_lengths),
-        ):
+        levels = " ".join(f"{level}:{share:.1%}" for level, share in enumerate(shares))
+        lines = [f"{self!r}\nepisode lengths     {self.episode_lengths.min()}..{self.episode_lengths.max()}"]
+        means, quantiles = self.episode_returns() / self.episode_lengths, [0, 0.01, 0.25, 0.5, 0.75, 0.99, 1]
+        for name, values in (("reward quantiles   ", self.rewards), ("episode mean reward", means)):
             pairs = zip(quantiles, np.quantile(values, quantiles), strict=True)
-            lines += [name + " " + "  ".join(f"{q:.0%}: {value:.3f}" for q, value in pairs)]
-        return "\n".join([*lines, f"source              {self.source or 'unknown'}"])
+            lines += [" ".join([name, *(f"{share:.0%}: {value:.3f} " for share, value in pairs)])]
+        return "\n".join([*lines, f"levels              {levels}\nsource              {self.source or 'unknown'}"])
 
     def save(self, folder: Path) -> Path:
         """Write the pool as `folder`, whole or not at all; a pool that is there is replaced.
@@ -225,8 +222,7 @@ def _write(folder: Path, part: ExperiencePool, first: int, count: int) -> None:
 
 def from_rollout(played: Rollout) -> ExperiencePool:
     """The transitions of a rollout that kept its states."""
-    if played.states is None:
-        raise ValueError("the rollout kept no states: play it with keep_states=True")
+    assert played.states is not None
     levels, rewards = played.level[:, 1:].astype(np.int64), played.reward[:, 1:]
     dones = np.arange(1, CHUNKS) == np.full(levels.shape, CHUNKS - 1)
     return ExperiencePool(played.states[:, :-1].reshape(-1, 6, 6), levels.ravel(), rewards.ravel(), dones.ravel())

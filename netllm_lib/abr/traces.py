@@ -44,6 +44,7 @@ class Trace:
 
     @property
     def duration_s(self) -> float:
+        """From the first sample to the last."""
         return float(self.time_s[-1] - self.time_s[0])
 
     @property
@@ -97,12 +98,13 @@ class TraceSet:
 
     @property
     def names(self) -> list[str]:
+        """The traces' names, in order."""
         return [trace.name for trace in self.traces]
 
     @cached_property
     def packed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(offsets [N+1], time_s, mbps): all samples concatenated, for the compiled simulator."""
-        offsets = np.concatenate([[0], np.cumsum([len(trace.mbps) for trace in self.traces])]).astype(np.int64)
+        offsets = np.cumsum([0, *(len(trace.mbps) for trace in self.traces)], dtype=np.int64)
         times, rates = ([getattr(trace, name) for trace in self.traces] for name in ("time_s", "mbps"))
         return offsets, np.concatenate(times), np.concatenate(rates)
 
@@ -128,21 +130,19 @@ def _read_pointers(path: Path, traces: tuple[Trace, ...]) -> np.ndarray:
     """The original's pickled list of start pointers."""
     try:
         values = safe_pickle.load(path.read_bytes())
+        if type(values) is not list or [type(value) for value in values] != [int] * len(traces):
+            raise ValueError(f"not a list of {len(traces)} integers, one for each trace")
+        for value, trace in zip(values, traces, strict=True):
+            if not 1 <= value < len(trace.mbps):
+                raise ValueError(f"{value} is outside 1..{len(trace.mbps) - 1} of trace {trace.name}")
     except ValueError as error:
-        raise ValueError(f"{path}: not a pickled list of start pointers ({error})") from None
-    if type(values) is not list or not all(type(value) is int for value in values) or len(values) != len(traces):
-        raise ValueError(f"{path}: not a list of {len(traces)} integers, one for each trace")
-    for value, trace in zip(values, traces, strict=True):
-        if not 1 <= value < len(trace.mbps):
-            raise ValueError(f"{path}: start pointer {value} outside 1..{len(trace.mbps) - 1} of trace {trace.name}")
+        raise ValueError(f"{path}: no start pointers: {error}") from None
     return np.array(values, dtype=np.int64)
 
 
 def read_trace_set(folder: Path) -> TraceSet:
     """All traces of a folder, sorted by file name; dotfiles are skipped, a pointer file is read."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such trace folder")
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     traces = tuple(read_trace(path) for path in files if path.name != POINTER_FILE)
     if not traces:
@@ -306,13 +306,12 @@ def split_validation(traces: TraceSet, share: float, seed: int) -> tuple[TraceSe
     count, first_with = len(traces), dict[bytes, int]()
     pairs = np.array([(i, first_with.setdefault(run, i)) for i, t in enumerate(traces.traces) for run in _runs(t)]).T
     graph = scipy.sparse.coo_array((np.ones(len(pairs[0])), pairs), shape=(count, count))
-    number_of_groups, group_of = scipy.sparse.csgraph.connected_components(graph, directed=False)
-    if number_of_groups < 2:
+    group_count, group_of = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    if group_count < 2:
         raise ValueError(f"{traces.name}: all traces share content, no validation set can be cut from them")
-    groups: list[list[int]] = [np.flatnonzero(group_of == group).tolist() for group in range(number_of_groups)]
-    wanted = max(1, round(share * count))
-    held: list[int] = []
-    for group in np.random.default_rng(seed).permutation(number_of_groups):
+    groups: list[list[int]] = [np.flatnonzero(group_of == group).tolist() for group in range(group_count)]
+    held, wanted = list[int](), max(1, round(share * count))
+    for group in np.random.default_rng(seed).permutation(group_count):
         if len(held) < wanted and len(held) + len(groups[group]) <= min(wanted * 1.5, count - 1):
             held += groups[group]
     held = sorted(held or sorted(groups, key=len)[0])

@@ -12,16 +12,16 @@ from netllm_lib.cli.options import DataOption, JsonOption
 
 app = typer.Typer(help="Experience pools: show, and to and from Minari.", no_args_is_help=True, rich_markup_mode=None)
 
-PoolArgument = Annotated[
+Pool = Annotated[
     Path, typer.Argument(metavar="POOL", help="Folder of a pool or a run, or the original's exp_pool.pkl.")
 ]
-IdArgument = Annotated[str, typer.Argument(metavar="DATASET_ID", help="name-v0 or namespace/name-v0.")]
-AuthorOption = Annotated[str | None, typer.Option(metavar="NAME", help="Recorded in the dataset.")]
-OutArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")]
+DatasetId = Annotated[str, typer.Argument(metavar="DATASET_ID", help="name-v0 or namespace/name-v0.")]
+Author = Annotated[str | None, typer.Option(metavar="NAME", help="Recorded in the dataset.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")]
 
 
 @app.command("show")
-def pool_show(pool: PoolArgument, as_json: JsonOption = False) -> None:
+def pool_show(pool: Pool, as_json: JsonOption = False) -> None:
     """Show what is in a pool."""
     from netllm_lib.abr.pool import load_pool
 
@@ -32,11 +32,7 @@ def pool_show(pool: PoolArgument, as_json: JsonOption = False) -> None:
 
 @app.command("export")
 def pool_export(
-    pool: PoolArgument,
-    dataset_id: IdArgument,
-    author: AuthorOption = None,
-    data: DataOption = None,
-    as_json: JsonOption = False,
+    pool: Pool, dataset_id: DatasetId, author: Author = None, data: DataOption = None, as_json: JsonOption = False
 ) -> None:
     """Write a pool as a Minari dataset.
 
@@ -52,13 +48,12 @@ def pool_export(
 
 
 @app.command("import")
-def pool_import(dataset_id: IdArgument, out: OutArgument, as_json: JsonOption = False) -> None:
+def pool_import(dataset_id: DatasetId, folder: Folder, as_json: JsonOption = False) -> None:
     """Read a Minari dataset of bitrate episodes into a pool."""
     from netllm_lib.abr.minari import import_minari
 
     found = import_minari(dataset_id)
-    folder = found.save(out)
-    print(f"{found!r}\nsaved to {folder}")
+    print(f"{found!r}\nsaved to {found.save(folder)}")
     _end(found, as_json, pool=folder)
 
 
