@@ -50,13 +50,14 @@ def texts() -> list[str]:
 
 
 def test_every_quoted_message_is_in_the_sources() -> None:
-    """Each of its fixed parts is; which may come from several strings, such as a path and what is wrong with it."""
+    """It is one of them, or each of its fixed parts is: a path, say, and what is wrong with it may be two strings."""
     sources = "\n".join(texts())
+    whole = [re.compile(pattern(text), re.DOTALL) for text in texts() if len(text.replace("…", "")) >= 9]
     assert len(quoted()) >= 40
     for message in quoted():
         parts = [part.strip(" :;,'()") for part in message.split("…")]
         assert max(map(len, parts)) >= 9, f"{message!r} says too little to be found"
-        for part in parts:
+        for part in [] if any(text.fullmatch(message) for text in whole) else parts:
             assert len(part) < 6 or part in sources, f"{message!r}: no message of the library has {part!r}"
 
 
@@ -164,8 +165,7 @@ def test_notebooks_that_fail(data: Path, tmp_path: Path) -> None:
 def test_pools(tmp_path: Path) -> None:
     checked("…: no such experience pool", said("pool", "show", str(tmp_path / "nosuch.npz")))
     (tmp_path / "exp_pool.pkl").write_bytes(b"not a pickle")
-    message = "…: not a pickled experience pool (…); nothing was run"
-    checked(message, said("pool", "show", str(tmp_path / "exp_pool.pkl")))
+    checked("…: not a sound experience pool (…)", said("pool", "show", str(tmp_path / "exp_pool.pkl")))
     same = toy_pool(1)
     flat = ExperiencePool(same.states, same.actions, np.zeros(len(same)), same.dones)
     message = "all rewards of the pool are …: there is no range to normalise them by"
@@ -183,7 +183,9 @@ def test_plms_and_checkpoints(data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     checked("layers=…: … has layers 1 to …", raised(lambda: load_plm(PLMConfig(str(folder), layers=9))))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    checked("…: … a cut download; download it again", raised(lambda: load_plm(PLMConfig(str(folder)))))
+    checked(
+        "…: a cut download, or no safetensors (…); download it again", raised(lambda: load_plm(PLMConfig(str(folder))))
+    )
     weights.write_text("version https://git-lfs.github.com/spec/v1\n")
     checked("…: a Git LFS pointer, not the file itself", raised(lambda: load_plm(PLMConfig(str(folder)))))
     weights.unlink()
