@@ -139,9 +139,8 @@ def _check_plm(folder: Path, meta: CheckpointMeta, plm: PLM) -> None:
     there = (meta.family, meta.layers, meta.hidden_size, meta.plm_identity)
     if here != there:
         trained, found = ("{} ({} layers, hidden {}, identity {})".format(*shape) for shape in (there, here))
-        raise ValueError(
-            f"{folder} belongs to another PLM: it was trained on {trained}, {plm.config.source!r} is {found}"
-        )
+        source = repr(plm.config.source)
+        raise ValueError(f"{folder} belongs to another PLM: it was trained on {trained}, {source} is {found}")
 
 
 def _check_hashes(folder: Path) -> None:
@@ -179,12 +178,9 @@ def load_weights(folder: Path, network: Network) -> None:
 
 def _weights(network: Network) -> dict[str, Weights]:
     """What a checkpoint keeps, by file."""
-    found = {MODULES: module_weights(network)}
-    if network.plm.has_lora:
-        found[ADAPTER] = adapter_weights(network)
-    elif network.plm.config.rank < 0:
-        found[WHOLE_PLM] = network.plm.model.state_dict()
-    return found
+    plm = network.plm
+    lora = {ADAPTER: adapter_weights(network)} if plm.has_lora else {}
+    return {MODULES: module_weights(network)} | (lora if plm.config.rank >= 0 else {WHOLE_PLM: plm.model.state_dict()})
 
 
 def _read_weights(folder: Path, network: Network) -> dict[str, Weights]:
@@ -219,7 +215,7 @@ def load_adapter(network: Network, weights: Weights, path: Path) -> None:
     """Copy LoRA weights, which have to fit in every key and shape."""
     import peft
 
-    _compare(adapter_weights(network), weights, path, f"LoRA on {network.plm.family}, rank {network.plm.config.rank}")
+    _compare(adapter_weights(network), weights, path)
     peft.set_peft_model_state_dict(network.plm.model, weights)
 
 
@@ -229,19 +225,19 @@ def load_strictly(module: nn.Module, weights: Weights, path: Path) -> None:
     module.load_state_dict(weights)
 
 
-def _compare(expected: Weights, found: Weights, path: Path, what: str = "the network") -> None:
+def _compare(expected: Weights, found: Weights, path: Path) -> None:
     """Raise ValueError unless both have the same keys, shapes and kinds of numbers, and all numbers are finite."""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     listed = [
         f"{len(keys)} {word} (first: {keys[0]})" for keys, word in ((missing, "missing"), (extra, "unknown")) if keys
     ]
     if listed:
-        raise ValueError(f"{path}: does not fit {what}: weights {' and '.join(listed)}")
+        raise ValueError(f"{path}: does not fit the network: weights {' and '.join(listed)}")
     for key, tensor in found.items():
         want = expected[key]
         if (tensor.shape, tensor.is_floating_point()) != (want.shape, want.is_floating_point()) or tensor.is_complex():
             kinds = f"{tensor.dtype} of shape {list(tensor.shape)}, not {want.dtype} of shape {list(want.shape)}"
-            raise ValueError(f"{path}: does not fit {what}: {key} is {kinds}")
+            raise ValueError(f"{path}: does not fit the network: {key} is {kinds}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NotFinite(f"{path}: {key} holds NaN or infinity; the training diverged or the file is damaged")
 

@@ -49,23 +49,19 @@ def train(
 ) -> TrainingRun:
     """Fine-tune `network` on `data`; everything that this leaves behind is in `folder`, and the network has the final weights.
 
-    `settings` are those of the task, which its checkpoints keep. `validate(network)` returns a score; it is called every
-    `validate_epochs` epochs (see `validate_when`) and decides which checkpoint is the best: that of the highest score, or of the
-    lowest with `better="lower"`. The loss on `held_out` is measured at the end. `progress(done_steps, total_steps, info)` is
-    called after every optimizer step. Curves for TensorBoard are always written, into `folder / "tensorboard"`; with
-    `track="mlflow"` they go to MLflow too, see `tracking`.
+    `settings` are the task's, which checkpoints keep. `validate(network)` returns a score, see `TrainConfig.validate_epochs`; the
+    best checkpoint is that of the highest score, or of the lowest with `better="lower"`. The loss on `held_out` is measured at the
+    end. `progress(done_steps, total_steps, info)` is called after every step; `track="mlflow"` see `tracking`.
 
-    A run that was killed goes on from its last resume point when called again with the same arguments, to the same result bit by
-    bit on a CPU; one that is finished is read back. Raises runs.Busy while another process trains in `folder`, ValueError if
-    `folder` holds another run or a damaged one, if network, data and settings do not fit, if the loss is no longer finite, or if
-    MLflow is asked for and not installed.
+    A run that was killed goes on when called again with the same arguments, to the same result bit by bit on a CPU; one that is
+    finished is read back. Raises runs.Busy while another process trains in `folder`, ValueError if `folder` holds another run or a
+    damaged one, if network, data and settings do not fit, if the loss is no longer finite, or if MLflow is not installed.
     """
     tracking.check(track)
     network.check(settings)
     if network.plm.config.dtype == "4bit" and network.plm.device.type == "cpu":
-        raise ValueError(
-            '4-bit weights give no gradients on a CPU (bitsandbytes): train on a GPU, or use dtype="bfloat16"'
-        )
+        advice = 'train on a GPU, or use dtype="bfloat16"'
+        raise ValueError(f"4-bit weights give no gradients on a CPU (bitsandbytes): {advice}")
     run = _Run(network, data, config or TrainConfig(), Path(folder), settings)
     if not run.finished:
         with runs.lock(run.folder):
@@ -121,14 +117,10 @@ class _Run:
     def finished(self) -> bool:
         return (self.folder / RESULT).is_file()
 
-    def start(
-        self, track: str, validate: Any, sign: int, held_out: Data | None, progress: Progress | None
-    ) -> TrainingRun:
+    def start(self, track: str, validate: Any, sign: int, held_out: Data | None, progress: Any) -> TrainingRun:
         """Train from the beginning, or from the last resume point if there is one."""
-        own_stream: Any = contextlib.nullcontext()
-        if self.config.shuffle == "seed":
-            own_stream = torch.random.fork_rng(range(torch.cuda.device_count()))
-        plm, resumes = self.network.plm, (self.folder / STATE).is_file()
+        seeded, plm, resumes = self.config.shuffle == "seed", self.network.plm, (self.folder / STATE).is_file()
+        own_stream: Any = torch.random.fork_rng(range(torch.cuda.device_count()), enabled=seeded)
         plm.set_checkpointing(needs_checkpointing(self.network, self.data, self.config))
         shown = {"train": self.meta.train, "plm": plm.config, "network": self.network.config, "layers": plm.layers}
         tags = {"data": self.data.key, "plm": plm.identity, "git": runs.git_revision() or "unknown"}
@@ -136,10 +128,9 @@ class _Run:
             if resumes:
                 self.resume()
             with tracking.Curves(self.folder, track, runs.plain(shown), tags) as self.curves:
-                if resumes:
-                    self.draw_again()
-                else:
-                    if self.config.shuffle == "seed":
+                self.draw(self.at.history, self.at.evaluations)
+                if not resumes:
+                    if seeded:
                         torch.manual_seed(self.config.seed)
                     self.save()  # what it starts from: initial weights and random state
                 self.go(validate, sign, progress)
@@ -157,7 +148,7 @@ class _Run:
                 at.history += rows
                 at.step += 1
                 at.step_in_epoch += 1
-                self.draw_step(rows)
+                self.draw(rows, [])
                 if progress is not None:
                     progress(at.step, self.plan.steps, {**rows[-1], "samples": len(self.data)})
                 if config.checkpoint_steps and at.step % config.checkpoint_steps == 0:
@@ -185,9 +176,8 @@ class _Run:
             if config.clip == "micro" or (config.clip == "step" and first + config.batch >= len(numbers)):
                 norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm))
             if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss is {loss} at optimizer step {at.step}: lower the learning rate, or use float32"
-                )
+                where = f"the loss is {loss} at optimizer step {at.step}"
+                raise ValueError(f"{where}: lower the learning rate, or use float32")
             row = {"step": at.step, "epoch": at.epoch, "loss": loss, "grad_norm": norm}
             row |= {
                 "clipped": norm > config.max_grad_norm,
@@ -207,24 +197,25 @@ class _Run:
             meta = dataclasses.replace(self.meta, step=at.step, score=score)
             checkpoint.save_checkpoint(self.folder / "best", self.network, meta)
         at.evaluations.append({"step": at.step, "epoch": at.epoch, "score": score, "seconds": took})
-        self.draw_score(at.evaluations[-1])
+        self.draw([], at.evaluations[-1:])
 
     def finish(self, validated: bool, sign: int, held_out: Data | None) -> TrainingRun:
         """Write what is left behind, the mark of a finished run last."""
         at, config, meta = self.at, self.config, dataclasses.replace(self.meta, step=self.at.step)
         final = checkpoint.save_checkpoint(self.folder / "final", self.network, meta)
         history, scores = pd.DataFrame(at.history), [sign * evaluation["score"] for evaluation in at.evaluations]
+        known: dict[str, Any] = {
+            "steps": at.step,
+            "micro_steps": len(history),
+            "samples": len(self.data),
+            "epochs": at.epoch,
+        }
+        known |= {"lr": config.lr, "lr_peak": config.lr * self.plan.peak, "lr_around": config.lr_around}
         result = TrainingRun(
+            **known,
             history=history,
             evaluations=pd.DataFrame(at.evaluations, columns=["step", "epoch", "score", "seconds"]),
-            steps=at.step,
-            micro_steps=len(history),
             accumulation=config.accumulation,
-            samples=len(self.data),
-            epochs=at.epoch,
-            lr=config.lr,
-            lr_peak=config.lr * self.plan.peak,
-            lr_around=config.lr_around,
             warmup_steps=self.plan.warmup,
             clip=config.clip,
             clipped=float(history["clipped"].mean()),
@@ -232,7 +223,7 @@ class _Run:
             held_out_loss=None if held_out is None else mean_loss(self.network, held_out),
             best_score=sign * max(scores) if scores else None,
             data_key=self.data.key,
-            facts=self.data.facts,
+            facts=runs.plain(self.data.facts),
             seconds=at.seconds,
             key=self.key,
             final=final,
@@ -245,22 +236,15 @@ class _Run:
         (self.folder / STATE).unlink(missing_ok=True)
         return result
 
-    # --- curves: they count the steps that are done
-
-    def draw_step(self, rows: list[dict[str, float]]) -> None:
-        values = {f"train/{name}": rows[-1][name] for name in ("grad_norm", "lr", "lr_around", "seconds")}
-        loss = sum(row["loss"] for row in rows) / len(rows)
-        self.curves.log(int(rows[-1]["step"]) + 1, {"train/loss": loss, **values})
-
-    def draw_score(self, evaluation: dict[str, float]) -> None:
-        values = {f"validation/{name}": evaluation[name] for name in ("score", "seconds")}
-        self.curves.log(int(evaluation["step"]), values)
-
-    def draw_again(self) -> None:
-        for _, rows in itertools.groupby(self.at.history, lambda row: row["step"]):
-            self.draw_step(list(rows))
-        for evaluation in self.at.evaluations:
-            self.draw_score(evaluation)
+    def draw(self, history: list[dict[str, float]], evaluations: list[dict[str, float]]) -> None:
+        """Add points to the curves, which count the steps that are done."""
+        for step, group in itertools.groupby(history, lambda row: row["step"]):
+            rows = list(group)
+            values = {f"train/{name}": rows[-1][name] for name in ("grad_norm", "lr", "lr_around", "seconds")}
+            self.curves.log(int(step) + 1, values | {"train/loss": sum(row["loss"] for row in rows) / len(rows)})
+        for evaluation in evaluations:
+            values = {f"validation/{name}": evaluation[name] for name in ("score", "seconds")}
+            self.curves.log(int(evaluation["step"]), values)
 
     # --- to and from disk
 
