@@ -113,7 +113,7 @@ def test_values_and_weights_are_asked_for_and_given_together(mixed: ExperiencePo
 @pytest.mark.parametrize("name", ["improve-small", "improve-smollm2", "cloning", "mixed-pool"])
 def test_pipelines_of_the_results_are_read(name: str) -> None:
     """All parameters are those of the notebooks, and each seed is another run."""
-    steps = read_pipeline(PROJECT / "notebooks" / "pipelines" / f"{name}.toml").steps
+    steps = read_pipeline(PROJECT / "notebooks" / "pipelines" / f"{name}.toml").step
     seeds = [step.parameters.get("seed") for step in steps if step.notebook.stem in ("07_improve", "04_finetune")]
     assert set(seeds) == {1, 2, 3}
 
