@@ -105,9 +105,9 @@ def preflight(network: Network, data: Data, config: TrainConfig | None = None, m
     memory, device_bytes = fitting_memory(network, data, config)
     timed = measure and network.device.type != "meta"
     too_much = device_bytes is not None and memory.peak > FULL * device_bytes
+    late = f"the warm-up of {plan.warmup} steps is longer than the run of {plan.steps}"
     warnings = [
-        (plan.peak < 0.9, f"the warm-up of {plan.warmup} steps is longer than the run of {plan.steps}: "
-                          f"the learning rate never passes {plan.peak:.0%} of its value"),
+        (plan.peak < 0.9, f"{late}: the learning rate never passes {plan.peak:.0%} of its value"),
         (plan.steps < 100, f"{plan.steps} optimizer steps: the loss usually rests on a plateau for the first 40 to 60"),
         (crossing > 0, f"{crossing / len(data):.0%} of the samples span two episodes"),
         (plan.short_steps > 0 and config.last_group == "upstream",
@@ -164,16 +164,13 @@ def fitting_memory(network: Network, data: Data, config: TrainConfig) -> tuple[M
 
 def needs_checkpointing(network: Network, data: Data, config: TrainConfig) -> bool:
     """Must gradient checkpointing be on, by what the PLM's config says and, if that is "auto", by the memory of its devices."""
-    plm = network.plm
-    if plm.config.gradient_checkpointing != "auto":
-        return plm.config.gradient_checkpointing
-    device_bytes = _device_bytes(plm.config.device)
+    plm, device_bytes = network.plm, _device_bytes(network.plm.config.device)
+    if plm.config.gradient_checkpointing != "auto" or device_bytes is None:
+        return plm.config.gradient_checkpointing is True
     # most PLMs here are small and most machines are not: a generous bound, several times what is kept, spares the tracing
     tokens = sum(t.numel() for t in tree_leaves(_first_batch(data, config)) if isinstance(t, torch.Tensor))  # or fewer
     bound = 1e9 + 16 * sum(p.numel() for p in network.parameters()) + 100.0 * tokens * plm.layers * plm.hidden_size
-    if device_bytes is None or bound < 0.5 * device_bytes:
-        return False
-    return fitting_memory(network, data, config)[0].checkpointing
+    return bound > 0.5 * device_bytes and fitting_memory(network, data, config)[0].checkpointing
 
 
 def _device_bytes(device: str) -> float | None:

@@ -135,31 +135,20 @@ def test_a_cache_holds_what_is_attended_to(monkeypatch: pytest.MonkeyPatch) -> N
         network.plm(tokens[:, :96], cache=network.plm.new_cache(384, attend_tokens=87))
 
 
-def test_lora_is_applied_and_starts_from_the_plm() -> None:
-    data = batch()
+def test_lora_and_pretraining_and_seeds_matter(tmp_path: Path) -> None:
+    """LoRA starts from the PLM and then changes it; the random control differs in the PLM only; a seed makes the modules."""
+    data, source = batch(), str(write_plm(tmp_path / "plm", "llama"))
+    pretrained, control, other = (
+        PolicyNetwork(load_plm(PLMConfig(source, rank=4, random_weights=random)), NetworkConfig(8, seed=seed)).eval()
+        for random, seed in ((False, 1), (True, 1), (False, 2))
+    )
     fresh, frozen, trained = tiny_network(lora=False), tiny_network(rank=0), tiny_network()
     with torch.inference_mode():
         assert torch.equal(fresh(data), frozen(data))
         assert not torch.allclose(trained(data), fresh(data), atol=1e-3)
-
-
-def test_random_control_differs_from_the_pretrained(tmp_path: Path) -> None:
-    folder = str(write_plm(tmp_path / "plm", "llama"))
-    data, size = batch(), NetworkConfig(state_feature_dim=8)
-    pretrained = PolicyNetwork(load_plm(PLMConfig(folder, rank=4)), size)
-    control = PolicyNetwork(load_plm(PLMConfig(folder, rank=4, random_weights=True)), size)
-    with torch.inference_mode():
         assert torch.equal(pretrained.embed(*data[:4]), control.embed(*data[:4]))
-        assert not torch.allclose(pretrained.eval()(data), control.eval()(data), atol=1e-2)
-
-
-def test_initial_weights_follow_from_the_seed() -> None:
-    plm = load_plm(PLMConfig("tiny-llama", rank=0))
-    one, same, other = (PolicyNetwork(plm, NetworkConfig(8, seed=seed)) for seed in (1, 1, 2))
-    assert torch.equal(one.embed_action.weight, same.embed_action.weight)
-    assert not torch.equal(one.embed_action.weight, other.embed_action.weight)
-    small = PolicyNetwork(plm, NetworkConfig(8, timestep_init=0.02))
-    torch.testing.assert_close(small.embed_timestep.weight, one.embed_timestep.weight * 0.02)
+        assert not torch.equal(pretrained.embed(*data[:4]), other.embed(*data[:4]))
+        assert not torch.allclose(pretrained(data), control(data), atol=1e-2)
 
 
 def test_trainable_holds_everything_that_learns() -> None:

@@ -126,8 +126,7 @@ class PolicyNetwork(Network):
             torch.manual_seed(config.seed)
             self.state_encoder = StateEncoder(dim)
             self.embed_timestep = nn.Embedding(config.max_timestep + 2, hidden)
-            self.embed_return = nn.Linear(1, hidden)
-            self.embed_action = nn.Linear(1, hidden)
+            self.embed_return, self.embed_action = nn.Linear(1, hidden), nn.Linear(1, hidden)
             self.embed_ln = nn.LayerNorm(hidden)
             for name, parts in zip(EMBEDDERS.split(), (1, 1, positions, positions, 1, 1), strict=True):
                 setattr(self, name, nn.Linear(dim * parts, hidden))
@@ -208,10 +207,8 @@ class PolicyNetwork(Network):
         """Raise ValueError if the pool's episodes are longer than the timestep table."""
         longest = settings.scale.max_timestep
         if longest > self.config.max_timestep:
-            raise ValueError(
-                f"the pool has episodes of {longest + 1} steps, the network was made for "
-                f"{self.config.max_timestep + 1}: set NetworkConfig(max_timestep={longest})"
-            )
+            made = f"the network was made for {self.config.max_timestep + 1}: set NetworkConfig(max_timestep={longest})"
+            raise ValueError(f"the pool has episodes of {longest + 1} steps, {made}")
 
     @torch.no_grad()
     def rehearse(self, batch: Batch, dtype: torch.dtype | None) -> Any:
