@@ -4,7 +4,7 @@ Mistral-7B's shape with random weights, made on the device in bfloat16: speed an
 Prints a short table last; meant to finish in less than 8 minutes on one H100. With `--device cpu --small` the same on a tiny
 shape, to see that it runs.
 
-    python tests/bench/gpu.py [--device cuda:0] [--out reports/benchmarks/gpu.md]
+    python tests/bench/gpu.py [--device cuda:0]
     python tests/bench/gpu.py --device cpu --small
 """
 
@@ -165,7 +165,6 @@ def main(arguments: list[str] | None = None) -> list[str]:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--device", default="cuda:0")
     options.add_argument("--small", action="store_true", help="a tiny shape, to see that it runs")
-    options.add_argument("--out", type=Path, help="write the table to this file as well")
     given = options.parse_args(arguments)
     device, size = torch.device(given.device), SMALL if given.small else FULL
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -187,10 +186,6 @@ def main(arguments: list[str] | None = None) -> list[str]:
         f"| all of this | {time.perf_counter() - bench.started:.0f} s |",
     ]
     print("\n" + "\n".join(table))
-    if given.out is not None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        title = "# One GPU, 7B-shaped\n\nCommand: `python tests/bench/gpu.py`\n\n"
-        given.out.write_text(title + "\n".join(table) + "\n")
     return table
 
 
