@@ -92,22 +92,11 @@ def export_html(executed: Path, report: Path) -> None:
             joined.preprocess_cell(cell, {}, 0)  # in place
             for output in cell.outputs:
                 if output.output_type == "stream":
-                    output.text = _ends_of_progress(output.text)
+                    output.text = runs.OVERTAKEN.sub("", output.text)  # who reads it was not there to wait
     exporter = HTMLExporter(raw_template=_NOTEBOOK, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": executed.stem}})
     with runs.atomic_path(report) as aside:
         aside.write_text(body, encoding="utf-8")
-
-
-def _ends_of_progress(text: str) -> str:
-    """Of each stage's progress lines only the last: who reads a report was not there to wait."""
-    lines = text.splitlines(keepends=True)
-    labels = [found[1] if (found := runs.PROGRESS_LINE.match(line)) else None for line in lines]
-    following = zip(lines, labels, [*labels[1:], None], strict=True)
-    return "".join(line for line, label, after in following if label is None or label != after)
-
-
-# --- the index ----------------------------------------------------------------------------------------------------------
 
 
 def list_runs(root: Path | None = None) -> list[dict[str, Any]]:
@@ -145,8 +134,9 @@ def write_index(root: Path | None = None) -> Path:
     page = (root or runs.reports_root()) / INDEX
     rows = []
     for row in list_runs(root):
-        cells = {name: "" if row[name] is None else row[name] for name in COLUMNS}
-        cells = {name: html.escape(cell) if isinstance(cell, str) else cell for name, cell in cells.items()}
+        cells = {
+            name: html.escape(row[name] or "") if isinstance(row[name], str | None) else row[name] for name in COLUMNS
+        }
         cells["finished"] = cells["finished"][:16].replace("T", " ")
         if row["report"]:
             cells["run"] = f'<a href="{quote(os.path.relpath(row["report"], page.parent))}">{cells["run"]}</a>'

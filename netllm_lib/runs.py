@@ -357,8 +357,8 @@ def headless() -> bool:
     return bool(os.environ.get("NETLLM_HEADLESS"))
 
 
-PROGRESS_LINE = re.compile(r"(.+): \d+/\d+ .* s, about \d+ s left$")
-"""What `progress` prints, for who wants to leave it out; the group is the label."""
+OVERTAKEN = re.compile(r"^(.+): \d+/\d+ .* s, about \d+ s left\n(?=\1: \d+/\d+ )", re.MULTILINE)
+"""A line that `progress` printed and the next one of the same label took further."""
 
 
 def progress(label: str, every_s: float = 5.0) -> Callable[..., None]:
