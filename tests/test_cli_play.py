@@ -30,23 +30,18 @@ def netllm(*words: str) -> int:
         (["--preset", "upstream", "--trace-num", "10"], 10, False),
         (["--preset", "upstream", "--trace-num", "10", "--fixed-order"], 10, True),
         (["--preset", "upstream", "--trace-num", "-1"], 30, True),
-        ([], 30, True),
         (["--trace-num", "40"], 40, True),
     ],
 )
 def test_play_ends_with_one_json_line(
-    capsys: pytest.CaptureFixture, words: list[str], traces: int, fixed: bool
+    capsys: pytest.CaptureFixture, tmp_path: Path, words: list[str], traces: int, fixed: bool
 ) -> None:
-    assert netllm("play", "--policy", "bba", "--traces", "sample-test", *words, "--json") == 0
+    words = [*words, "--out", str(tmp_path / "table.parquet"), "--json"]
+    assert netllm("play", "--policy", "bba", "--traces", "sample-test", *words) == 0
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result.keys() == KEYS
     assert (result["traces"], result["fixed"], len(result["per_trace"])) == (traces, fixed, traces)
     assert result["mean_reward"] == pytest.approx(sum(result["per_trace"].values()) / traces)
-
-
-def test_play_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert netllm("play", "--policy", "mpc", "--out", str(tmp_path / "table.parquet"), "--json") == 0
-    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert qoe.summarise(pd.read_parquet(tmp_path / "table.parquet")).reward == result["mean_reward"]
 
 

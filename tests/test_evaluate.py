@@ -87,13 +87,14 @@ def test_a_test_is_read_as_it_was_saved(tested: evaluate.Test, tmp_path: Path) -
         pd.testing.assert_frame_equal(again.tables[name], table)
     pd.testing.assert_frame_equal(again.league(), tested.league())
 
-    (tmp_path / "tables" / "mpc.parquet").unlink()
+    path = tmp_path / "tables" / "mpc.parquet"
+    path.unlink()
     with pytest.raises(FileNotFoundError, match=r"mpc\.parquet: missing"):
         evaluate.Test.read(tmp_path)
-    (tmp_path / "tables" / "mpc.parquet").write_bytes(b"no table")
+    path.write_bytes(b"no table")
     with pytest.raises(ValueError, match=r"mpc\.parquet: it cannot be read"):
         evaluate.Test.read(tmp_path)
-    tested.tables["mpc"].drop(columns="reward").to_parquet(tmp_path / "tables" / "mpc.parquet")
+    tested.tables["mpc"].drop(columns="reward").to_parquet(path)
     with pytest.raises(ValueError, match=r"mpc\.parquet: it cannot be read as a table of chunks.*reward"):
         evaluate.Test.read(tmp_path)
     (tmp_path / "setting.json").write_text("[]")

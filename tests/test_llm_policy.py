@@ -123,14 +123,6 @@ def test_sampling_is_that_of_random_choices(network: PolicyNetwork, meta: Checkp
             assert levels[trace] == next((i for i, s in enumerate(sums[:5]) if pick < float(s)), 5)
 
 
-def test_sound_sampling_does_not_depend_on_the_other_traces(network: PolicyNetwork, meta: CheckpointMeta) -> None:
-    policy = LLMPolicy(network, meta, EvalConfig(choose="sample"))
-    all_levels, _ = replay(policy, STATES[:20], REWARDS[:20])
-    two, _ = replay(policy, STATES[:20, :2], REWARDS[:20, :2])
-    np.testing.assert_array_equal(all_levels[:2], two)
-    assert len(np.unique(all_levels)) > 2
-
-
 def test_leaking_context_changes_the_second_trace_only(network: PolicyNetwork, meta: CheckpointMeta) -> None:
     clear = LLMPolicy(network, meta, EvalConfig(context_window="rolling"))
     leak = LLMPolicy(network, meta, EvalConfig(context_window="rolling", context="leak"))
@@ -146,32 +138,21 @@ def test_leaking_context_changes_the_second_trace_only(network: PolicyNetwork, m
         EvalConfig(context="leak", context_window="cached")
 
 
-def test_testing_changes_nothing_in_the_network(network: PolicyNetwork, meta: CheckpointMeta) -> None:
+def test_a_test_leaves_the_network_as_it_is_and_sees_what_was_trained_since(meta: CheckpointMeta) -> None:
+    network = tiny_network()
     before = {name: p.clone() for name, p in network.named_parameters()}
     network.train()
     run(network, meta, chunks=3, precision="bfloat16")
     assert network.training
-    network.eval()
     assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
-
-
-def test_weights_trained_since_the_last_test_are_used(meta: CheckpointMeta) -> None:
-    network = tiny_network()
+    network.eval()
     policy = LLMPolicy(network, meta)
-    _, before = replay(policy, STATES[:2], REWARDS[:2])
+    _, first = replay(policy, STATES[:2], REWARDS[:2])
     with torch.no_grad():
         for parameter in network.plm.trainable().values():
             parameter.mul_(1.5)
     _, after = replay(policy, STATES[:2], REWARDS[:2])
-    assert np.abs(after - before).max() > 1e-3
-
-
-def test_precisions_and_merging_are_close(network: PolicyNetwork, meta: CheckpointMeta) -> None:
-    _, apart = run(network, meta, chunks=5, merge_lora=False)
-    _, merged = run(network, meta, chunks=5)
-    _, half = run(network, meta, chunks=5, precision="bfloat16")
-    assert 0 < np.abs(merged - apart).max() < 1e-4
-    assert 1e-4 < np.abs(half - apart).max() < 0.5
+    assert np.abs(after - first).max() > 1e-3
 
 
 def test_dropout_is_on_only_where_asked(network: PolicyNetwork, meta: CheckpointMeta) -> None:
@@ -181,8 +162,7 @@ def test_dropout_is_on_only_where_asked(network: PolicyNetwork, meta: Checkpoint
     _, again = run(network, meta, dropout=True, **config)
     assert np.abs(on - off).max() > 1e-4
     np.testing.assert_array_equal(on, again)  # seeded by the episodes
-    assert EvalConfig.upstream(in_training=True).dropout
-    assert not EvalConfig.upstream().dropout
+    assert (EvalConfig.upstream(in_training=True).dropout, EvalConfig.upstream().dropout) == (True, False)
 
 
 def test_what_cannot_be_done(network: PolicyNetwork, meta: CheckpointMeta, tmp_path: Path) -> None:
@@ -245,9 +225,7 @@ def test_greedy_episodes_of_the_original(golden: Path, real_data: Path, path: Pa
 
 
 RUNS = sorted(p.parent.relative_to(GOLDEN) for p in GOLDEN.glob("upstream_run/*/run.json")) or [Path("absent")]
-COLUMNS = (
-    "time_s", "bitrate_kbps", "buffer_s", "rebuffer_s", "size_bytes", "delay_ms", "smoothness_mbps", "reward"
-)  # fmt: skip
+COLUMNS = ["time_s", "bitrate_kbps", "buffer_s", "rebuffer_s", "size_bytes", "delay_ms", "smoothness_mbps", "reward"]
 
 
 def setting(name: str, key: str) -> float:
@@ -280,5 +258,5 @@ def test_complete_run_of_the_original(golden: Path, real_data: Path, path: Path)
     assert len(results) == table["trace"].nunique() == run_file["trace_num"]
     for name, rows in table.groupby("trace", sort=False):
         expected = np.loadtxt(results[f"result_sim_abr_{traces.name}_{name}"])
-        np.testing.assert_allclose(rows[list(COLUMNS)], expected, rtol=1e-9, err_msg=str(name))
+        np.testing.assert_allclose(rows[COLUMNS], expected, rtol=1e-9, err_msg=str(name))
     assert qoe.summarise(table).reward == pytest.approx(run_file["mean_alone"], abs=1e-12)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import matplotlib
 import pandas as pd
 import pytest
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
 from netllm_lib.abr import plots, qoe
 from netllm_lib.abr.episodes import sound_episodes
@@ -39,15 +35,14 @@ def close():
 
 
 def test_given_axes_are_used(tables: dict) -> None:
-    drawings: list[Callable[..., Axes]] = [
-        partial(plots.plot_decomposition, tables),
-        partial(plots.plot_differences, {"a − b": Interval(0.1, -0.1, 0.3)}),
-        partial(plots.plot_bandwidths, [TRACES]),
-        partial(plots.plot_training, pd.DataFrame({"step": [0, 1], "loss": [1.5, 1.0]}), {"chance": 1.79}),
-    ]
-    for draw in drawings:
+    history = pd.DataFrame({"step": [0, 1], "loss": [1.5, 1.0]})
+    for draw, *data in (
+        (plots.plot_differences, {"a − b": Interval(0.1, -0.1, 0.3)}),
+        (plots.plot_bandwidths, [TRACES]),
+        (plots.plot_training, history, {"chance": 1.79}),
+    ):
         _, ax = plt.subplots()
-        assert draw(axes=ax) is ax
+        assert draw(*data, axes=ax) is ax  # type: ignore[operator]
         assert ax.get_xlabel()
 
 
@@ -62,10 +57,7 @@ def test_a_pool_has_shares_and_references() -> None:
     assert sum(bar.get_height() for bar in plots.plot_pool(pool)[0].patches) == pytest.approx(100)
     legend = plots.plot_pool_episodes(pool, {"other": 0.5}).get_legend()
     assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == [
-        f"mean: {pool.rewards.mean():.2f}",
-        "other: 0.50",
-    ]
+    assert [text.get_text() for text in legend.get_texts()] == [f"mean: {pool.rewards.mean():.2f}", "other: 0.50"]
 
 
 def test_steps_add_up_to_the_last_reward() -> None:

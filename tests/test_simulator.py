@@ -16,16 +16,12 @@ FAST = BandwidthModel(median_mbps=6.0, samples=60, interval_s=2.3)  # buffers fi
 SLOW = BandwidthModel(median_mbps=0.7, samples=25, interval_s=0.7)  # traces wrap around, clients stall
 
 
-def levels_for(count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 6, (count, CHUNKS))
-
-
 @pytest.mark.parametrize("model", [FAST, SLOW], ids=["fast", "slow"])
 @pytest.mark.parametrize("noise", [False, True])
 def test_equals_reference_bit_by_bit(model: BandwidthModel, noise: bool) -> None:
     traces, video = generate_traces("t", 12, 5, model), generate_video("v", 3)
     episodes = sound_episodes(traces, seed=4, noise=noise)
-    simulator, levels = Simulator(traces, video, episodes), levels_for(12, 0)
+    simulator, levels = Simulator(traces, video, episodes), np.random.default_rng(0).integers(0, 6, (12, CHUNKS))
     slept, replayed = 0.0, simulator.replay(levels)
     references = [
         ReferenceEnvironment(t, video, int(p), None if episodes.noise is None else episodes.noise[i])
@@ -50,21 +46,16 @@ def one(mbps: list[float], sizes: int = 1_000_000, start: int = 1) -> Simulator:
     return Simulator(TraceSet("hand", (trace,)), video, episodes)
 
 
-def test_one_chunk_by_hand() -> None:
+def test_chunks_by_hand() -> None:
     # 8 Mbps carry 0.95 MB a second: 1 MB takes 1.0526 s, and 80 ms of round trip; all of it is rebuffering at the start.
     outcome = one([99.0, 8.0, 8.0]).step(np.array([2]))
     assert outcome.delay_ms[0] == pytest.approx(1000 / 0.95 + 80)
     assert outcome.rebuffer_s[0] == pytest.approx(1 / 0.95 + 0.08)
     assert outcome.buffer_s[0] == 4.0
     assert outcome.reward[0] == pytest.approx(1.2 - 4.3 * (1 / 0.95 + 0.08) - 0.9)
-
-
-def test_zero_bandwidth_is_waited_out_and_the_first_sample_is_never_used() -> None:
+    # no bandwidth is waited out, and the first sample is never used
     outcome = one([99.0, 0.0, 8.0]).step(np.array([0]))
     assert outcome.delay_ms[0] == pytest.approx(10_000 + 1000 / 0.95 + 80)
-
-
-def test_trace_starts_again_at_sample_one() -> None:
     # 0.5 MB are left after the last interval, and come from sample 1 again
     outcome = one([99.0, 4.0, 1.0], sizes=int(10 * 1e6 / 8 * 0.95) + 500_000, start=2).step(np.array([0]))
     assert outcome.delay_ms[0] == pytest.approx(10_000 + 500_000 / (4e6 / 8 * 0.95) * 1000 + 80, rel=1e-9)
