@@ -18,7 +18,6 @@ from netllm_lib.abr.batches import Batch, WindowConfig, make_windows
 from netllm_lib.abr.episodes import Observation, sound_episodes
 from netllm_lib.abr.hindsight import Grid
 from netllm_lib.abr.improve import (
-    SMALL_TRAINING,
     ImproveConfig,
     Improved,
     chosen_round,
@@ -27,7 +26,6 @@ from netllm_lib.abr.improve import (
     leak_free,
     perturbed,
     roll_pool,
-    small_network,
 )
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, load_policy
 from netllm_lib.abr.play import play, rollout
@@ -78,11 +76,8 @@ def test_exploring_replaces_a_share_of_the_levels() -> None:
     levels = rollout(Exploring(Constant(2), share), simulator).level[:, 1:]
     assert (levels[1::2] == 2).all()
     assert (levels[::2] != 2).mean() == pytest.approx(0.3 * 5 / 6, abs=0.03)
-    # an episode's random numbers are its own, however many others are played with it
-    few = Simulator(TRACES, VIDEO, episodes.rows(range(4)))
-    np.testing.assert_array_equal(rollout(Exploring(Constant(2), share[:4]), few).level[:, 1:], levels[:4])
-    in_blocks = rollout(Exploring(Constant(2), share), simulator, block=7).level[:, 1:]
-    np.testing.assert_array_equal(in_blocks, levels)
+    few = rollout(Exploring(Constant(2), share[:4]), Simulator(TRACES, VIDEO, episodes.rows(range(4))))
+    np.testing.assert_array_equal(few.level[:, 1:], levels[:4])  # an episode's random numbers are its own
     with pytest.raises(ValueError, match="between 0 and 1, not 1.5"):
         Exploring(Constant(2), 1.5)
 
@@ -215,11 +210,13 @@ def test_a_lora_of_the_original_shape_can_be_improved_too(tmp_path: Path) -> Non
 def test_it_learns_above_bba(tmp_path: Path) -> None:
     """A minute of rounds on synthetic traces, tested on others."""
     training, test = generate_traces("a", 40, 21), generate_traces("b", 40, 22)
-    config = ImproveConfig(groups=40, starts=4, epochs=(12, 8), train=SMALL_TRAINING)
+    config = ImproveConfig(groups=40, starts=4, epochs=(12, 8))
     improved = improve(tiny_network(), training, VIDEO, config, folder=tmp_path)
-    simulator = Simulator(test, VIDEO, sound_episodes(test))
-    ours = qoe.summarise(play(load_llm_policy(improved.policy), simulator)).reward
-    assert ours > qoe.summarise(play(BBA(), simulator)).reward + 0.05
+    rewards = [
+        qoe.summarise(play(player, Simulator(test, VIDEO, sound_episodes(test)))).reward
+        for player in (load_llm_policy(improved.policy), BBA())
+    ]
+    assert rewards[0] > rewards[1] + 0.05
 
 
 # --- cloning
@@ -256,8 +253,6 @@ def test_notebook_07(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = notebooks.run_notebook("07_improve", asked, echo=lambda line: None)
     assert set(done.metrics["policies"]) == {"llm", "before", "mpc", "mpc (strong)", "mpc (original)", "bba"}
     assert [row["episodes"] for row in done.metrics["rounds"]] == [8, 8]
-    card = runs.read_json(done.folder / "model_card.json")
-    assert card["trained_parameters"] == sum(p.numel() for p in small_network().trainable().values())
     split = runs.read_json(done.folder / "split.json")
     assert set(split["train"]).isdisjoint(split["validation"])
     assert len(load_pool(done.folder).episode_starts) == 4

@@ -66,20 +66,12 @@ def test_trace_set_is_sorted_skips_dotfiles_and_reads_pointers(tmp_path: Path) -
     assert traces.start_ptrs.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("pointers", "message"),
-    [
-        ([1], "list of 2 integers"),
-        ([1, 9], "outside 1..2"),
-        ({"a": 1}, "list of 2 integers|set a state|no start"),
-        ([1, "2"], "list of 2 integers|set a state|no start"),
-    ],
-)
-def test_broken_pointer_file(tmp_path: Path, pointers: object, message: str) -> None:
+@pytest.mark.parametrize("pointers", [[1], [1, 9], {"a": 1}, [1, "2"], [1, True]])
+def test_broken_pointer_file(tmp_path: Path, pointers: object) -> None:
     for name in ("a", "b"):
         write(tmp_path / name, "0 1\n1 2\n2 3\n")
     (tmp_path / "mahimahi_ptrs.pkl").write_bytes(pickle.dumps(pointers))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="mahimahi_ptrs.pkl: no start pointers"):
         read_trace_set(tmp_path)
 
 
