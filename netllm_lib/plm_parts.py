@@ -46,15 +46,9 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, targets: tuple[s
         raise ValueError(
             f"LoRA targets {tuple(targets)} are not all in this {family} model; set target_modules, e.g. from {sorted(names)}"
         )
-    lora = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=list(targets),
-        bias="none",
-        task_type=peft.TaskType.FEATURE_EXTRACTION,
-        fan_in_fan_out=family == "gpt2",  # gpt2 stores its projections transposed
-    )
+    transposed = family == "gpt2"  # so it stores its projections
+    sizes: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "fan_in_fan_out": transposed}
+    lora = peft.LoraConfig(target_modules=list(targets), task_type=peft.TaskType.FEATURE_EXTRACTION, **sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for something that was renamed
         return peft.get_peft_model(model, lora)
