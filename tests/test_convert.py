@@ -165,9 +165,9 @@ def test_a_whole_set_there_and_back(tmp_path: Path, form: str) -> None:
     assert back.names == sample.names
     for a, b in zip(sample.traces, back.traces, strict=True):
         assert b.mean_mbps == pytest.approx(a.mean_mbps, abs=0.013 if form == "mahimahi" else 1e-6)
-    with pytest.raises(FileExistsError, match="'back' is there"):
+    with pytest.raises(FileExistsError, match="back is there"):
         bring(split="test")
-    with pytest.raises(FileExistsError, match="'back' is there"):
+    with pytest.raises(FileExistsError, match="back is there"):
         bring(split="train", replace=True)
     bring(split="test", replace=True)
 
@@ -203,7 +203,7 @@ def test_a_movie_becomes_a_video(tmp_path: Path) -> None:
     assert folder == tmp_path / "root" / "videos" / "m_sizes"
     assert np.array_equal(read_video(folder).sizes_bytes, synthetic.generate_video("v", 3, chunks=50).sizes_bytes)
     assert video.name == "m"
-    with pytest.raises(FileExistsError, match="'m' is there"):
+    with pytest.raises(FileExistsError, match="m_sizes is there"):
         convert.import_movie(tmp_path / "m.json", tmp_path / "root")
 
 

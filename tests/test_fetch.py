@@ -127,10 +127,10 @@ def test_what_an_interrupted_fetch_left_does_no_harm(upstream: Upstream, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (flip, "1 files are not what the sums say"),
-        (lambda path: path.write_bytes(b""), "1 files are not what the sums say"),
+        (flip, "1 of its files are not what the sums say"),
+        (lambda path: path.write_bytes(b""), "1 of its files are not what the sums say"),
         (lambda path: path.unlink(), "1 files are not there"),
-        (lambda path: (path.unlink(), path.symlink_to("/etc/passwd")), "1 files are not what the sums say"),
+        (lambda path: (path.unlink(), path.symlink_to("/etc/passwd")), "1 of its files are not what the sums say"),
     ],
 )
 @pytest.mark.parametrize("way", ["git", "clone", "folder"])

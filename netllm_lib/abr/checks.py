@@ -8,7 +8,7 @@ import psutil
 
 from netllm_lib import envcheck
 from netllm_lib.abr import traces
-from netllm_lib.envcheck import GB, Check, guarded
+from netllm_lib.envcheck import GB, Check, guarded, packages_check, python_check
 
 DATA_ADVICE = "netllm data fetch, or put NetLLM's data/ folder at data/netllm, or name it by $NETLLM_DATA or --data"
 
@@ -22,7 +22,11 @@ def llm_checks(
     fine-tuning. The PLM's weights are read only with `load`.
     """
     return [
-        *envcheck.llm_checks(plm, load),
+        *guarded("packages", lambda: [python_check(), packages_check(), packages_check("llm")]),
+        *guarded("device", envcheck.device_checks),
+        *guarded("PLM", lambda: [envcheck.plm_check(plm, load)]),
+        *guarded("disk", lambda: [envcheck.disk_check()]),
+        *guarded("kernels", lambda: [envcheck.kernel_check(name) for name in envcheck.KERNELS]),
         *guarded("memory", lambda: [memory_check(plm, layers)]),
         *guarded("data", lambda: [data_check(data)]),
     ]
@@ -31,7 +35,9 @@ def llm_checks(
 def tf_checks(data: str | Path | None = None) -> list[Check]:
     """All checks of the TensorFlow environment, to be run inside it."""
     return [
-        *envcheck.tf_checks(),
+        *guarded("packages", lambda: [python_check(), packages_check(), packages_check("tf")]),
+        *guarded("TensorFlow", lambda: [envcheck.tensorflow_check()]),
+        *guarded("disk", lambda: [envcheck.disk_check()]),
         *guarded("data", lambda: [data_check(data)]),
         *guarded("actors", lambda: [actors_check(data)]),
     ]
@@ -62,14 +68,10 @@ def memory_check(plm: str, layers: int | None) -> Check:
         f"about {needed:.1f} GB to train and test {layers or 'all'} layers of {plm} (LoRA rank {config.rank}, batch {batch}, "
         f"{config.dtype} weights); {free:.1f} GB of {device} free"
     )
-    advice = (
-        "fewer layers, a smaller batch, bfloat16 weights, or gradient checkpointing (training turns it on when it must)"
-    )
-    if needed > total:
-        return Check("memory", "fail", found, advice)
-    if needed > 0.9 * free:
-        return Check("memory", "warn", found, f"close what else runs there, or: {advice}")
-    return Check("memory", "pass", found)
+    if needed <= 0.9 * free:
+        return Check("memory", "pass", found)
+    advice = "close what else runs there; or fewer layers, a smaller batch, bfloat16 weights, or gradient checkpointing"
+    return Check("memory", "fail" if needed > total else "warn", found, advice)
 
 
 def data_check(data: str | Path | None = None) -> Check:
@@ -81,11 +83,9 @@ def data_check(data: str | Path | None = None) -> Check:
     except (ValueError, OSError) as error:
         return Check("data", "fail", str(error), DATA_ADVICE)
     found = f"{registry.root}: traces {', '.join(sets) or 'none'}; videos {', '.join(videos) or 'none'}"
-    if not sets or not videos:
-        return Check("data", "fail", found, DATA_ADVICE)
     if registry.root == traces.SAMPLE:
         return Check("data", "warn", found, f"the bundled synthetic sample; for real traces {DATA_ADVICE}")
-    return Check("data", "pass", found)
+    return Check("data", "pass", found) if sets and videos else Check("data", "fail", found, DATA_ADVICE)
 
 
 def actors_check(data: str | Path | None = None) -> Check:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from netllm_lib import runs
 from netllm_lib.abr.qoe import BITRATES_KBPS, CHUNKS, LEVELS
@@ -27,9 +28,6 @@ TO_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 PACKET_MBIT = 1500 * 8 / 1e6  # what mahimahi lets through at each timestamp
 LATENCY_MS = 80.0  # the simulator's round trip, written to sabre files
 SUFFIXES = {"mahimahi": ".mahimahi", "csv": ".csv", "sabre": ".json"}
-
-
-# --- folders of files ---------------------------------------------------------------------------------------------------
 
 
 def import_traces(
@@ -46,19 +44,15 @@ def import_traces(
     `read` is one of the readers below. Raises ValueError by file for what cannot be read, FileNotFoundError if there are no
     files, and FileExistsError if the root has a trace set of that name, unless `replace`.
     """
-    source, root = Path(source), Path(root)
-    if not source.exists():
-        raise FileNotFoundError(f"{source}: no such file or folder")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [path for path in files if path.is_file() and not path.name.startswith(".") and path.name != POINTER_FILE]
     if not files:
-        raise FileNotFoundError(f"{source}: no files in it (folders in it are not searched)")
-    name = _checked(name or _stem(source))
+        raise FileNotFoundError(f"{source}: no such file, or no files in it (folders in it are not searched)")
+    name, split = _checked(name or _stem(source)), _checked(split)
     there = Registry(root).trace_folders().get(name)
-    if there is not None and not (replace and there.parent.name == split):
-        raise FileExistsError(f"{there}: a trace set {name!r} is there; give another --name, or --replace it")
+    _check_free(there, replace and there is not None and there.parent.name == split)
     traces = TraceSet(name, tuple(read(path) for path in files))
-    return traces, write_traces(traces, root, _checked(split))
+    return traces, write_traces(traces, root, split)
 
 
 def export_traces(traces: TraceSet, folder: Path, form: str) -> Path:
@@ -66,7 +60,6 @@ def export_traces(traces: TraceSet, folder: Path, form: str) -> Path:
 
     Raises FileExistsError if the folder has files.
     """
-    folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: there are files in it; name a new folder")
     with runs.atomic_path(folder) as aside:
@@ -78,12 +71,15 @@ def export_traces(traces: TraceSet, folder: Path, form: str) -> Path:
 
 def import_movie(path: Path, root: Path, name: str | None = None, replace: bool = False) -> tuple[Video, Path]:
     """A sabre movie as `<root>/videos/<name>_sizes/`: (video, its folder). Errors as of `read_movie` and `import_traces`."""
-    name = _checked(name or _stem(Path(path)))
-    there = Registry(Path(root)).video_folders().get(name)
+    name = _checked(name or _stem(path))
+    _check_free(Registry(root).video_folders().get(name), replace)
+    video = read_movie(path, name)
+    return video, write_video(video, root)
+
+
+def _check_free(there: Path | None, replace: bool) -> None:
     if there is not None and not replace:
-        raise FileExistsError(f"{there}: a video {name!r} is there; give another --name, or --replace it")
-    video = read_movie(Path(path), name)
-    return video, write_video(video, Path(root))
+        raise FileExistsError(f"{there} is there; give another --name, or --replace it")
 
 
 def _stem(path: Path) -> str:
@@ -92,7 +88,7 @@ def _stem(path: Path) -> str:
 
 
 def _checked(name: str) -> str:
-    if not name or name.startswith(".") or "/" in name or "\\" in name:
+    if name.startswith(".") or name != Path(name).name or "\\" in name:
         raise ValueError(f"{name!r} cannot be the name of a folder for traces or a video")
     return name
 
@@ -112,11 +108,8 @@ def _trace(path: Path, time_s: np.ndarray, mbps: np.ndarray) -> Trace:
             "negative, and times must increase"
         )
     if not mbps[1:].any():
-        raise ValueError(f"{path}: bandwidth is zero throughout, no chunk would ever arrive")
+        raise ValueError(f"{path}: bandwidth is zero throughout")
     return Trace(_stem(path), time_s, mbps)
-
-
-# --- mahimahi -----------------------------------------------------------------------------------------------------------
 
 
 def read_mahimahi(path: Path, interval_s: float = 1.0) -> Trace:
@@ -159,9 +152,6 @@ def mahimahi_text(trace: Trace) -> str:
     return "\n".join(map(str, stamps.tolist())) + "\n"
 
 
-# --- CSV ----------------------------------------------------------------------------------------------------------------
-
-
 def read_csv(path: Path, unit: str, bandwidth: str = "mbps", time: str = "time_s", time_unit: str = "s") -> Trace:
     """The columns `bandwidth` (in `unit`, one of TO_MBPS) and `time` (in `time_unit`, one of TO_S) of a table with a header.
 
@@ -193,16 +183,12 @@ def read_csv(path: Path, unit: str, bandwidth: str = "mbps", time: str = "time_s
 
 def csv_text(trace: Trace) -> str:
     """Columns time_s and mbps, every digit kept."""
-    rows = zip(trace.time_s.tolist(), trace.mbps.tolist(), strict=True)
-    return "".join(["time_s,mbps\n", *(f"{time_s!r},{mbps!r}\n" for time_s, mbps in rows)])
-
-
-# --- sabre --------------------------------------------------------------------------------------------------------------
+    return pd.DataFrame({"time_s": trace.time_s, "mbps": trace.mbps}).to_csv(index=False)
 
 
 @dataclass(frozen=True)
 class Period:
-    """A part of a sabre trace. Its latency is left out: the simulator's is 80 ms."""
+    """A part of a sabre trace. Its latency is not read: the simulator's is 80 ms."""
 
     duration_ms: float
     bandwidth_kbps: float

@@ -9,8 +9,7 @@ bad), which change at random:
     regime[i] = regime[i-1], or with probability interval_s / regime_s one of `regimes` anew
     wander[i] = memory * wander[i-1] + N(0, jitter^2), wander[0] = 0
 
-Samples are written to six digits, so traces of this model never share content. Videos are variable-bit-rate: one complexity
-series per video scales all levels together, as an encoder does.
+Videos are variable-bit-rate: one complexity series per video scales all levels together, as an encoder does.
 """
 
 from __future__ import annotations

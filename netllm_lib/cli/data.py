@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from netllm_lib import runs
 from netllm_lib.cli.options import DataOption, JsonOption, waiting
 
 if TYPE_CHECKING:
     from netllm_lib.abr.traces import Trace
 
-app = typer.Typer(
-    help="Trace sets and videos: list, fetch, import, export, generate.", no_args_is_help=True, rich_markup_mode=None
-)
+HELP = "Trace sets and videos: list, fetch, import, export, generate."
+app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
 SumsOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Sums as of sha256sum, for a fork with other data [NetLLM's].")
 ]
@@ -25,25 +25,17 @@ FolderArgument = Annotated[Path | None, typer.Argument(help="Root folder [data/n
 
 
 def _fetched_to(folder: Path | None) -> Path:
-    from netllm_lib.runs import PROJECT
-
-    return PROJECT / "data" / "netllm" if folder is None else folder
+    return runs.PROJECT / "data" / "netllm" if folder is None else folder
 
 
 def _end(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        from netllm_lib.runs import plain
-
-        print(json.dumps(plain(result)))
+        print(json.dumps(runs.plain(result)))
 
 
 @app.command("list")
 def data_list(data: DataOption = None, as_json: JsonOption = False) -> None:
-    """Show trace sets, what they share, videos and actors.
-
-    Durations are in seconds, quantiles are those of the traces' mean bandwidths in Mbps. Two traces share content if four
-    consecutive distinct bandwidths are the same.
-    """
+    """Show trace sets, what they share (four consecutive distinct bandwidths that are the same), videos and actors."""
     from netllm_lib.abr.traces import find_registry, overlap_matrix
 
     registry = find_registry(data)
@@ -53,7 +45,7 @@ def data_list(data: DataOption = None, as_json: JsonOption = False) -> None:
     print(f"Traces of the row that share content with the column:\n{overlaps.to_string()}\n")
     print(f"videos: {', '.join(registry.video_folders()) or 'none'}")
     print(f"actors: {', '.join(registry.actor_folders()) or 'none'}")
-    found = {"root": str(registry.root), "trace_sets": table.to_dict("records"), "overlaps": overlaps.to_dict("index")}
+    found = {"root": registry.root, "trace_sets": table.to_dict("records"), "overlaps": overlaps.to_dict("index")}
     _end(found | {"videos": list(registry.video_folders()), "actors": list(registry.actor_folders())}, as_json)
 
 
@@ -74,24 +66,15 @@ def data_fetch(
 
     known, to = fetch.read_sums(sums or fetch.SUMS), _fetched_to(folder)
     with waiting("fetching"):
-        brought = fetch.fetch_data(
-            to,
-            source=source,
-            repository=repository or fetch.REPOSITORY,
-            commit=commit or fetch.COMMIT,
-            sums=known,
-            replace=replace,
-        )
+        where = {"repository": repository or fetch.REPOSITORY, "commit": commit or fetch.COMMIT}
+        brought = fetch.fetch_data(to, source=source, **where, sums=known, replace=replace)
     print(f"{to}: all {len(known)} files are there and right; {brought} of them are new")
     _end({"folder": to, "files": len(known), "brought": brought}, as_json)
 
 
 @app.command("check")
 def data_check(folder: FolderArgument = None, sums: SumsOption = None, as_json: JsonOption = False) -> None:
-    """Compare fetched data with the sums.
-
-    Exit code 1 if a file is missing or wrong.
-    """
+    """Compare fetched data with the sums; exit code 1 if a file is missing or wrong."""
     from netllm_lib.abr import fetch
 
     found = fetch.check_data(_fetched_to(folder), fetch.read_sums(sums or fetch.SUMS))
@@ -136,9 +119,7 @@ def data_import(
     with waiting("converting traces"):
         traces, written = convert.import_traces(source, folder, read[form], name=name, split=split, replace=replace)
     means = traces.describe()["mean_mbps"]
-    print(
-        f"{written}: {len(traces)} traces of {means.min():.3f} to {means.max():.3f} Mbps, median {means.median():.3f}"
-    )
+    print(f"{written}: {len(traces)} traces, mean bandwidths from {means.min():.3f} to {means.max():.3f} Mbps")
     _end({"folder": written, "traces": len(traces), "mean_mbps": dict(zip(traces.names, means, strict=True))}, as_json)
 
 

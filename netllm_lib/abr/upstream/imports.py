@@ -33,7 +33,7 @@ from netllm_lib.abr.upstream import logs, names
 from netllm_lib.abr.upstream.discover import LOSSES, WEIGHT_FILES, Found, ResultSet, discover
 from netllm_lib.abr.upstream.remake import remake_pool
 from netllm_lib.abr.upstream.training import training_run
-from netllm_lib.plm_files import describe_folder, find_plm
+from netllm_lib.plm_files import find_plm, problems_in
 
 FORMAT = 2  # of the run folder; a new number makes new folders
 KIND, IMPORT = "import", "import.json"
@@ -203,7 +203,7 @@ def _find_plm(work: _Import, asked: str | Path | None) -> None:
         place = find_plm(str(name)) if name else None
         if not isinstance(place, Path):
             raise FileNotFoundError(f"no PLM {str(name)!r} on this machine: give its folder")
-        if problems := describe_folder(place).problems:
+        if problems := problems_in(place):
             raise ValueError("; ".join(problems))
         work.plm = place
     except (ValueError, OSError) as error:
