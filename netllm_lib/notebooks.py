@@ -14,7 +14,6 @@ relative paths start.
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib
 import io
 import os
@@ -47,6 +46,7 @@ CACHES = {"__pycache__", ".git", "cache"}
 """Folders whose content is never an input: `data/cache` holds what can be made again."""
 
 Echo = Callable[[str], None]
+Work = tuple[str, str, dict[str, Any], dict[str, str]]
 
 # jsonschema, which nbformat imports, would build a grammar of web addresses for seconds; notebooks have none to check
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
@@ -173,11 +173,18 @@ def open_notebook(name: str | Path) -> Notebook:
 def input_hashes(notebook: Notebook, parameters: Mapping[str, Any]) -> dict[str, str]:
     """Hashes, by name, of all that decides a run's outcome beside its parameters.
 
-    These are the notebook's cells, the versions of the arithmetic that it calls, and what its paths lead to. An empty `data`
+    These are the notebook's cells, the constant `ARITHMETIC` of every package of this library that it imports (whoever changes what
+    the library computes raises it; other changes leave finished runs as they are), and what its paths lead to. An empty `data`
     stands for the data that is found without it.
     """
     cells = [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in notebook.content.cells]
-    found = {"notebook": runs.content_hash(cells, digits=16), **arithmetic(notebook)}
+    found = {"notebook": runs.content_hash(cells, digits=16)}
+    imports = " ".join(re.findall(r"^\s*(?:from|import)\s+(netllm_lib.*)$", "\n".join(notebook.code), re.MULTILINE))
+    packages = [name for _, name, is_package in pkgutil.iter_modules(netllm_lib.__path__) if is_package]
+    used = [f"netllm_lib.{name}" for name in packages if re.search(rf"\b{name}\b", imports)]
+    for module in map(importlib.import_module, ["netllm_lib", *used] if imports else []):
+        if (version := getattr(module, "ARITHMETIC", None)) is not None:
+            found[module.__name__] = str(version)
     for name, parameter in notebook.parameters.items():
         value = parameters.get(name, parameter.default) if parameter.is_path else []
         for text in value if isinstance(value, list) else [value or ""]:
@@ -189,33 +196,20 @@ def input_hashes(notebook: Notebook, parameters: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def arithmetic(notebook: Notebook) -> dict[str, str]:
-    """The constant `ARITHMETIC` of every package of this library that a notebook imports.
-
-    Whoever changes what the library computes raises it, and runs that were made before are made again; other changes to
-    the library's sources leave them as they are.
-    """
-    imports = " ".join(re.findall(r"^\s*(?:from|import)\s+(netllm_lib.*)$", "\n".join(notebook.code), re.MULTILINE))
-    packages = [name for _, name, is_package in pkgutil.iter_modules(netllm_lib.__path__) if is_package]
-    used = [f"netllm_lib.{name}" for name in packages if re.search(rf"\b{name}\b", imports)]
-    modules = map(importlib.import_module, ["netllm_lib", *used] if imports else [])
-    return {module.__name__: str(module.ARITHMETIC) for module in modules if hasattr(module, "ARITHMETIC")}
-
-
 def fingerprint(place: Path) -> str:
     """What a file or folder holds, as a hash. A finished run is not read: its name and when it was finished say it all."""
     for folder in (place, *place.parents):
         if (run := runs.Run(folder)).done:
             inside = str(place.relative_to(folder))
             return runs.content_hash([folder.name, run.manifest.get("finished"), inside], digits=16)
-    digest = hashlib.sha256()
+    found = []
     for file in [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file()):
         if not CACHES & set(file.relative_to(place).parts):
             status = file.stat()
             large = status.st_size > LARGE_BYTES
             content = f"{status.st_size}-{status.st_mtime_ns}" if large else runs.file_hash(file)
-            digest.update(f"{file.relative_to(place)}\0{content}\n".encode())
-    return digest.hexdigest()[:16]
+            found.append((str(file.relative_to(place)), content))
+    return runs.content_hash(found, digits=16)
 
 
 def _portable(value: Any) -> Any:
@@ -247,9 +241,7 @@ def run_notebook(
     anything runs, and NotebookError when a cell fails, the time is up, or a promised file is missing; the notebook so far
     is in the run folder then.
     """
-    notebook = open_notebook(name)
-    fitted = notebook.fit(parameters or {})
-    work = _work(notebook, fitted, group)
+    notebook, fitted, work = _prepare(name, parameters or {}, group)
     folder = runs.run_folder(*work)
     if not force and (finished := _finished(notebook, folder)):
         return finished
@@ -282,15 +274,17 @@ def run_notebook(
 
 def find_run(name: str | Path, parameters: Mapping[str, Any], group: str = "run") -> NotebookRun | None:
     """The finished run that `run_notebook` would reuse, if there is one. Raises what that raises before anything runs."""
+    notebook, _, work = _prepare(name, parameters, group)
+    return _finished(notebook, runs.run_folder(*work))
+
+
+def _prepare(name: str | Path, parameters: Mapping[str, Any], group: str) -> tuple[Notebook, dict[str, Any], Work]:
+    """The notebook, its parameters, and kind, name, config and inputs of the run: what its folder is named after."""
     notebook = open_notebook(name)
-    return _finished(notebook, runs.run_folder(*_work(notebook, notebook.fit(parameters), group)))
-
-
-def _work(notebook: Notebook, fitted: Mapping[str, Any], group: str) -> tuple[str, str, dict[str, Any], dict[str, str]]:
-    """Kind, name, config and inputs of a run: what its folder is named after."""
-    portable = {key: _portable(value) for key, value in fitted.items()}
-    asked = {"notebook": notebook.name, "kernel": notebook.kernel, "parameters": portable}
-    return notebook.name, group, asked, input_hashes(notebook, fitted)
+    fitted = notebook.fit(parameters)
+    asked: dict[str, Any] = {"notebook": notebook.name, "kernel": notebook.kernel}
+    asked |= {"parameters": {key: _portable(value) for key, value in fitted.items()}}
+    return notebook, fitted, (notebook.name, group, asked, input_hashes(notebook, fitted))
 
 
 def _finished(notebook: Notebook, folder: Path) -> NotebookRun | None:
