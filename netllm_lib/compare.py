@@ -242,18 +242,11 @@ def plot_ranking(samples: Figures, baselines: Figures, better: str, best: str = 
     return ax
 
 
-def plot_effects(effects: Mapping[str, pd.DataFrame], what: str) -> np.ndarray:
-    """A panel per parameter: the change from its first value, paired, with its interval; thin lines are combinations of the others.
-
-    Returns the axes [lines, columns].
-    """
-    columns = min(3, len(effects))
-    lines = math.ceil(len(effects) / columns)
-    size = (4.2 * columns, 3.3 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
-    for ax in axes.flat[len(effects) :]:
-        ax.set_visible(False)
-    for ax, (name, table) in zip(axes.flat, effects.items(), strict=False):
+def plot_effects(effects: Mapping[str, pd.DataFrame], what: str) -> None:
+    """A panel per parameter: the change from its first value, with its interval; thin lines are combinations of the others."""
+    size = (4.2 * len(effects), 3.3)
+    figure, (axes,) = plt.subplots(1, len(effects), figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for ax, (name, table) in zip(axes, effects.items(), strict=True):
         ax.axhline(0, color="k", linewidth=0.8)
         each = np.array(table["each"].tolist())  # [values, combinations]
         ax.plot(each - each[0], color="0.75", linewidth=1, marker=".", zorder=1)
@@ -262,7 +255,5 @@ def plot_effects(effects: Mapping[str, pd.DataFrame], what: str) -> np.ndarray:
         ax.errorbar(range(len(table)), change, reach, color=BLUE, marker="o", capsize=4, linewidth=1.8)
         ax.set_xticks(range(len(table)), [str(value) for value in table["value"]])
         ax.set(xlabel=name, xlim=(-0.4, len(table) - 0.6))
-    for ax in axes[:, 0]:
-        ax.set_ylabel(f"change of {what}", fontsize=9)
+    axes[0].set_ylabel(f"change of {what}")
     figure.suptitle("Change from the first value, other parameters held (grey: each combination of them)", fontsize=10)
-    return axes
