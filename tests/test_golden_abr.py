@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,10 @@ def registry(golden: Path, real_data: Path) -> Registry:
     return Registry(real_data)
 
 
+def asked(made: dict) -> dict[str, Any]:
+    return {"trace_num": made["trace_num"], "fixed_order": made["fixed"], "seed": made["seed"]}
+
+
 def need_actor(policy: str) -> None:
     if policy not in CLASSICAL and tensorflow_python() is None:
         pytest.skip(f"{policy}: no TensorFlow environment to read its checkpoint; run `make env-tf`")
@@ -57,13 +62,7 @@ def test_run_is_bit_equal(golden: Path, registry: Registry, key: str, policy: st
     expected, arrays = recorded("results")[key][policy], np.load(golden / "abr" / "results" / f"{key}_{policy}.npz")
     traces, video = registry.trace_set(key.split("_")[0]), registry.video(key.split("_")[1])
     player = make_policy(policy, video, registry, "upstream")
-    episodes = upstream_episodes(
-        traces,
-        trace_num=expected["trace_num"],
-        fixed_order=expected["fixed"],
-        seed=expected["seed"],
-        draws_actions=player.draws_actions,
-    )
+    episodes = upstream_episodes(traces, **asked(expected), draws_actions=player.draws_actions)
     simulator = Simulator(traces, video, episodes)
     played = rollout(player, simulator)
     # the same without our policies: only the levels are the original's
@@ -89,14 +88,7 @@ def test_pool_is_bit_equal(golden: Path, registry: Registry, tmp_path: Path, nam
     need_actor(made["policy"])
     traces, video = registry.trace_set(made["traces"]), registry.video(made["video"])
     player = make_policy(made["policy"], video, registry, "upstream", pool=True)
-    episodes = upstream_episodes(
-        traces,
-        trace_num=made["trace_num"],
-        fixed_order=made["fixed"],
-        seed=made["seed"],
-        draws_actions=player.draws_actions,
-        pool=True,
-    )
+    episodes = upstream_episodes(traces, **asked(made), draws_actions=player.draws_actions, pool=True)
     pool = generate_pool(player, traces, video, episodes)
     assert len(pool) == made["transitions"]
     for field in ("states", "actions", "rewards", "dones"):
@@ -114,9 +106,8 @@ def test_actors_equal_tensorflow(golden: Path, registry: Registry) -> None:
     for name in names:
         need_actor(name)
         actor = Actor.load(exported_actor(registry.actor_folders()[name]))
-        np.testing.assert_allclose(
-            actor.probabilities(recording["states"]), recording[f"{name}_probs_batch"], atol=1e-5
-        )
+        ours, theirs = actor.probabilities(recording["states"]), recording[f"{name}_probs_batch"]
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -233,10 +233,8 @@ def regret(table: pd.DataFrame, plans: Plans) -> pd.Series:
     for column in {"trace_index", "start_ptr"} & set(table.columns):
         same = same and np.array_equal(firsts[column], getattr(plans.episodes, column))
     if not same:
-        raise ValueError(
-            f"the table has {len(firsts)} episodes and the plans {len(plans.reward)}, of which not all are the same: "
-            "plan for the episodes that were played"
-        )
+        counts = f"the table has {len(firsts)} episodes and the plans {len(plans.reward)}"
+        raise ValueError(f"{counts}, of which not all are the same: plan for the episodes that were played")
     return (plans.reward - qoe.per_trace(table)["reward"]).rename("regret")
 
 

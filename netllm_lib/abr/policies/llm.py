@@ -94,14 +94,13 @@ class LLMPolicy(Policy):
 
     def _check_length(self) -> None:
         """Refuse a PLM that has too few positions, opt for one, before anything is played."""
-        decisions = self.network.config.max_timestep + 1 + self.config.extra_step
-        remedy = 'use context_window="rolling", which needs fewer, or another PLM'
+        plm, decisions = self.network.plm, self.network.config.max_timestep + 1 + self.config.extra_step
         if not self._cached:
             decisions = self.w + 1 if self.carries_state else min(self.w + 1, decisions)
-            remedy = "use a smaller w or another PLM"
         tokens = self.network.context_tokens(decisions)
-        cut = self.config.cut_to_hidden
-        self.network.plm.check_length(min(tokens, self.network.plm.hidden_size) if cut else tokens, remedy)
+        rolling = 'use context_window="rolling", which needs fewer, or another PLM'
+        remedy = rolling if self._cached else "use a smaller w or another PLM"
+        plm.check_length(min(tokens, plm.hidden_size) if self.config.cut_to_hidden else tokens, remedy)
 
     def reset(self, episodes: Episodes) -> None:
         """Draws the sampling stream ahead and prepares the weights (they may have been trained since the last test)."""

@@ -118,9 +118,9 @@ class RobustMPC(Policy):
         self.carries_state = self.acts_after_last = self.config.carry_history
         self._late = int(self.config.size_index == "one-late")
         if self._late and video.sizes_bytes.shape[1] < CHUNKS + 1:
+            needed = f"needs {CHUNKS + 1} lines in each size file, found {video.sizes_bytes.shape[1]}"
             raise ValueError(
-                f"video {video.name}: the original's MPC reads one chunk past the end and needs {CHUNKS + 1} lines in each "
-                f"size file, found {video.sizes_bytes.shape[1]}; play the sound form instead"
+                f"video {video.name}: the original's MPC reads past the end and {needed}; play the sound form"
             )
         self._sizes_mb = video.sizes_bytes.T / 1000000.0  # [chunks, 6]
 
