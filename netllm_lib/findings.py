@@ -1,18 +1,20 @@
 """What a diagnosis says: findings, ranked so that the first is the first thing to fix, and the rules that make them.
 
     @rule("too-few", fix="take more", figure="counts")
-    def too_few(evidence):
+    def too_few(evidence, count):
         "There are at least ten."
-        if evidence.count < 10:
-            return Verdict("cause", f"there are only {evidence.count}", {"count": evidence.count})
+        if count < 10:
+            return Verdict("cause", f"there are only {count}", {"count": count})
 
+What such a function takes besides the evidence are parts of it by name; it is not asked where one of them is None.
 A task lists its rules in the order of root causes: an earlier one makes what later ones see unreadable.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -70,20 +72,21 @@ class Rule:
     id: str
     should: str  # be the case
     fix: str  # a concrete setting or command
-    judge: Callable[[Any], Verdict | None]
+    judge: Callable[..., Verdict | None]  # of the evidence, and of parts of it by their names
     figure: str = ""  # the name of the figure that shows it, if there is one
     symptom: bool = False  # it shows that something is wrong, not what: no cause where a cause was found
     retraining: bool = False  # training anew by the sound defaults mends it
 
     def __call__(self, evidence: Any) -> Finding | None:
-        verdict = self.judge(evidence)
+        parts = [getattr(evidence, name) for name in [*inspect.signature(self.judge).parameters][1:]]
+        verdict = None if any(part is None for part in parts) else self.judge(evidence, *parts)
         return None if verdict is None else Finding(**vars(verdict) | {"fix": verdict.fix or self.fix}, rule=self)
 
 
-def rule(id: str, **about: Any) -> Callable[[Callable[[Any], Verdict | None]], Rule]:
+def rule(id: str, **about: Any) -> Callable[[Callable[..., Verdict | None]], Rule]:
     """Make a `Rule` of the function that judges, whose docstring says what should be the case; `about` are the other fields."""
 
-    def made(judge: Callable[[Any], Verdict | None]) -> Rule:
+    def made(judge: Callable[..., Verdict | None]) -> Rule:
         should = (judge.__doc__ or "").strip().rstrip(".")
         return Rule(id, should[:1].lower() + should[1:], judge=judge, **about)
 
@@ -112,17 +115,12 @@ class Finding(Verdict):
 
 
 def judged(rules: Sequence[Rule], evidence: Any) -> tuple[Finding, ...]:
-    """What the rules find, ranked: causes before suspects before notes; a cause whose fix alone closes the gap first, then in the
+    """What the rules find: causes before suspects before notes, among equals those first whose fix closes the gap, then in the
     order of the rules. A symptom is a suspect at most where something else was found to be the cause."""
     found = [finding for rule in rules if (finding := rule(evidence)) is not None]
     if any(f.severity == "cause" and not f.rule.symptom for f in found):
         found = [replace(f, severity="suspect") if f.severity == "cause" and f.rule.symptom else f for f in found]
-    return ranked(found)
-
-
-def ranked(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Findings in the order of rules, sorted by severity, and among equals those first whose fix closes the gap."""
-    return tuple(sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), not f.closes)))
+    return tuple(sorted(found, key=lambda f: (SEVERITIES.index(f.severity), not f.closes)))
 
 
 @dataclass(frozen=True)

@@ -52,50 +52,48 @@ def _past_plateau(run: TrainingRun) -> bool:
     return run.steps is not None and run.steps > PLATEAU_STEPS
 
 
-def _peak_share(run: TrainingRun | None) -> float | None:
+def _peak_share(run: TrainingRun) -> float | None:
     """The part of the learning rate that was reached."""
-    if run is None or run.lr is None or run.lr_peak is None or run.steps is None:
+    if run.lr is None or run.lr_peak is None or run.steps is None:
         return None
     return run.lr_peak / run.lr if run.lr else 1.0
 
 
-def _numbers(case: Trained) -> dict[str, Any]:
+def _numbers(case: Trained, **more: Any) -> dict[str, Any]:
     names = ("lr", "lr_peak", "lr_around", "steps", "warmup_steps", "accumulation", "accumulation_assumed")
     found = {name: getattr(case.training, name) for name in names}
-    return found | {"final_loss": case.end_loss, "loss_bar": case.loss_bar}
+    return found | {"final_loss": case.end_loss, "loss_bar": case.loss_bar} | more
 
 
 @rule(
     "non-finite",
-    fix="train in float32 (TrainConfig.precision) with a lower learning rate; throw these weights away",
+    fix="train in float32 (TrainConfig.precision) with a lower rate; throw these weights away",
     figure="losses",
 )
-def non_finite(case: Trained) -> Verdict | None:
+def non_finite(case: Trained, training: TrainingRun) -> Verdict | None:
     """Losses are finite numbers."""
-    if (run := case.training) is None:
-        return None
-    bad = ~np.isfinite(np.empty(0) if run.losses is None else run.losses)
-    if not bad.any() and (run.final_loss is None or math.isfinite(run.final_loss)):
+    bad = ~np.isfinite(np.empty(0) if training.losses is None else training.losses)
+    if not bad.any() and (training.final_loss is None or math.isfinite(training.final_loss)):
         return None
     first = int(bad.argmax()) if bad.any() else None
     where = "" if first is None else f", the first at micro-step {first + 1}"
-    numbers = {"not_finite": int(bad.sum()), "first": first, "final_loss": run.final_loss}
+    numbers = {"not_finite": int(bad.sum()), "first": first, "final_loss": training.final_loss}
     return Verdict("cause", f"the training loss is not a number any more{where}", numbers)
 
 
 @rule("warmup-too-long", fix=WARMUP_FIX, figure="learning-rate", retraining=True)
-def warmup_too_long(case: Trained) -> Verdict | None:
+def warmup_too_long(case: Trained, training: TrainingRun) -> Verdict | None:
     """The warm-up ends within the steps taken: the rate reaches at least 90 % of its value."""
-    run, share = case.training, _peak_share(case.training)
-    if run is None or run.steps is None or share is None or share >= 0.9:
+    share, steps = _peak_share(training), training.steps
+    if share is None or steps is None or share >= 0.9:
         return None
-    assumed = f" (with {run.accumulation} windows a step, the documented value)" if run.accumulation_assumed else ""
+    assumed = f" (with {training.accumulation} windows a step, as documented)" if training.accumulation_assumed else ""
     title = (
-        f"the warm-up of {run.warmup_steps} steps outlasts the {run.steps} steps taken{assumed}: the learning rate never "
-        f"passed {share:.0%} of its value, {run.lr_peak:.2g}"
+        f"the warm-up of {training.warmup_steps} steps outlasts the {steps} steps taken{assumed}: the learning rate never "
+        f"passed {share:.0%} of its value, {training.lr_peak:.2g}"
     )
-    fix = f"{WARMUP_FIX} (TrainConfig.warmup = 0.1; in the original --warmup-steps {max(1, run.steps // 10)})"
-    return Verdict(blame(case, strong=_past_plateau(run)), title, _numbers(case) | {"peak_share": share}, fix)
+    fix = f"{WARMUP_FIX} (TrainConfig.warmup = 0.1; in the original --warmup-steps {max(1, steps // 10)})"
+    return Verdict(blame(case, strong=_past_plateau(training)), title, _numbers(case, peak_share=share), fix)
 
 
 @rule(
@@ -104,21 +102,20 @@ def warmup_too_long(case: Trained) -> Verdict | None:
     figure="losses",
     retraining=True,
 )
-def diverged(case: Trained) -> Verdict | None:
+def diverged(case: Trained, training: TrainingRun) -> Verdict | None:
     """The loss ends near its lowest value."""
-    losses = case.training.losses if case.training else None
+    losses = training.losses
     if losses is None or len(losses) < 40 or not np.isfinite(losses).all() or case.learned:
         return None
     parts = np.array_split(losses, min(BINS, len(losses) // 8))
     means = np.array([part.mean() for part in parts])
     errors = np.array([part.std() / math.sqrt(len(part)) for part in parts])
     lowest = int(means.argmin())
-    rise = float(means[-1] - means[lowest])
-    if rise < max(0.15 * means[lowest], 0.1, 4 * math.hypot(errors[-1], errors[lowest])):
+    if means[-1] - means[lowest] < max(0.15 * means[lowest], 0.1, 4 * math.hypot(errors[-1], errors[lowest])):
         return None
-    numbers = {"lowest": float(means[lowest]), "end": float(means[-1]), "at": (lowest + 1) / len(means)}
-    title = f"the loss fell to {means[lowest]:.2f} after {numbers['at']:.0%} of the training and rose to {means[-1]:.2f} again"
-    return Verdict(blame(case), title, numbers)
+    at = (lowest + 1) / len(means)
+    title = f"the loss fell to {means[lowest]:.2f} after {at:.0%} of the training and rose to {means[-1]:.2f} again"
+    return Verdict(blame(case), title, {"lowest": float(means[lowest]), "end": float(means[-1]), "at": at})
 
 
 @rule(
@@ -127,22 +124,20 @@ def diverged(case: Trained) -> Verdict | None:
     figure="losses",
     retraining=True,
 )
-def learning_rate(case: Trained) -> Verdict | None:
+def learning_rate(case: Trained, training: TrainingRun, end_loss: float) -> Verdict | None:
     """The rate moves the loss: LoRA learns between 3e-4 and 3e-3 here."""
-    run, share, loss = case.training, _peak_share(case.training), case.end_loss
-    if run is None or run.lr is None or run.lr_peak is None or share is None or loss is None:
+    share, lr, around, peak = _peak_share(training), training.lr, training.lr_around, training.lr_peak
+    if share is None or lr is None or peak is None or case.learned or not _past_plateau(training):
         return None
-    if case.learned or not _past_plateau(run):
-        return None
-    if run.lr < SLOW_LR:
-        rate, what = run.lr, f"too low for {run.steps} steps"
-    elif run.lr_around is not None and run.lr_around < SLOW_LR:
-        rate, what = run.lr_around, "too low for the modules around the PLM"
-    elif run.lr_peak > FAST_LR:
-        rate, what = run.lr_peak, "too high"
+    if lr < SLOW_LR:
+        rate, what = lr, f"too low for {training.steps} steps"
+    elif around is not None and around < SLOW_LR:
+        rate, what = around, "too low for the modules around the PLM"
+    elif peak > FAST_LR:
+        rate, what = peak, "too high"
     else:
         return None
-    title = f"a learning rate of {rate:.2g} is {what}: the loss ended at {loss:.2f}, above {case.loss_bar:.2f}"
+    title = f"a learning rate of {rate:.2g} is {what}: the loss ended at {end_loss:.2f}, above {case.loss_bar:.2f}"
     return Verdict(blame(case, strong=share >= 0.9 or what == "too high"), title, _numbers(case))
 
 
@@ -152,38 +147,32 @@ def learning_rate(case: Trained) -> Verdict | None:
     figure="losses",
     retraining=True,
 )
-def undertrained(case: Trained) -> Verdict | None:
+def undertrained(case: Trained, end_loss: float) -> Verdict | None:
     """The loss ends below that of repeating what usually follows the previous level, H(a | previous)."""
-    loss, steps = case.end_loss, case.training and case.training.steps
-    if loss is None or not math.isfinite(loss) or loss < case.loss_bar:
+    if not math.isfinite(end_loss) or end_loss < case.loss_bar:
         return None
+    steps = case.training and case.training.steps
     after = "" if steps is None else f" after {steps} steps"
-    numbers = {"final_loss": loss, "loss_bar": case.loss_bar, "steps": steps} | case.reference_losses
-    title = f"the loss ended at {loss:.2f}{after}, where a trained model ends below {case.loss_bar:.2f}"
+    numbers = {"final_loss": end_loss, "loss_bar": case.loss_bar, "steps": steps} | case.reference_losses
+    title = f"the loss ended at {end_loss:.2f}{after}, where a trained model ends below {case.loss_bar:.2f}"
     return Verdict(blame(case), title, numbers)
 
 
 @rule("clipping", fix='clip once a step (TrainConfig.clip = "step")')
-def clipping(case: Trained) -> Verdict | None:
+def clipping(case: Trained, training: TrainingRun) -> Verdict | None:
     """The gradient of a step is clipped once, not after every micro-batch."""
-    run = case.training
-    if run is None or run.clip != "micro" or (run.accumulation or 1) <= 1:
+    count, clipped = training.accumulation or 1, training.clipped
+    if training.clip != "micro" or count <= 1:
         return None
-    share = "" if run.clipped is None else f"; {run.clipped:.0%} of them were clipped"
-    title = (
-        f"the gradient is clipped after each of the {run.accumulation} windows of a step, so that the last count far more "
-        f"than the first{share}"
-    )
-    return Verdict(habit(case), title, {"accumulation": run.accumulation, "clipped": run.clipped})
+    share = "" if clipped is None else f"; {clipped:.0%} of them were clipped"
+    title = f"the gradient is clipped after each of the {count} windows of a step: the last count far more than the first{share}"
+    return Verdict(habit(case), title, {"accumulation": count, "clipped": clipped})
 
 
 @rule("crossing-windows", fix='cut windows inside episodes (WindowConfig.windows = "episode")')
-def crossing_windows(case: Trained) -> Verdict | None:
+def crossing_windows(case: Trained, training: TrainingRun) -> Verdict | None:
     """No training window spans two episodes."""
-    run = case.training
-    crossing = run.facts.get("crossing") if run is not None else None
-    if run is None or not crossing or not run.samples:
+    if not (crossing := training.facts.get("crossing")) or not training.samples:
         return None
-    share = crossing / run.samples
-    numbers = {"share": share, "windows": run.samples}
-    return Verdict(habit(case), f"{share:.0%} of the training windows span two episodes", numbers)
+    numbers = {"share": crossing / training.samples, "windows": training.samples}
+    return Verdict(habit(case), f"{numbers['share']:.0%} of the training windows span two episodes", numbers)

@@ -14,7 +14,6 @@ import pytest
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import (
     CHANCE,
-    RULES,
     Effect,
     Evidence,
     Finding,
@@ -33,7 +32,7 @@ from netllm_lib.abr.policies.simple import Constant
 from netllm_lib.abr.pool import ExperiencePool, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import SAMPLE, Registry
-from netllm_lib.findings import FINDINGS, Diagnosis, Rule, Verdict, judged, ranked
+from netllm_lib.findings import FINDINGS, Diagnosis, Rule, Verdict, judged
 from netllm_lib.runs import read_json
 from netllm_lib.training_run import TrainingRun
 
@@ -241,11 +240,13 @@ def test_logs_alone() -> None:
 
 def test_a_switch_that_closes_the_gap_comes_first() -> None:
     effect = Effect(1.0, 0.5, 1.5, "by hand")
-    switch = Finding("cause", "", effect=effect, closes=True, rule=RULES["sampling"])
-    loss = Finding("cause", "", rule=RULES["warmup-too-long"])
-    note = Finding("note", "", rule=RULES["non-finite"])
-    assert [f.id for f in ranked([note, loss, switch])] == ["sampling", "warmup-too-long", "non-finite"]
-    assert ranked([replace(switch, closes=False, severity="suspect"), loss])[0] is loss
+    note, loss = (
+        Rule("note", "", "", lambda _: Verdict("note", "")),
+        Rule("loss", "", "", lambda _: Verdict("cause", "")),
+    )
+    switch = Rule("switch", "", "", lambda closes: Verdict("cause", "", effect=effect, closes=closes))
+    assert [f.id for f in judged([note, loss, switch], True)] == ["switch", "loss", "note"]
+    assert [f.id for f in judged([note, loss, switch], False)] == ["loss", "switch", "note"]
     assert Effect(0.1, -0.1, 0.3, "").noise
     assert not effect.noise
 

@@ -10,6 +10,7 @@ the rules judge it (`inputs`, `weights`, `testing`, and `netllm_lib.training_rul
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from netllm_lib import training_rules
 from netllm_lib.abr import optimum
@@ -43,48 +44,23 @@ __all__ = [
     "with_baselines",
 ]
 
+_ORDER: tuple[tuple[Any, str], ...] = (
+    (testing, "non_finite"),
+    (inputs, "label_shift"),
+    (
+        weights,
+        "adapter_not_applied wrong_checkpoint sampling dropout_on context_leak window_mismatch target_return wrong_pool",
+    ),
+    (training_rules, "warmup_too_long diverged learning_rate undertrained clipping crossing_windows"),
+    (inputs, "weak_teacher pool_too_small video_shift trace_shift reward_outliers flat_returns"),
+    (testing, "level_collapse rare_bad_actions gap protocol_mismatch too_few_traces handicapped_baseline"),
+    (testing, "test_leakage selected_on_test"),
+)
 RULES: dict[str, Rule] = {
-    rule.id: rule
-    for rule in (
-        # what the files hold
-        testing.non_finite,
-        inputs.label_shift,
-        weights.adapter_not_applied,
-        weights.wrong_checkpoint,
-        # what the test did, against what its weights can do
-        weights.sampling,
-        weights.dropout_on,
-        weights.context_leak,
-        weights.window_mismatch,
-        weights.target_return,
-        weights.wrong_pool,
-        # what the training reached
-        training_rules.warmup_too_long,
-        training_rules.diverged,
-        training_rules.learning_rate,
-        training_rules.undertrained,
-        training_rules.clipping,
-        training_rules.crossing_windows,
-        # what there was to learn
-        inputs.weak_teacher,
-        inputs.pool_too_small,
-        inputs.video_shift,
-        inputs.trace_shift,
-        inputs.reward_outliers,
-        inputs.flat_returns,
-        # how it shows
-        testing.level_collapse,
-        testing.rare_bad_actions,
-        testing.gap,
-        # how it was measured
-        testing.protocol_mismatch,
-        testing.too_few_traces,
-        testing.handicapped_baseline,
-        testing.test_leakage,
-        testing.selected_on_test,
-    )
+    rule.id: rule for room, names in _ORDER for name in names.split() for rule in [getattr(room, name)]
 }
-"""By id, in the order of root causes: an earlier one makes later ones unreadable."""
+"""By id, in the order of root causes: what the files hold, what the test did, what the training reached, what there was to learn,
+how it shows, how it was measured. An earlier one makes later ones unreadable."""
 
 
 def diagnose(
@@ -124,11 +100,8 @@ def _with_retraining(findings: tuple[Finding, ...], replayed: replay.Ablation | 
 
 def regret(evidence: Evidence) -> Interval | None:
     """Run − offline optimum, paired over traces; None where the traces are not at hand, or the test had noise."""
-    table, traces, video = evidence.table, evidence.traces, evidence.video
-    if table is None or traces is None or video is None or not set(table["trace"]) <= set(traces.names):
+    episodes = replay.played_episodes(evidence)
+    if episodes is None or episodes.noise is not None:
         return None
-    episodes = replay.episodes_of(evidence)
-    names = [traces.names[i] for i in episodes.trace_index]
-    if episodes.noise is not None or list(dict.fromkeys(table["trace"])) != names:
-        return None
-    return bootstrap(-optimum.regret(table, optimum.best_plans(traces, video, episodes)).to_numpy())
+    plans = optimum.best_plans(evidence.traces, evidence.video, episodes)
+    return bootstrap(-optimum.regret(evidence.table, plans).to_numpy())

@@ -15,6 +15,7 @@ from netllm_lib.abr import qoe
 from netllm_lib.abr.evaluate import Test, baselines, play_test
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.traces import Registry, TraceSet, Video
+from netllm_lib.findings import Severity
 from netllm_lib.stats import Interval, bootstrap, bootstrap_runs
 from netllm_lib.training_run import TrainingRun
 
@@ -163,29 +164,34 @@ class Evidence:
         """Is it failing, or is nothing known of the result?"""
         return self.failing or (self.reward is None and self.printed_reward is None)
 
+    @property
+    def broken(self) -> Severity:
+        """How something counts that makes a run worthless."""
+        return "cause" if self.poor else "suspect"
+
+    def severity(self, strong: bool = True) -> Severity:
+        """How a fault of the inputs counts: it explains a poor reward only if the policy did learn what it was given."""
+        if not self.failing:
+            return "note"
+        return "cause" if strong and self.learned is not False else "suspect"
+
     # --- did it learn?
 
     @functools.cached_property
-    def entropies(self) -> tuple[float, float] | None:
-        """(H(a), H(a | previous level)) of the pool."""
-        return None if self.pool is None else behaviour_entropy(self.pool)
+    def reference_losses(self) -> dict[str, float]:
+        """Losses to hold a training against: chance, the behaviour policy's entropies."""
+        names = ("H(a)", "H(a | previous level)")
+        entropies = {} if self.pool is None else dict(zip(names, behaviour_entropy(self.pool), strict=True))
+        return {"chance": CHANCE} | entropies
 
     @functools.cached_property
     def loss_bar(self) -> float:
         """The loss that a trained policy ends below: H(a | previous level) of the pool, or almost nothing where that is zero."""
-        if self.entropies is None:
+        if self.pool is None:
             return USUAL_LOSS_BAR
-        entropy, conditional = self.entropies
+        _, entropy, conditional = self.reference_losses.values()
         # where the previous level tells almost nothing, a policy that learnt all there is ends at the bar, not below it
         return max(0.05, conditional * (1.05 if conditional > 0.9 * entropy else 1.0))
-
-    @property
-    def reference_losses(self) -> dict[str, float]:
-        """Losses to hold a training against: chance, the behaviour policy's entropies."""
-        entropies = (
-            {} if self.entropies is None else dict(zip(("H(a)", "H(a | previous level)"), self.entropies, strict=True))
-        )
-        return {"chance": CHANCE} | entropies
 
     @property
     def end_loss(self) -> float | None:
@@ -204,17 +210,10 @@ def with_baselines(evidence: Evidence) -> Evidence:
     """The evidence with the baselines played over the run's own traces by the protocol of a test, where those are at hand and no
     baseline is there yet."""
     test, table, traces, video = evidence.test, evidence.table, evidence.traces, evidence.video
-    if (
-        test is None
-        or table is None
-        or traces is None
-        or video is None
-        or evidence.registry is None
-        or len(test.tables) > 1
-    ):
+    if test is None or table is None or traces is None or video is None or evidence.registry is None:
         return evidence
     names = set(table["trace"])
-    if not names <= set(traces.names):
+    if len(test.tables) > 1 or not names <= set(traces.names):
         return evidence
     fixed, seed = test.setting.get("fixed", len(names) == len(traces)), test.setting.get("seed", 100003)
     how: dict[str, Any] = {"trace_num": len(names), "fixed": bool(fixed), "seed": int(seed)}
@@ -248,6 +247,18 @@ def previous_levels(pool: ExperiencePool) -> np.ndarray:
     """[T] level of the chunk before each transition, as its state holds it."""
     kbps = np.rint(np.asarray(pool.states[:, 0, -1], dtype=np.float64) * qoe.BITRATES_KBPS[-1])
     return np.searchsorted(qoe.BITRATES_KBPS, kbps - 0.5).clip(0, qoe.LEVELS - 1)
+
+
+def pool_sizes_mb(pool: ExperiencePool) -> np.ndarray:
+    """[transitions of one episode, 6] sizes in MB of the chunk to choose, as the pool's first episode saw them."""
+    return np.asarray(pool.states[: pool.episode_lengths[0], 4, :], dtype=np.float64)
+
+
+def throughputs_mbps(pool: ExperiencePool, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Throughput of the chunks that the pool's states saw last, and of those of a test."""
+    rows = qoe.chosen(table)
+    met = (rows["size_bytes"] / rows["delay_ms"] / 1000 * 8).to_numpy()
+    return np.asarray(pool.states[:, 2, -1], dtype=np.float64) * 8, met
 
 
 def _entropy(counts: np.ndarray) -> float:

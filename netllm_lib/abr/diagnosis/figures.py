@@ -16,8 +16,7 @@ from matplotlib.axes import Axes
 
 from netllm_lib.abr import plots, qoe
 from netllm_lib.abr.diagnosis import decisions
-from netllm_lib.abr.diagnosis.evidence import CHANCE, Evidence, behaviour_entropy, paired, previous_levels
-from netllm_lib.abr.diagnosis.inputs import pool_sizes_mb
+from netllm_lib.abr.diagnosis.evidence import Evidence, paired, pool_sizes_mb, previous_levels, throughputs_mbps
 from netllm_lib.abr.plots import PALETTE, STYLES, given_or_new
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.findings import Diagnosis, Finding
@@ -254,12 +253,8 @@ def losses(known: TrainingRun, references: Mapping[str, float], axes: Axes | Non
 
 def reference_losses(evidence: Evidence) -> dict[str, float]:
     """Losses to hold a training against: chance, the behaviour policy's entropies, the loss on held-out episodes."""
-    found = {"chance": CHANCE}
-    if evidence.pool is not None:
-        found |= dict(zip(("H(a)", "H(a | previous level)"), behaviour_entropy(evidence.pool), strict=True))
-    if evidence.training is not None and evidence.training.held_out_loss is not None:
-        found["held-out episodes"] = evidence.training.held_out_loss
-    return found
+    held_out = evidence.training.held_out_loss if evidence.training else None
+    return evidence.reference_losses | ({} if held_out is None else {"held-out episodes": held_out})
 
 
 def learning_rate(known: TrainingRun, axes: Axes | None = None) -> Axes:
@@ -284,10 +279,7 @@ def learning_rate(known: TrainingRun, axes: Axes | None = None) -> Axes:
 def shift(pool: ExperiencePool, table: pd.DataFrame, axes: Axes | None = None) -> Axes:
     """Throughput of the chunks that the training pool saw, and of those of the test."""
     ax = given_or_new(axes, (7, 3.2))
-    rows = qoe.chosen(table)
-    seen = np.asarray(pool.states[:, 2, -1], dtype=np.float64) * 8
-    met = (rows["size_bytes"] / rows["delay_ms"] / 1000 * 8).to_numpy()
-    for i, (name, mbps) in enumerate({"training pool": seen, "test": met}.items()):
+    for i, (name, mbps) in enumerate(zip(("training pool", "test"), throughputs_mbps(pool, table), strict=True)):
         label = f"{name}: median {np.median(mbps):.2f} Mbps"
         sns.ecdfplot(mbps[mbps > 0], ax=ax, color=PALETTE[i], linestyle=STYLES[i], label=label, log_scale=True)
     ax.set(xlabel="throughput of a chunk (Mbps)", ylabel="share of chunks")

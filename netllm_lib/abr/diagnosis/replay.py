@@ -143,6 +143,22 @@ def tested_meta(subject: Subject) -> CheckpointMeta:
     return replace(subject.meta, settings=replace(subject.meta.settings, scale=scale))
 
 
+def at_hand(evidence: Evidence) -> bool:
+    """Are traces and video of the test at hand?"""
+    table, traces = evidence.table, evidence.traces
+    return (
+        table is not None
+        and traces is not None
+        and evidence.video is not None
+        and set(table["trace"]) <= set(traces.names)
+    )
+
+
+def can_replay(evidence: Evidence) -> bool:
+    """Are weights, PLM, traces and video at hand, and is it known how the test was made?"""
+    return evidence.subject is not None and evidence.subject.config is not None and at_hand(evidence)
+
+
 def episodes_of(evidence: Evidence) -> Episodes:
     """The episodes that the run's table was played over, in its order."""
     assert evidence.table is not None
@@ -153,30 +169,26 @@ def episodes_of(evidence: Evidence) -> Episodes:
     return upstream_episodes(evidence.traces, trace_num=count, fixed_order=fixed, seed=seed, clock="episode")
 
 
-def recorded_episodes(evidence: Evidence) -> Episodes | None:
-    """The run's episodes in its table's order, if playing its levels in them gives its rewards; else None.
-
-    None where traces or video are not at hand, or are not those of the test, or the table is not whole.
-    """
-    table, traces, video = evidence.table, evidence.traces, evidence.video
-    if table is None or traces is None or video is None or not set(table["trace"]) <= set(traces.names):
+def played_episodes(evidence: Evidence) -> Episodes | None:
+    """The run's episodes, if the traces of its table are at hand and follow each other as in them; else None."""
+    if not at_hand(evidence):
         return None
+    assert evidence.table is not None
+    assert evidence.traces is not None
     episodes = episodes_of(evidence)
-    if [traces.names[i] for i in episodes.trace_index] != list(dict.fromkeys(table["trace"])):
-        return None
+    names = [evidence.traces.names[i] for i in episodes.trace_index]
+    return episodes if names == list(dict.fromkeys(evidence.table["trace"])) else None
+
+
+def recorded_episodes(evidence: Evidence) -> Episodes | None:
+    """The run's episodes, if playing the levels of its table in them gives its rewards; else None."""
+    episodes = played_episodes(evidence)
     try:
-        decisions.replayed(table, Simulator(traces, video, episodes))
+        if episodes is not None:
+            decisions.replayed(evidence.table, Simulator(evidence.traces, evidence.video, episodes))
     except ValueError:
         return None
     return episodes
-
-
-def can_replay(evidence: Evidence) -> bool:
-    """Are weights, PLM, traces and video at hand, and is it known how the test was made?"""
-    known = evidence.subject is not None and evidence.subject.config is not None and evidence.video is not None
-    if not known or evidence.table is None or evidence.traces is None:
-        return False
-    return set(evidence.table["trace"]) <= set(evidence.traces.names)
 
 
 # --- the replay ----------------------------------------------------------------------------------------------------------

@@ -11,24 +11,21 @@ import pandas as pd
 from netllm_lib import training_rules
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis.evidence import ORIGINAL, Evidence, paired
-from netllm_lib.abr.diagnosis.inputs import severity
 from netllm_lib.abr.episodes import FIRST_LEVEL, Episodes
 from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.findings import Verdict, rule
+from netllm_lib.stats import Interval
+from netllm_lib.training_run import TrainingRun
 
 LONG_STALL_S = 1.0
 
 
-@rule(
-    "non-finite",
-    fix="throw the file away; train in float32 (TrainConfig.precision) with a lower learning rate, and play the test again",
-    figure="losses",
-)
+@rule("non-finite", fix=training_rules.non_finite.fix, figure="losses")
 def non_finite(evidence: Evidence) -> Verdict | None:
     """Losses, weights, states and rewards are finite numbers."""
     if (problem := evidence.problems.get("non-finite")) is not None:
-        return Verdict("cause" if evidence.poor else "suspect", problem)
+        return Verdict(evidence.broken, problem)
     if evidence.weights is not None and (bad := evidence.weights.not_finite):
         title = f"{len(bad)} tensors of the checkpoint hold NaN or infinity, {bad[0]} first"
         return Verdict("cause", title, {"tensors": len(bad)})
@@ -36,7 +33,8 @@ def non_finite(evidence: Evidence) -> Verdict | None:
         numbers = evidence.table[["reward", "delay_ms", "rebuffer_s", "buffer_s"]].to_numpy()
         if count := int((~np.isfinite(numbers)).any(axis=1).sum()):
             return Verdict("cause", f"{count} chunks of the results hold NaN or infinity", {"chunks": count})
-    return training_rules.non_finite.judge(evidence)
+    training = evidence.training
+    return None if training is None else training_rules.non_finite.judge(evidence, training)
 
 
 # --- was it measured as the baselines were? ------------------------------------------------------------------------------
@@ -50,7 +48,7 @@ def non_finite(evidence: Evidence) -> Verdict | None:
 def protocol_mismatch(evidence: Evidence) -> Verdict | None:
     """Run and baselines are means over the same traces, chunks and conditions."""
     if (problem := evidence.problems.get("protocol-mismatch")) is not None:
-        return Verdict("cause" if evidence.poor else "suspect", problem)
+        return Verdict(evidence.broken, problem)
     if evidence.table is None:
         return None
     mixed, other = list(_mixed(evidence, evidence.table)), list(_other_conditions(evidence, evidence.table))
@@ -67,21 +65,20 @@ Differences = Iterator[tuple[str, dict[str, Any]]]  # in words, and the numbers
 
 def _mixed(evidence: Evidence, table: pd.DataFrame) -> Differences:
     """Traces that are not whole, too few, or of several tests."""
-    lengths = table.groupby("trace", sort=False).size()
+    groups = table.groupby("trace", sort=False)
+    lengths, expected = groups.size(), evidence.setting.get("trace_num")
     bad = lengths[lengths != CHUNKS]
     if len(bad):
         words = f"{len(bad)} of {len(lengths)} traces have not {CHUNKS} chunks (the first: {bad.iloc[0]})"
         yield words, {"episodes_of_other_length": len(bad)}
     if repeated := int(table.duplicated(["trace", "chunk"]).sum()):
         yield f"{repeated} chunks occur twice: results of two runs are mixed", {"repeated_chunks": repeated}
-    expected = evidence.setting.get("trace_num")
     if isinstance(expected, int) and expected > 0 and expected != len(lengths):
         numbers = {"traces": len(lengths), "expected": expected}
         yield f"{len(lengths)} traces are there, the settings say {expected}", numbers
     if evidence.setting.get("original"):  # its clock runs on over all traces of a test
-        clock = table.groupby("trace", sort=False)
-        begins = (clock["time_s"].first() - clock["delay_ms"].first() / 1000).to_numpy()
-        if overlaps := int((begins[1:] < clock["time_s"].last().to_numpy()[:-1] - 1.0).sum()):
+        begins = (groups["time_s"].first() - groups["delay_ms"].first() / 1000).to_numpy()
+        if overlaps := int((begins[1:] < groups["time_s"].last().to_numpy()[:-1] - 1.0).sum()):
             words = f"{overlaps} traces begin before the one before has ended: results of several tests are mixed"
             yield words, {"overlapping_traces": overlaps}
 
@@ -107,16 +104,18 @@ def _other_outcomes(evidence: Evidence, table: pd.DataFrame) -> Differences:
     index = np.array([traces.names.index(name) for name in names])
     starts = np.asarray(traces.start_ptrs)[index]
     episodes = Episodes(index, starts, None, np.ones((len(index), CHUNKS), dtype=np.int64), 0, True)
-    played = {name: table[name].to_numpy().reshape(len(names), CHUNKS) for name in ("level", "size_bytes", "delay_ms")}
-    outcome = Simulator(traces, video, episodes).replay(played["level"])
-    if not np.array_equal(played["size_bytes"], outcome.size_bytes):
-        larger = float((played["size_bytes"] / outcome.size_bytes)[:, 1:].mean())
+    level, size, delay = (
+        table[name].to_numpy().reshape(len(names), CHUNKS) for name in ("level", "size_bytes", "delay_ms")
+    )
+    outcome = Simulator(traces, video, episodes).replay(level)
+    if not np.array_equal(size, outcome.size_bytes):
+        larger = float((size / outcome.size_bytes)[:, 1:].mean())
         yield f"its chunks are {larger:.2f} times as large as {video.name}'s", {"size_ratio": larger}
         return
-    same = float(np.isclose(played["delay_ms"], outcome.delay_ms, rtol=1e-6).mean())
+    same = float(np.isclose(delay, outcome.delay_ms, rtol=1e-6).mean())
     if same == 1:
         return
-    ratio = played["delay_ms"][:, 0] / outcome.delay_ms[:, 0]  # the first chunk starts at a known place
+    ratio = delay[:, 0] / outcome.delay_ms[:, 0]  # the first chunk starts at a known place
     low, high = float(ratio.min()), float(ratio.max())
     words = f"only {same:.0%} of its delays follow from traces, video and starting points"
     if low > 0.89 and high < 1.11 and not np.allclose(ratio, 1):
@@ -133,13 +132,10 @@ def _other_outcomes(evidence: Evidence, table: pd.DataFrame) -> Differences:
     figure="levels",
     symptom=True,
 )
-def level_collapse(evidence: Evidence) -> Verdict | None:
+def level_collapse(evidence: Evidence, table: pd.DataFrame) -> Verdict | None:
     """No level takes more than 90 % of the chunks, and levels do not only repeat."""
-    if evidence.table is None:
-        return None
-    shares = qoe.chosen(evidence.table)["level"].value_counts(normalize=True)
-    level, share = int(shares.index[0]), float(shares.iloc[0])
-    stay = _stay(evidence.table)
+    shares = qoe.chosen(table)["level"].value_counts(normalize=True)
+    level, share, stay = int(shares.index[0]), float(shares.iloc[0]), _stay(table)
     reference = _stay(evidence.tables[evidence.reference]) if evidence.reference else 0.0
     if share > 0.9:
         title = f"{share:.0%} of all chunks are level {level}"
@@ -148,7 +144,7 @@ def level_collapse(evidence: Evidence) -> Verdict | None:
     else:
         return None
     numbers = {"level": level, "share": share, "repeats": stay, "repeats_of_reference": reference}
-    return Verdict(severity(evidence), title, numbers)
+    return Verdict(evidence.severity(), title, numbers)
 
 
 def _stay(table: pd.DataFrame) -> float:
@@ -157,54 +153,41 @@ def _stay(table: pd.DataFrame) -> float:
     return float((levels[1:] == levels[:-1])[table["chunk"].to_numpy()[1:] > 0].mean())
 
 
-def stall_cost(table: pd.DataFrame) -> float:
-    """What stalls of over a second cost of the mean reward."""
-    seconds = qoe.chosen(table)["rebuffer_s"]
-    return float(qoe.REBUFFER_PENALTY * seconds[seconds > LONG_STALL_S].sum() / len(seconds))
-
-
 @rule(
     "rare-bad-actions",
     fix="look at the decisions before the stalls (the costliest ones are in notebook 06); test by argmax; train longer",
     figure="stalls",
     symptom=True,
 )
-def rare_bad_actions(evidence: Evidence) -> Verdict | None:
+def rare_bad_actions(evidence: Evidence, table: pd.DataFrame, reference: str) -> Verdict | None:
     """Long stalls cost at most .05 more than the reference's."""
-    if evidence.table is None or evidence.reference is None:
+    long = {name: qoe.chosen(t)["rebuffer_s"] for name, t in (("ours", table), ("theirs", evidence.tables[reference]))}
+    cost = {k: float(qoe.REBUFFER_PENALTY * s[s > LONG_STALL_S].sum() / len(s)) for k, s in long.items()}
+    more, share = cost["ours"] - cost["theirs"], float((long["ours"] > LONG_STALL_S).mean())
+    if more <= 0.05:
         return None
-    ours, theirs = stall_cost(evidence.table), stall_cost(evidence.tables[evidence.reference])
-    if ours - theirs <= 0.05:
-        return None
-    share = float((qoe.chosen(evidence.table)["rebuffer_s"] > LONG_STALL_S).mean())
     title = (
-        f"stalls of over a second cost {ours:.3f} of the mean reward, {ours - theirs:.3f} more than {evidence.reference}'s, in "
-        f"{share:.2%} of the chunks"
+        f"stalls of over a second cost {cost['ours']:.3f} of the mean reward, {more:.3f} more than {reference}'s, in "
     )
-    numbers = {"cost": ours, "reference_cost": theirs, "share": share}
+    title += f"{share:.2%} of the chunks"
+    numbers = {"cost": cost["ours"], "reference_cost": cost["theirs"], "share": share}
     return Verdict("suspect" if evidence.failing else "note", title, numbers)
 
 
 @rule("gap", fix="look at the timelines of the worst traces (notebook 06)", figure="differences", symptom=True)
-def gap(evidence: Evidence) -> Verdict | None:
+def gap(evidence: Evidence, table: pd.DataFrame, reference: str, gap: Interval) -> Verdict | None:
     """The paired interval of run − reference does not lie below zero."""
-    if evidence.table is None or evidence.reference is None or evidence.gap is None or not evidence.failing:
+    if not evidence.failing:
         return None
-    parts = (qoe.per_trace(evidence.table) - qoe.per_trace(evidence.tables[evidence.reference])).dropna()
+    parts = (qoe.per_trace(table) - qoe.per_trace(evidence.tables[reference])).dropna()
     lost = {name: float(parts[name].mean()) for name in ("quality", "rebuffering", "smoothness")}
     lost["quality"] *= -1
-    largest = max(lost, key=lambda name: lost[name])
-    worst = parts["reward"].sort_values()
+    largest, worst = max(lost, key=lambda name: lost[name]), parts["reward"].sort_values()
     title = (
-        f"{-evidence.gap.mean:.3f} below {evidence.reference}, mostly {largest} ({lost[largest]:.3f}); the five worst traces hold "
+        f"{-gap.mean:.3f} below {reference}, mostly {largest} ({lost[largest]:.3f}); the five worst traces hold "
         f"{worst.head(5).sum() / worst.sum():.0%} of it"
     )
-    numbers = {
-        "gap": list(evidence.gap),
-        "reference": evidence.reference,
-        **lost,
-        "worst_traces": list(worst.index[:5]),
-    }
+    numbers = {"gap": list(gap), "reference": reference, **lost, "worst_traces": list(worst.index[:5])}
     return Verdict("suspect", title, numbers)
 
 
@@ -212,11 +195,8 @@ def gap(evidence: Evidence) -> Verdict | None:
 
 
 @rule("too-few-traces", fix="play more traces or seeds before calling one of them better", figure="differences")
-def too_few_traces(evidence: Evidence) -> Verdict | None:
+def too_few_traces(evidence: Evidence, table: pd.DataFrame, reward: Interval) -> Verdict | None:
     """A difference is called one only when its interval holds no zero."""
-    table = evidence.table
-    if table is None or evidence.reward is None:
-        return None
     others = {name: other for name, other in evidence.tables.items() if name != evidence.run}
     unclear = [name for name, other in others.items() if not paired(table, other).excludes_zero]
     if not unclear:
@@ -227,21 +207,22 @@ def too_few_traces(evidence: Evidence) -> Verdict | None:
 
 
 @rule(
-    "handicapped-baseline", fix="compare with the sound baseline, not only with the published one", figure="differences"
+    "handicapped-baseline",
+    fix="compare with the sound baseline too, not with the published one only",
+    figure="differences",
 )
 def handicapped_baseline(evidence: Evidence) -> Verdict | None:
     """A baseline plays its own algorithm."""
-    sound = {name: name.removesuffix(ORIGINAL) for name in evidence.tables if name.endswith(ORIGINAL)}
-    tables = evidence.tables
-    better = {name: paired(tables[other], tables[name]) for name, other in sound.items() if other in tables}
-    better = {name: difference for name, difference in better.items() if difference.low > 0}
-    if not better:
-        return None
+    tables, better = evidence.tables, {}
+    for name in tables:
+        sound = name.removesuffix(ORIGINAL)
+        if sound != name and sound in tables and (difference := paired(tables[sound], tables[name])).low > 0:
+            better[name] = difference
     title = "; ".join(
         f"{name} as published plays below its own algorithm: without the original's mistakes it is {difference.mean:+.3f} better"
         for name, difference in better.items()
     )
-    return Verdict("note", title, {name: list(difference) for name, difference in better.items()})
+    return Verdict("note", title, {name: list(difference) for name, difference in better.items()}) if better else None
 
 
 @rule(
@@ -249,9 +230,9 @@ def handicapped_baseline(evidence: Evidence) -> Verdict | None:
     fix="judge by the paired difference on the clean traces too; a run tested on its own training traces shows memory only",
     figure="overlap",
 )
-def test_leakage(evidence: Evidence) -> Verdict | None:
+def test_leakage(evidence: Evidence, clean: np.ndarray) -> Verdict | None:
     """No test trace shares content with a training trace."""
-    if (clean := evidence.clean) is None or clean.all():
+    if clean.all():
         return None
     numbers: dict[str, Any] = {"overlapping": int((~clean).sum()), "clean": int(clean.sum())}
     rewards = np.empty(0) if evidence.table is None else qoe.per_trace(evidence.table)["reward"].to_numpy()
@@ -264,9 +245,9 @@ def test_leakage(evidence: Evidence) -> Verdict | None:
 
 
 @rule("selected-on-test", fix="choose on validation traces cut from the training set (notebook 04 does)")
-def selected_on_test(evidence: Evidence) -> Verdict | None:
+def selected_on_test(evidence: Evidence, training: TrainingRun) -> Verdict | None:
     """The checkpoint was chosen on other traces than those of the test."""
-    if evidence.training is None or not evidence.training.selected_on_test:
+    if not training.selected_on_test:
         return None
     title = "the checkpoint was chosen by its reward on the test traces: its mean reward is too good by what that choice gained"
     return Verdict("note", title, {"selected_on": evidence.setting.get("traces")})

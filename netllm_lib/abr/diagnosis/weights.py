@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis.evidence import Evidence, paired
 from netllm_lib.abr.diagnosis.replay import AS_RUN, SWITCHES
-from netllm_lib.findings import SEVERITIES, Effect, Severity, Verdict, rule
-
-
-def broken(evidence: Evidence) -> Severity:
-    """How something counts that makes a run worthless."""
-    return "cause" if evidence.poor else "suspect"
+from netllm_lib.findings import SEVERITIES, Effect, Rule, Severity, Verdict, rule
 
 
 def switched(evidence: Evidence, name: str, fix: str = "") -> Verdict | None:
@@ -48,28 +45,15 @@ def closes_gap(evidence: Evidence, before: Any, after: Any) -> bool:
     return gap.mean < 0 and (left.mean > 0.1 * gap.mean or not left.high < 0)
 
 
-def switch(
-    evidence: Evidence, name: str, off: bool, title: str, numbers: dict[str, Any], costs: bool = True
-) -> Verdict | None:
-    """A switch of the test: judged by its measured effect, or, where there is none, by its setting alone if that is `off`."""
-    measured = switched(evidence, name)
-    if measured is not None or not off:
-        return measured
-    return Verdict("suspect" if evidence.failing and costs else "note", title, numbers)
-
-
-@rule(
-    "adapter-not-applied",
-    fix="test with the adapter that was trained on this PLM (the companion refuses to load another one)",
-)
+@rule("adapter-not-applied", fix="test with the adapter that was trained on this PLM")
 def adapter_not_applied(evidence: Evidence) -> Verdict | None:
     """A trained adapter is there, fits its PLM, and changes its output (LoRA's B is not zero)."""
     if (problem := evidence.problems.get("adapter-not-applied")) is not None:
-        return Verdict(broken(evidence), problem)
+        return Verdict(evidence.broken, problem)
     if evidence.weights is not None and evidence.weights.no_adapter:
         title = "LoRA's B matrices are all zero: the adapter adds nothing to the PLM"
         fix = "test the folder that the training wrote last, and check that LoRA was trained (rank, target_modules)"
-        return Verdict(broken(evidence), title, {"lora_b_nonzero": 0}, fix)
+        return Verdict(evidence.broken, title, {"lora_b_nonzero": 0}, fix)
     fix = "load the adapter before the test: the recorded levels are those of the PLM without it"
     return switched(evidence, "adapter-not-applied", fix)
 
@@ -77,15 +61,12 @@ def adapter_not_applied(evidence: Evidence) -> Verdict | None:
 @rule("wrong-checkpoint", fix="test the best model (in the original --model-dir …_best_model)", figure="losses")
 def wrong_checkpoint(evidence: Evidence) -> Verdict | None:
     """The checkpoint predicts its pool as well as its training did at the end, and replays the recorded levels."""
-    sources = (_does_not_fit, _of_another_loss, lambda e: switched(e, "wrong-checkpoint"), _not_replayed)
-    found = [verdict for source in sources if (verdict := source(evidence)) is not None]
-    return min(found, key=lambda verdict: (SEVERITIES.index(verdict.severity), not verdict.closes), default=None)
-
-
-def _does_not_fit(evidence: Evidence) -> Verdict | None:
-    problem = evidence.problems.get("wrong-checkpoint")
-    fix = "test the checkpoint of this run: family, hidden size, rank and layers must fit"
-    return None if problem is None else Verdict(broken(evidence), problem, fix=fix)
+    if (problem := evidence.problems.get("wrong-checkpoint")) is not None:
+        fix = "test the checkpoint of this run: family, hidden size, rank and layers must fit"
+        return Verdict(evidence.broken, problem, fix=fix)
+    found = [_of_another_loss(evidence), switched(evidence, "wrong-checkpoint"), _not_replayed(evidence)]
+    said = [verdict for verdict in found if verdict is not None]
+    return min(said, key=lambda verdict: (SEVERITIES.index(verdict.severity), not verdict.closes), default=None)
 
 
 def _of_another_loss(evidence: Evidence) -> Verdict | None:
@@ -99,7 +80,7 @@ def _of_another_loss(evidence: Evidence) -> Verdict | None:
     )
     fix = "test the checkpoint of the last epoch (--model-dir …_checkpoint/<last>), or give the training pool"
     numbers = {"training_loss": end, "checkpoint_loss": loss, "loss_bar": evidence.loss_bar}
-    return Verdict(broken(evidence), title, numbers, fix)
+    return Verdict(evidence.broken, title, numbers, fix)
 
 
 def _not_replayed(evidence: Evidence) -> Verdict | None:
@@ -114,33 +95,11 @@ def _not_replayed(evidence: Evidence) -> Verdict | None:
         f"these weights, tested as recorded, choose {replayed.same_levels:.0%} of the recorded levels and get "
         f"{numbers['replayed']:.3f}, not {qoe.summarise(recorded).reward:.3f}: the results come from other weights or another test"
     )
-    effect = Effect.of(
-        paired(again, recorded), f"these weights, tested as recorded, on {again['trace'].nunique()} traces"
-    )
-    closes = closes_gap(evidence, recorded, again)
+    how = f"these weights, tested as recorded, on {again['trace'].nunique()} traces"
+    effect, closes = Effect.of(paired(again, recorded), how), closes_gap(evidence, recorded, again)
     severity: Severity = "cause" if evidence.failing and closes else "note" if effect.noise else "suspect"
     fix = "test again with these weights, in a process of its own and with an empty result folder"
     return Verdict(severity, title, numbers, fix, effect, closes)
-
-
-@rule("sampling", fix='choose the most probable level (EvalConfig.choose = "argmax")', figure="waterfall")
-def sampling(evidence: Evidence) -> Verdict | None:
-    """Levels are the most probable ones, not drawn at random."""
-    choose, original = evidence.setting.get("choose"), evidence.setting.get("original")
-    title = "the levels were drawn from the policy's probabilities"
-    return switch(evidence, "sampling", choose == "sample", title, {"choose": choose}, costs=not original)
-
-
-@rule(
-    "dropout-on",
-    fix="test in evaluation mode (EvalConfig.dropout = False; in the original --test in a process of its own)",
-    figure="waterfall",
-)
-def dropout_on(evidence: Evidence) -> Verdict | None:
-    """Dropout is off in a test."""
-    dropout = evidence.setting.get("dropout")
-    found = _by_dropout(evidence)
-    return found or switch(evidence, "dropout-on", bool(dropout), "dropout was on in the test", {"dropout": dropout})
 
 
 def _by_dropout(evidence: Evidence) -> Verdict | None:
@@ -152,56 +111,87 @@ def _by_dropout(evidence: Evidence) -> Verdict | None:
     effect = Effect.of(paired(without, table), f"replayed without dropout on {without['trace'].nunique()} traces")
     if abs(paired(noisy, table).mean) >= 0.5 * effect.mean:
         return None
-    numbers = {"same_levels": replayed.same_levels, "replayed": qoe.summarise(without).reward}
-    numbers["with_dropout"] = qoe.summarise(noisy).reward
+    plays = {"replayed": without, "with_dropout": noisy}
+    numbers: dict[str, Any] = {name: qoe.summarise(play).reward for name, play in plays.items()}
     title = (
         f"the recorded levels look like those of a test with dropout: it gets {numbers['with_dropout']:.3f} on the same traces, "
         f"without {numbers['replayed']:.3f}"
     )
     closes = closes_gap(evidence, noisy, without)
+    numbers["same_levels"] = replayed.same_levels
     return Verdict(judged_by(evidence, effect, closes), title, numbers, effect=effect, closes=closes)
 
 
-@rule("context-leak", fix='clear the context between traces (EvalConfig.context = "clear")', figure="waterfall")
-def context_leak(evidence: Evidence) -> Verdict | None:
-    """The context is cleared between traces."""
-    context = evidence.setting.get("context")
-    title = "each trace began with the end of the previous one in its context"
-    return switch(evidence, "context-leak", context == "leak", title, {"context": context}, costs=False)
+# --- settings of the test -----------------------------------------------------------------------------------------------
+
+Off = tuple[str, dict[str, Any]] | None  # a setting that is not sound, in words and numbers
 
 
-@rule(
-    "window-mismatch",
-    fix="test with the window of the training (EvalConfig.w = None; in the original --w)",
-    figure="waterfall",
+def switch(id: str, fix: str, habit: bool = False) -> Callable[[Callable[[Evidence], Off]], Rule]:
+    """Make a rule of a function that says whether a setting of the test is off: judged by the measured effect, or, where nothing
+    was measured, by the setting alone. `habit`: the original does so, and lives with it."""
+
+    def made(off: Callable[[Evidence], Off]) -> Rule:
+        @functools.wraps(off)
+        def judge(evidence: Evidence) -> Verdict | None:
+            measured = (_by_dropout(evidence) if id == "dropout-on" else None) or switched(evidence, id)
+            if measured is not None or (found := off(evidence)) is None:
+                return measured
+            costs = evidence.failing and not (habit and evidence.setting.get("original"))
+            return Verdict("suspect" if costs else "note", *found)
+
+        return rule(id, fix=fix, figure="waterfall")(judge)
+
+    return made
+
+
+@switch("sampling", fix='choose the most probable level (EvalConfig.choose = "argmax")', habit=True)
+def sampling(evidence: Evidence) -> Off:
+    """Levels are the most probable ones, not drawn at random."""
+    off = evidence.setting.get("choose") == "sample"
+    return ("the levels were drawn from the policy's probabilities", {"choose": "sample"}) if off else None
+
+
+@switch(
+    "dropout-on",
+    fix="test in evaluation mode (EvalConfig.dropout = False; the original: --test in a process of its own)",
 )
-def window_mismatch(evidence: Evidence) -> Verdict | None:
+def dropout_on(evidence: Evidence) -> Off:
+    """Dropout is off in a test."""
+    return ("dropout was on in the test", {"dropout": True}) if evidence.setting.get("dropout") else None
+
+
+@switch("context-leak", fix='clear the context between traces (EvalConfig.context = "clear")', habit=True)
+def context_leak(evidence: Evidence) -> Off:
+    """The context is cleared between traces."""
+    off = evidence.setting.get("context") == "leak"
+    return ("each trace began with the end of the previous one in its context", {"context": "leak"}) if off else None
+
+
+@switch("window-mismatch", fix="test with the window of the training (EvalConfig.w = None; in the original --w)")
+def window_mismatch(evidence: Evidence) -> Off:
     """A test sees as many steps as training did."""
     w, trained = evidence.setting.get("w"), evidence.recipe.w
-    title = f"the test saw {w} steps, the training {trained}"
-    off = None not in (w, trained) and w != trained
-    return switch(evidence, "window-mismatch", off, title, {"w": w, "train_w": trained})
+    if None in (w, trained) or w == trained:
+        return None
+    return f"the test saw {w} steps, the training {trained}", {"w": w, "train_w": trained}
 
 
-@rule("target-return", fix="ask for what was seen in training (target_return_scale = 1)", figure="waterfall")
-def target_return(evidence: Evidence) -> Verdict | None:
+@switch("target-return", fix="ask for what was seen in training (target_return_scale = 1)")
+def target_return(evidence: Evidence) -> Off:
     """The test asks for the training pool's largest return (target_return_scale = 1)."""
     scale = evidence.setting.get("target_return_scale", 1)
     title = f"the test asked for {scale:g} times the training pool's largest return"
-    return switch(evidence, "target-return", scale != 1, title, {"target_return_scale": scale})
+    return None if scale == 1 else (title, {"target_return_scale": scale})
 
 
-@rule(
-    "wrong-pool",
-    fix="give the test the training pool (in the original --exp-pool-path; checkpoints of the companion hold it)",
-    figure="waterfall",
-)
-def wrong_pool(evidence: Evidence) -> Verdict | None:
+@switch("wrong-pool", fix="give the test the training pool (in the original --exp-pool-path; our checkpoints hold it)")
+def wrong_pool(evidence: Evidence) -> Off:
     """Target return and reward range at test are those of the training pool."""
-    pools = {"training": evidence.pool, "test": evidence.test_pool}
-    there = {name: pool for name, pool in pools.items() if pool is not None}
-    numbers: dict[str, Any] = {f"{name}_pool": pool.content_hash() for name, pool in there.items()}
-    off = len(set(numbers.values())) > 1
-    numbers |= {f"{name}_range": [pool.rewards.min(), pool.rewards.max()] for name, pool in there.items()}
-    title = "the test took target return and reward range from another pool than the training's"
-    return switch(evidence, "wrong-pool", off, title, numbers)
+    trained, tested = evidence.pool, evidence.test_pool
+    if trained is None or tested is None or trained.content_hash() == tested.content_hash():
+        return None
+    ranges = {
+        f"{name}_range": [p.rewards.min(), p.rewards.max()] for name, p in (("training", trained), ("test", tested))
+    }
+    return "the test took target return and reward range from another pool than the training's", ranges
