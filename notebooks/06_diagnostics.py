@@ -47,7 +47,6 @@ from netllm_lib.abr.optimum import best_plans, regret
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Replay
-from netllm_lib.abr.simulator import Simulator
 
 # %%
 test_dir = test_dir or str(runs.latest("05_test"))
@@ -145,13 +144,12 @@ if gaps is not None:
 # The best plan for each trace when its whole future is known: nobody can play it, but it says how much reward a trace holds.
 
 # %%
-episodes = explorer.recorded_episodes(loaded)  # None: traces or video are not at hand, or not those of the test
+simulator = ablation.recorded(loaded)  # None: traces or video are not at hand, or not those of the test
 plans = missing = None
-if episodes is None:
+if simulator is None:
     print("no regret: traces and video of the test are not at hand, or its table does not follow from them")
 else:
-    simulator = Simulator(loaded.traces, loaded.video, episodes)
-    plans = best_plans(loaded.traces, loaded.video, episodes)
+    plans = best_plans(loaded.traces, loaded.video, simulator.episodes)
     missing = regret(run, plans)
     missing.to_frame("regret").to_parquet(out / "regret.parquet")
     keep(figures.regret(missing), "regret")
@@ -162,7 +160,7 @@ else:
 # decide otherwise?
 
 # %%
-if episodes is not None:
+if simulator is not None:
     levels = decisions.levels_of(run)
     instead = {"mpc": decisions.shadow(run, RobustMPC(loaded.video), simulator)}
     instead["the optimum"] = decisions.optimum(run, simulator).levels
@@ -177,7 +175,7 @@ if episodes is not None:
 
 # %%
 quick = budget_s > 0 and ablation.can_replay(loaded) and loaded.subject.config.context_window == "cached"
-if episodes is not None:
+if simulator is not None:
     policy = ablation.variant(loaded.subject, []) if quick else None
     costly = decisions.costliest(run, simulator, instead["the optimum"], policy, gap=missing, confirm=2)
     costly.to_parquet(out / "costliest.parquet")

@@ -24,7 +24,7 @@ from netllm_lib.abr.policies.llm import EvalConfig
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.pool import ExperiencePool, generate_pool
 from netllm_lib.abr.simulator import Simulator
-from netllm_lib.abr.traces import SAMPLE, Registry, TraceSet
+from netllm_lib.abr.traces import SAMPLE, Registry
 from netllm_lib.checkpoint import describe
 from netllm_lib.training_run import TrainingRun
 
@@ -181,10 +181,3 @@ def test_every_switch_is_a_finding_with_a_sound_value(subject: Subject) -> None:
     sound = ablation.variant(wrong, list(SWITCHES))
     assert ablation.switched(replace(subject, config=sound.config)) == []
     assert sound.scale == subject.meta.settings.scale
-
-
-def test_a_subset_of_traces_is_played_in_the_recorded_order(subject: Subject) -> None:
-    evidence = recorded(subject)
-    few: TraceSet = TRACES.subset([0, 1, 2])
-    assert ablation.episodes_of(evidence).trace_index.tolist() == list(range(9))
-    assert len(few) == 3

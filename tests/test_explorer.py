@@ -13,7 +13,8 @@ import pytest
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import Evidence
 from netllm_lib.abr.diagnosis import load as sources
-from netllm_lib.abr.diagnosis.explorer import ORACLE, REPLAY, Explorer, explore, recorded_episodes
+from netllm_lib.abr.diagnosis.explorer import ORACLE, REPLAY, Explorer, explore
+from netllm_lib.abr.diagnosis.replay import recorded
 from netllm_lib.abr.evaluate import Test
 from netllm_lib.abr.optimum import best_plans
 from run_fixtures import SmallRun, prepare_run, write_test
@@ -54,11 +55,9 @@ def test_worst_traces_come_first(tested: Callable[..., Evidence]) -> None:
     assert [name for _, name in explorer.choices()] == list(below.index)
     assert explorer.choices()[0][0].startswith(f"{below.iloc[0]:+.3f}")
     assert explorer.trace == below.index[0]
-    episodes = recorded_episodes(evidence)
-    assert episodes is not None
-    assert evidence.traces is not None
-    assert evidence.video is not None
-    planned = Explorer(evidence, best_plans(evidence.traces, evidence.video, episodes))
+    simulator = recorded(evidence)
+    assert simulator is not None
+    planned = Explorer(evidence, best_plans(simulator.traces, simulator.video, simulator.episodes))
     assert planned.ordered_by == "regret"
     assert planned.order.min() >= 0
     assert planned.order.is_monotonic_decreasing
@@ -151,7 +150,7 @@ def test_other_trace_and_other_policies_make_another_figure(tested: Callable[...
 def test_less_is_shown_where_less_is_known(tested: Callable[..., Evidence]) -> None:
     evidence = tested()
     without = Explorer(replace(evidence, subject=None))
-    assert not without.can_replay
+    assert without.config is None
     with pytest.raises(ValueError, match="nothing can be played again"):
         without.replay()
     with pytest.raises(ValueError, match="nothing can be played again"):
@@ -169,7 +168,7 @@ def test_less_is_shown_where_less_is_known(tested: Callable[..., Evidence]) -> N
 def test_episodes_are_refused_where_the_table_does_not_follow_from_them(tested: Callable[..., Evidence]) -> None:
     evidence = tested()
     table = evidence.tables["llm"]
-    assert recorded_episodes(evidence) is not None
+    assert recorded(evidence) is not None
     changed = {
         "rewards": table.assign(reward=table["reward"] + 0.1),
         "order": table.iloc[::-1].reset_index(drop=True),
@@ -177,7 +176,7 @@ def test_episodes_are_refused_where_the_table_does_not_follow_from_them(tested: 
         "names": table.assign(trace="other"),
     }
     for other in changed.values():
-        assert recorded_episodes(replace(evidence, test=Test({"llm": other}, "llm", evidence.setting))) is None
+        assert recorded(replace(evidence, test=Test({"llm": other}, "llm", evidence.setting))) is None
 
 
 def test_widgets_follow_the_explorer(tested: Callable[..., Evidence]) -> None:

@@ -100,8 +100,8 @@ def _with_retraining(findings: tuple[Finding, ...], replayed: replay.Ablation | 
 
 def regret(evidence: Evidence) -> Interval | None:
     """Run − offline optimum, paired over traces; None where the traces are not at hand, or the test had noise."""
-    episodes = replay.played_episodes(evidence)
-    if episodes is None or episodes.noise is not None:
+    simulator = replay.recorded(evidence)
+    if simulator is None or simulator.episodes.noise is not None or evidence.table is None:
         return None
-    plans = optimum.best_plans(evidence.traces, evidence.video, episodes)
+    plans = optimum.best_plans(simulator.traces, simulator.video, simulator.episodes)
     return bootstrap(-optimum.regret(evidence.table, plans).to_numpy())

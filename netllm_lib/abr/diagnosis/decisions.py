@@ -124,7 +124,7 @@ def costliest(
         swaps = swaps.sort_values("gain", ascending=False, kind="stable").groupby("row").head(confirm)
         rows = np.unique(swaps["row"].head(confirm * k))
         # a policy that plays something else, with other random numbers for example, cannot say how the run would have gone on
-        followed[rows] = (rollout(policy, case.part(rows)).level == levels[rows]).all(axis=1)
+        followed[rows] = (rollout(policy, simulator.part(rows.tolist())).level == levels[rows]).all(axis=1)
     by_policy = followed[swaps["row"].to_numpy(dtype=np.int64)]
     picked = [*case.pick(swaps[~by_policy], None), *case.pick(swaps[by_policy], policy)]
     found = pd.DataFrame(picked, columns=["row", "chunk", "gain"]).astype({"row": int, "chunk": int, "gain": float})
@@ -154,9 +154,6 @@ class _Case(NamedTuple):
     reference: np.ndarray  # [N, chunks]
     total: np.ndarray  # [N] summed reward of the run
 
-    def part(self, rows: np.ndarray) -> Simulator:
-        return Simulator(self.simulator.traces, self.simulator.video, self.simulator.episodes.rows(rows.tolist()))
-
     def gains(self, swaps: pd.DataFrame, taken: dict[int, list[int]], policy: Policy | None) -> np.ndarray:
         """[len(swaps)] what each row's episode gains on the run with this chunk swapped, and those already taken.
 
@@ -169,7 +166,7 @@ class _Case(NamedTuple):
             if policy is not None:
                 given[i, min(chunks) :] = UNKNOWN
             given[i, chunks] = self.reference[row, chunks]
-        simulator = self.part(rows)
+        simulator = self.simulator.part(rows.tolist())
         played = simulator.replay(given) if policy is None else rollout(Prefixed(policy, given, CHUNKS), simulator)
         return played.reward[:, 1:].sum(axis=1) - self.total[rows]
 

@@ -103,6 +103,14 @@ class Evidence:
         """The run's table of chunks."""
         return self.tables.get(self.run)
 
+    @property
+    def played(self) -> tuple[pd.DataFrame, TraceSet, Video] | None:
+        """The run's table, its traces and its video; None unless all of them are at hand."""
+        table, traces, video = self.table, self.traces, self.video
+        if table is None or traces is None or video is None or not set(table["trace"]) <= set(traces.names):
+            return None
+        return table, traces, video
+
     # --- is it poor?
 
     @functools.cached_property
@@ -209,15 +217,14 @@ class Evidence:
 def with_baselines(evidence: Evidence) -> Evidence:
     """The evidence with the baselines played over the run's own traces by the protocol of a test, where those are at hand and no
     baseline is there yet."""
-    test, table, traces, video = evidence.test, evidence.table, evidence.traces, evidence.video
-    if test is None or table is None or traces is None or video is None or evidence.registry is None:
+    test, registry = evidence.test, evidence.registry
+    if test is None or registry is None or evidence.played is None or len(test.tables) > 1:
         return evidence
+    table, traces, video = evidence.played
     names = set(table["trace"])
-    if len(test.tables) > 1 or not names <= set(traces.names):
-        return evidence
     fixed, seed = test.setting.get("fixed", len(names) == len(traces)), test.setting.get("seed", 100003)
     how: dict[str, Any] = {"trace_num": len(names), "fixed": bool(fixed), "seed": int(seed)}
-    played = {name: play_test(p, traces, video, **how) for name, p in baselines(video, evidence.registry).items()}
+    played = {name: play_test(p, traces, video, **how) for name, p in baselines(video, registry).items()}
     same = {name: table for name, table in played.items() if set(table["trace"]) == names}
     return replace(evidence, test=replace(test, tables={**test.tables, **same}))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import decisions
-from netllm_lib.abr.diagnosis.evidence import Evidence
-from netllm_lib.abr.diagnosis.replay import can_replay, recorded_episodes, tested_meta
+from netllm_lib.abr.diagnosis.evidence import Evidence, Subject
+from netllm_lib.abr.diagnosis.replay import recorded, variant
 from netllm_lib.abr.diagnosis.timeline import PROBABILITIES, edges, of_trace, timeline
 from netllm_lib.abr.episodes import Episodes, Observation, Progress
 from netllm_lib.abr.optimum import Plans, best_plans, regret
@@ -60,17 +60,16 @@ class Explorer:
         if evidence.table is None:
             raise ValueError("there is no table of chunks to look at: give the folder of a test (notebook 05)")
         self.evidence, self.table, self.plans = evidence, evidence.table, plans
-        self.episodes = recorded_episodes(evidence)
-        self.can_replay = self.episodes is not None and can_replay(evidence)
-        """Are weights, PLM, traces and video at hand?"""
+        self.simulator = recorded(evidence)  # None: traces or video are not at hand
+        self.config: EvalConfig | None = None  # of replays; None: nothing can be played again
+        if self.simulator is not None and evidence.subject is not None:
+            self.config = evidence.subject.config
         self.labels = list(dict.fromkeys(self.table["trace"]))
-        self.order, self.ordered_by = self._order()
+        self.order, self.ordered_by = self._order()  # what is missing per trace, the most first, and against what
         self.trace, self.chunk = str(self.order.index[0]), 1
-        self.runs = [*evidence.tables, *([ORACLE] if self.episodes is not None else [])]
-        """Everything that can be drawn: the policies of the test, the oracle where traces and video are at hand."""
+        self.runs = [*evidence.tables, *([ORACLE] if self.simulator is not None else [])]  # all that can be drawn
         ranked = sorted(evidence.tables, key=lambda name: -qoe.summarise(evidence.tables[name]).reward)
         self.shown = (*dict.fromkeys([evidence.run, *ranked][:2]), *self.runs[len(evidence.tables) :])
-        self.config: EvalConfig | None = evidence.subject.config if evidence.subject and self.can_replay else None
         self._replays: dict[str, pd.DataFrame] = {}
         self._of_trace = functools.cache(lambda trace, what: what())  # what is computed once for each trace
 
@@ -79,9 +78,7 @@ class Explorer:
         return [(f"{value:+.3f}  {name}", str(name)) for name, value in self.order.items()]
 
     def _order(self) -> tuple[pd.Series, str]:
-        """What is missing per trace, the most first, and against what: the optimum, the reference, or nothing."""
-        reward = qoe.per_trace(self.table)["reward"]
-        reference = self.evidence.reference
+        reward, reference = qoe.per_trace(self.table)["reward"], self.evidence.reference
         if self.plans is not None:
             missing, against = regret(self.table, self.plans), "regret"
         elif reference is not None:
@@ -100,16 +97,16 @@ class Explorer:
     def tables(self) -> dict[str, pd.DataFrame]:
         """Tables of chunks of what is shown, of the chosen trace: policies, the oracle, and the replay where there is one."""
         found = {name: self.evidence.tables[name] for name in self.shown if name in self.evidence.tables}
-        if ORACLE in self.shown and self.episodes is not None:
+        if ORACLE in self.shown and self.simulator is not None:
             found[ORACLE] = self._of_trace(self.trace, self._oracle)
         if self.trace in self._replays:
             found[REPLAY] = self._replays[self.trace]
         return {name: t[t["trace"] == self.trace] for name, t in (found or {self.evidence.run: self.table}).items()}
 
     def _oracle(self) -> pd.DataFrame:
-        simulator, row = self._simulator([self._row]), [self._row]
+        simulator = self._episodes([self._row])
         plans = self.plans or best_plans(simulator.traces, simulator.video, simulator.episodes)
-        levels = plans.levels[row] if self.plans else plans.levels
+        levels = plans.levels[[self._row]] if self.plans else plans.levels
         return play(Replay(levels, ORACLE), simulator).assign(trace=self.trace)
 
     def observation(self) -> pd.DataFrame | None:
@@ -117,15 +114,14 @@ class Explorer:
 
         Columns are the last six chunks, the newest at the right; for the sizes of the next chunk they are the six levels.
         """
-        if self.episodes is None:
+        if self.simulator is None:
             return None
         state = self._of_trace(self.trace, self._states)[self.chunk - 1]
-        values = [row * factor for row, (_, factor) in zip(state, FEATURES, strict=True)]
         columns = [*(f"{back} before" for back in range(5, 0, -1)), "last"]
-        return pd.DataFrame(values, index=[name for name, _ in FEATURES], columns=columns)
+        return pd.DataFrame(state * np.array([[f] for _, f in FEATURES]), [name for name, _ in FEATURES], columns)
 
     def _states(self) -> np.ndarray:
-        states = rollout(Replay(decisions.levels_of(self.rows)), self._simulator([self._row]), keep_states=True).states
+        states = rollout(Replay(decisions.levels_of(self.rows)), self._episodes([self._row]), keep_states=True).states
         assert states is not None
         return states[0]
 
@@ -136,8 +132,8 @@ class Explorer:
         the best levels following) where traces are at hand; p of the run and of the replay; chosen by, each in its own state.
         """
         table = pd.DataFrame({"Mbps": qoe.BITRATES_KBPS / 1000}, index=pd.RangeIndex(qoe.LEVELS, name="level"))
-        if self.episodes is not None and self.evidence.video is not None:
-            table["MB"] = self.evidence.video.sizes_bytes[:, self.chunk] / 1e6
+        if self.simulator is not None:
+            table["MB"] = self.simulator.video.sizes_bytes[:, self.chunk] / 1e6
             values = self._of_trace(self.trace, self._values)[self.chunk]
             table["lost"] = values.max() - values
         shown = {self.evidence.run: self.rows} | self.tables()
@@ -149,7 +145,7 @@ class Explorer:
         return table.assign(**{"chosen by": by_level})
 
     def _values(self) -> np.ndarray:
-        return decisions.optimum(self.rows, self._simulator([self._row])).values[0]
+        return decisions.optimum(self.rows, self._episodes([self._row])).values[0]
 
     # --- playing it again
 
@@ -159,12 +155,10 @@ class Explorer:
         A context that leaks needs the rolling window; a cleared one goes back to the recorded test's. Raises ValueError where
         nothing can be played again.
         """
-        config, recorded = self._config(), self.evidence.subject
-        assert recorded is not None
-        assert recorded.config is not None
+        config, subject = self._subject()
         if "context" in changes:
-            leak = changes["context"] == "leak"
-            changes |= {"context_window": "rolling" if leak else recorded.config.context_window}
+            window = "rolling" if changes["context"] == "leak" else (subject.config or config).context_window
+            changes |= {"context_window": window}
         self.config = replace(config, **changes)
         return self.config
 
@@ -173,18 +167,15 @@ class Explorer:
 
         Random numbers are those of the recorded test. A leaking context begins with the previous traces as recorded.
         """
-        from netllm_lib.abr.policies.llm import LLMPolicy
-
-        config, subject = self._config(), self.evidence.subject
-        assert subject is not None
-        assert self.episodes is not None
-        policy = LLMPolicy(subject.network, tested_meta(subject), config, REPLAY)
+        config, subject = self._subject()
+        policy = variant(replace(subject, config=config, played=None), [])
         before = -(-policy.w // (CHUNKS - 1)) if config.context == "leak" else 0
         rows = list(range(max(0, self._row - before), self._row + 1))
         levels = decisions.levels_of(self.table[self.table["trace"].isin([self.labels[row] for row in rows])])
         start = np.array([*[CHUNKS] * (len(rows) - 1), 1])
-        excerpt = Prefixed(_Excerpt(policy, self.episodes, rows), levels, start)
-        played = play(excerpt, self._simulator(rows), progress=progress).tail(CHUNKS)
+        assert self.simulator is not None
+        excerpt = Prefixed(_Excerpt(policy, self.simulator.episodes, rows), levels, start)
+        played = play(excerpt, self._episodes(rows), progress=progress).tail(CHUNKS)
         self._replays[self.trace] = played.assign(trace=self.trace).reset_index(drop=True)
         return self._replays[self.trace]
 
@@ -197,24 +188,24 @@ class Explorer:
         differ = int((self.rows["level"].to_numpy() != again["level"].to_numpy()).sum())
         return f"reward {after:.3f} instead of {before:.3f} ({after - before:+.3f}), {differ} other levels"
 
-    def _config(self) -> EvalConfig:
-        if self.config is None:
+    def _subject(self) -> tuple[EvalConfig, Subject]:
+        if self.config is None or self.evidence.subject is None:
             raise ValueError("weights, PLM, traces or video are missing: nothing can be played again")
-        return self.config
+        return self.config, self.evidence.subject
 
     # --- as a figure and as text
 
     def png(self, dpi: int = 100) -> bytes:
         """The timeline of the chosen trace, the chosen chunk marked, as a PNG file."""
         tables, trace = self.tables(), None
-        if self.episodes is not None and self.evidence.traces is not None:
-            trace = self.evidence.traces.traces[int(self.episodes.trace_index[self._row])]
+        if self.simulator is not None:
+            trace = self.simulator.traces.traces[int(self.simulator.episodes.trace_index[self._row])]
         figure = Figure(figsize=(11.5, 7.6), layout="constrained")  # with the controls it fits on a screen
         axes = timeline(tables, self.trace, trace, REPLAY if REPLAY in tables else self.evidence.run, figure)
-        subject = of_trace(next(iter(tables.values())), self.trace)
-        chunk = min(self.chunk, len(subject) - 1)
+        borders = edges(of_trace(next(iter(tables.values())), self.trace))
+        chunk = min(self.chunk, len(borders) - 2)
         for panel in axes:
-            panel.axvspan(*edges(subject)[chunk : chunk + 2], color="k", alpha=0.25, linewidth=0)
+            panel.axvspan(*borders[chunk : chunk + 2], color="k", alpha=0.25, linewidth=0)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=dpi)
         return buffer.getvalue()
@@ -236,11 +227,9 @@ class Explorer:
     def _row(self) -> int:
         return self.labels.index(self.trace)
 
-    def _simulator(self, rows: Sequence[int]) -> Simulator:
-        assert self.episodes is not None
-        assert self.evidence.traces is not None
-        assert self.evidence.video is not None
-        return Simulator(self.evidence.traces, self.evidence.video, self.episodes.rows(rows))
+    def _episodes(self, rows: list[int]) -> Simulator:
+        assert self.simulator is not None
+        return self.simulator.part(rows)
 
 
 class _Excerpt(Policy):
@@ -309,7 +298,20 @@ def explore(evidence: Evidence, plans: Plans | None = None) -> Any:
         if live.value:
             again(change)
 
-    switches = _switches(w, explorer)
+    config, subject = explorer.config, explorer.evidence.subject
+    switches: dict[str, Any] = {}
+    if config is not None and subject is not None:
+        narrow = {"style": {"button_width": "6em"}}
+        switches = {
+            "choose": w.ToggleButtons(options=["argmax", "sample"], value=config.choose, description="level", **narrow),
+            "context": w.ToggleButtons(
+                options=["clear", "leak"], value=config.context, description="context", **narrow
+            ),
+            "target_return_scale": w.BoundedFloatText(
+                config.target_return_scale, min=-10, max=10, step=0.1, description="target ×"
+            ),
+            "w": w.BoundedIntText(config.w or subject.meta.settings.w, min=1, max=CHUNKS - 1, description="window"),
+        }
     for name, field in switches.items():
         field.name = name
         field.observe(guarded(set_switch), "value")
@@ -322,22 +324,6 @@ def explore(evidence: Evidence, plans: Plans | None = None) -> Any:
     redraw()
     fields = list(switches.values())
     controls = [w.VBox(fields[:2]), w.VBox(fields[2:]), w.VBox([button, live])]
-    if not explorer.can_replay:
+    if explorer.config is None:
         controls = [w.HTML("weights, PLM, traces or video are missing: this run can be looked at, not played again")]
     return w.VBox([w.HBox([trace, back, on, chunk]), w.HBox([shown, *controls]), status, image, text])
-
-
-def _switches(w: Any, explorer: Explorer) -> Mapping[str, Any]:
-    """Widgets of the switches of the test by field of `EvalConfig`; none where nothing can be played again."""
-    config, subject = explorer.config, explorer.evidence.subject
-    if config is None or subject is None:
-        return {}
-    narrow = {"style": {"button_width": "6em"}}
-    target = {"min": -10, "max": 10, "step": 0.1, "tooltip": "factor on the training pool's largest return-to-go"}
-    window = {"min": 1, "max": CHUNKS - 1, "tooltip": "previous chunks in the context"}
-    return {
-        "choose": w.ToggleButtons(options=["argmax", "sample"], value=config.choose, description="level", **narrow),
-        "context": w.ToggleButtons(options=["clear", "leak"], value=config.context, description="context", **narrow),
-        "target_return_scale": w.BoundedFloatText(config.target_return_scale, description="target ×", **target),
-        "w": w.BoundedIntText(config.w or subject.meta.settings.w, description="window", **window),
-    }

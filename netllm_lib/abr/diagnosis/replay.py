@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import decisions
 from netllm_lib.abr.diagnosis.evidence import Evidence, Subject, paired
-from netllm_lib.abr.episodes import Episodes, upstream_episodes
+from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.evaluate import SEED
 from netllm_lib.abr.play import play
 from netllm_lib.abr.pool import ExperiencePool
@@ -143,52 +143,35 @@ def tested_meta(subject: Subject) -> CheckpointMeta:
     return replace(subject.meta, settings=replace(subject.meta.settings, scale=scale))
 
 
-def at_hand(evidence: Evidence) -> bool:
-    """Are traces and video of the test at hand?"""
-    table, traces = evidence.table, evidence.traces
-    return (
-        table is not None
-        and traces is not None
-        and evidence.video is not None
-        and set(table["trace"]) <= set(traces.names)
-    )
-
-
 def can_replay(evidence: Evidence) -> bool:
     """Are weights, PLM, traces and video at hand, and is it known how the test was made?"""
-    return evidence.subject is not None and evidence.subject.config is not None and at_hand(evidence)
+    return evidence.subject is not None and evidence.subject.config is not None and evidence.played is not None
 
 
-def episodes_of(evidence: Evidence) -> Episodes:
-    """The episodes that the run's table was played over, in its order."""
-    assert evidence.table is not None
-    assert evidence.traces is not None
-    count = evidence.table["trace"].nunique()
-    fixed = bool(evidence.setting.get("fixed", count == len(evidence.traces)))
-    seed = int(evidence.setting.get("seed", SEED))
-    return upstream_episodes(evidence.traces, trace_num=count, fixed_order=fixed, seed=seed, clock="episode")
+def simulator_of(evidence: Evidence, count: int | None = None) -> Simulator:
+    """The test's episodes in the order of its table, or the first `count` of them; traces and video must be at hand."""
+    assert evidence.played is not None
+    table, traces, video = evidence.played
+    traces_played = table["trace"].nunique()
+    fixed, seed = evidence.setting.get("fixed", traces_played == len(traces)), evidence.setting.get("seed", SEED)
+    how: dict[str, Any] = {"fixed_order": bool(fixed), "seed": int(seed), "clock": "episode"}
+    episodes = upstream_episodes(traces, trace_num=traces_played, **how)
+    return Simulator(traces, video, episodes.rows(range(len(episodes))[:count]))
 
 
-def played_episodes(evidence: Evidence) -> Episodes | None:
-    """The run's episodes, if the traces of its table are at hand and follow each other as in them; else None."""
-    if not at_hand(evidence):
+def recorded(evidence: Evidence) -> Simulator | None:
+    """The test's episodes, if the traces of its table follow each other as in them, and its levels bring its rewards; else None."""
+    if evidence.played is None:
         return None
-    assert evidence.table is not None
-    assert evidence.traces is not None
-    episodes = episodes_of(evidence)
-    names = [evidence.traces.names[i] for i in episodes.trace_index]
-    return episodes if names == list(dict.fromkeys(evidence.table["trace"])) else None
-
-
-def recorded_episodes(evidence: Evidence) -> Episodes | None:
-    """The run's episodes, if playing the levels of its table in them gives its rewards; else None."""
-    episodes = played_episodes(evidence)
+    table, traces, _ = evidence.played
+    simulator = simulator_of(evidence)
+    if [traces.names[i] for i in simulator.episodes.trace_index] != list(dict.fromkeys(table["trace"])):
+        return None
     try:
-        if episodes is not None:
-            decisions.replayed(evidence.table, Simulator(evidence.traces, evidence.video, episodes))
+        decisions.replayed(table, simulator)
     except ValueError:
         return None
-    return episodes
+    return simulator
 
 
 # --- the replay ----------------------------------------------------------------------------------------------------------
@@ -208,7 +191,7 @@ def ablate(
     assert subject is not None
     assert recorded is not None
     started = time.perf_counter()
-    simulator, found = _simulator(evidence), Ablation({AS_RUN: recorded}, {}, 0.0, subject)
+    simulator, found = simulator_of(evidence), Ablation({AS_RUN: recorded}, {}, 0.0, subject)
     if budget_s > 0:
         found, simulator = _switches(evidence, found, budget_s, progress or (lambda line: None))
     if retrain_s > 0 and evidence.pool is not None:
@@ -226,7 +209,7 @@ def ablate(
 def _switches(evidence: Evidence, found: Ablation, budget_s: float, say: Progress) -> tuple[Ablation, Simulator]:
     """The ablation with every switch played, within the budget, and the simulator of the traces that were played."""
     subject, recorded, started = found.subject, found.tables[AS_RUN], time.perf_counter()
-    check = _simulator(evidence, CHECK_TRACES)
+    check = simulator_of(evidence, CHECK_TRACES)
     same = same_levels(replay(subject, [], check), recorded)
     per_trace_s = (time.perf_counter() - started) / len(check)
     # masks of dropout depend on what is played beside: such a test cannot be told by its levels
@@ -237,7 +220,7 @@ def _switches(evidence: Evidence, found: Ablation, budget_s: float, say: Progres
     alone = names if len(names) > 1 else []
     plays = len(alone) + (0 if same == 1 else 1) + 0.3
     spent_s = time.perf_counter() - started
-    simulator = _simulator(evidence)
+    simulator = simulator_of(evidence)
     count = min(len(simulator), int((budget_s - spent_s) / per_trace_s / plays))
     found = replace(found, subject=subject, same_levels=same)
     if count < min(FEWEST_TRACES, len(simulator)):
@@ -246,7 +229,7 @@ def _switches(evidence: Evidence, found: Ablation, budget_s: float, say: Progres
             f"time to replay the test, {per_trace_s:.1f} s a trace: what each switch changes (--budget {needed_s:.0f})"
         )
         return replace(found, too_short=why), simulator
-    simulator = _simulator(evidence, count)
+    simulator = simulator_of(evidence, count)
 
     def played(name: str, sound: Sequence[str], cached: bool = False) -> pd.DataFrame:
         say(f"{name}: {count} traces")
@@ -286,14 +269,6 @@ def identify(evidence: Evidence, subject: Subject, simulator: Simulator, same: f
         if (share := same_levels(replay(other, [], simulator), recorded)) >= REPRODUCED:
             return other, share
     return subject, same
-
-
-def _simulator(evidence: Evidence, count: int | None = None) -> Simulator:
-    """The test's episodes, or the first `count` of them."""
-    assert evidence.traces is not None
-    assert evidence.video is not None
-    episodes = episodes_of(evidence)
-    return Simulator(evidence.traces, evidence.video, episodes.rows(range(len(episodes))[:count]))
 
 
 def same_levels(a: pd.DataFrame, b: pd.DataFrame) -> float:
