@@ -124,7 +124,7 @@ def costliest(
         swaps = swaps.sort_values("gain", ascending=False, kind="stable").groupby("row").head(confirm)
         rows = np.unique(swaps["row"].head(confirm * k))
         # a policy that plays something else, with other random numbers for example, cannot say how the run would have gone on
-        followed[rows] = (rollout(policy, simulator.part(rows.tolist())).level == levels[rows]).all(axis=1)
+        followed[rows] = (rollout(policy, alone(simulator, rows.tolist())).level == levels[rows]).all(axis=1)
     by_policy = followed[swaps["row"].to_numpy(dtype=np.int64)]
     picked = [*case.pick(swaps[~by_policy], None), *case.pick(swaps[by_policy], policy)]
     found = pd.DataFrame(picked, columns=["row", "chunk", "gain"]).astype({"row": int, "chunk": int, "gain": float})
@@ -166,7 +166,7 @@ class _Case(NamedTuple):
             if policy is not None:
                 given[i, min(chunks) :] = UNKNOWN
             given[i, chunks] = self.reference[row, chunks]
-        simulator = self.simulator.part(rows.tolist())
+        simulator = alone(self.simulator, rows.tolist())
         played = simulator.replay(given) if policy is None else rollout(Prefixed(policy, given, CHUNKS), simulator)
         return played.reward[:, 1:].sum(axis=1) - self.total[rows]
 
@@ -188,6 +188,11 @@ class _Case(NamedTuple):
                 reached[row] += gain
             swaps = swaps[swaps["row"].isin(best["row"])].drop(best.index)
         return picks
+
+
+def alone(simulator: Simulator, rows: list[int]) -> Simulator:
+    """Some of the episodes, as if there were no others."""
+    return Simulator(simulator.traces, simulator.video, simulator.episodes.rows(rows))
 
 
 # --- where the reward goes ----------------------------------------------------------------------------------------------

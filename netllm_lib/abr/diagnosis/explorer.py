@@ -229,7 +229,7 @@ class Explorer:
 
     def _episodes(self, rows: list[int]) -> Simulator:
         assert self.simulator is not None
-        return self.simulator.part(rows)
+        return decisions.alone(self.simulator, rows)
 
 
 class _Excerpt(Policy):
