@@ -129,7 +129,8 @@ if reference is not None:
 # Which part of the reward is lost, on slow or on fast traces, early or late in the video?
 
 # %%
-for by in ("regime", "chunk") if reference is not None else ():
+groups = ["regime", "chunk"] if loaded.traces else ["chunk"]
+for by in groups if reference is not None else []:
     ours, theirs = (decisions.breakdown(t, by, loaded.traces) for t in (run, tables[reference]))
     keep(figures.parts(ours, theirs, (subject, reference)), f"parts_by_{by}")
 
@@ -137,7 +138,7 @@ for by in ("regime", "chunk") if reference is not None else ():
 gaps = None if reference is None else words.trace_gaps(run, tables[reference])
 if gaps is not None:
     keep(figures.concentration(-gaps["reward"]), "concentration")
-    display(decisions.concentration(-gaps["reward"]).round(3), gaps.head(8).round(3))
+    display(gaps.head(8).round(3))
 
 # %% [markdown]
 # ## Regret to the optimum

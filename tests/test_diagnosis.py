@@ -118,16 +118,6 @@ def test_training_causes(tables: dict, pool: ExperiencePool, changes: dict, iden
     assert fine[identity].severity == ("cause" if identity == "non-finite" else "note")
 
 
-def test_a_few_steps_are_no_matter_of_the_warm_up(tables: dict, pool: ExperiencePool) -> None:
-    training = replace(HEALTHY, steps=8, warmup_steps=2000, lr_peak=4e-6, final_loss=1.75)
-    poor = diagnose(evidence_of(tables, Constant(5), pool=pool, training=training))
-    assert poor.first is not None
-    assert poor.first.id == "undertrained"
-    assert (
-        found(evidence_of(tables, Constant(5), pool=pool, training=training))["warmup-too-long"].severity == "suspect"
-    )
-
-
 def test_habits_of_a_learnt_policy_are_notes(tables: dict, pool: ExperiencePool) -> None:
     training = replace(HEALTHY, clip="micro", accumulation=32, clipped=0.9, facts={"crossing": 240})
     findings = found(evidence_of(tables, "mpc", pool=pool, training=training))
@@ -218,24 +208,6 @@ def test_results_that_cannot_be_compared(tables: dict, how: str) -> None:
     else:
         played = played.assign(level=np.where(played["chunk"] == 0, 2, played["level"]))
     assert found(evidence_of(tables, played, {"trace_num": 30}))["protocol-mismatch"].severity == "cause"
-
-
-def test_noise_in_the_run_alone(tables: dict) -> None:
-    pointers = replace(TRACES, start_ptrs=EPISODES.start_ptr)
-    noisy = replace(EPISODES, noise=np.random.default_rng(0).uniform(0.9, 1.1, (len(TRACES), 48)))
-    played = play(Careless(0.05), Simulator(TRACES, VIDEO, noisy))
-    noise = found(evidence_of(tables, played, traces=pointers, video=VIDEO))
-    assert "noise" in noise["protocol-mismatch"].title
-    assert "protocol-mismatch" not in found(evidence_of(tables, Careless(0.05), traces=pointers, video=VIDEO))
-
-
-def test_logs_alone() -> None:
-    training = replace(HEALTHY, warmup_steps=2000, lr_peak=3e-4, final_loss=1.5)
-    diagnosis = diagnose(Evidence(training=training))
-    assert diagnosis.score is None
-    assert diagnosis.first is not None
-    assert diagnosis.first.id == "warmup-too-long"
-    assert diagnose(Evidence(training=HEALTHY)).findings == ()
 
 
 def test_a_switch_that_closes_the_gap_comes_first() -> None:

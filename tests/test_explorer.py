@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import Evidence
 from netllm_lib.abr.diagnosis import load as sources
-from netllm_lib.abr.diagnosis.explorer import ORACLE, REPLAY, Explorer, explore
+from netllm_lib.abr.diagnosis.explorer import REPLAY, Explorer, explore
 from netllm_lib.abr.diagnosis.replay import recorded
 from netllm_lib.abr.evaluate import Test
 from netllm_lib.abr.optimum import best_plans
@@ -135,18 +134,6 @@ def test_switches_change_the_replay_and_the_figure(tested: Callable[..., Evidenc
     assert explorer.turn(context="clear").context_window == "cached"
 
 
-def test_other_trace_and_other_policies_make_another_figure(tested: Callable[..., Evidence]) -> None:
-    explorer = Explorer(tested())
-    assert explorer.runs == ["llm", "mpc", "bba", "mpc (original)", ORACLE]
-    first = explorer.png(dpi=40)
-    explorer.trace = explorer.labels[explorer.labels.index(explorer.trace) - 1]
-    second = explorer.png(dpi=40)
-    assert second != first
-    explorer.shown = ("llm", "bba")
-    assert list(explorer.tables()) == ["llm", "bba"]
-    assert explorer.png(dpi=40) != second
-
-
 def test_less_is_shown_where_less_is_known(tested: Callable[..., Evidence]) -> None:
     evidence = tested()
     without = Explorer(replace(evidence, subject=None))
@@ -219,17 +206,3 @@ def test_widgets_say_what_went_wrong(tested: Callable[..., Evidence], monkeypatc
     monkeypatch.setattr(Explorer, "replay", broken)
     box.children[1].children[-1].children[0].click()
     assert status.value == "<b>RuntimeError</b>: out of memory"
-
-
-def test_a_run_without_weights_can_be_looked_at(tested: Callable[..., Evidence]) -> None:
-    box = explore(replace(tested(), subject=None))
-    assert "not played again" in box.children[1].children[1].value
-
-
-def test_the_setting_tells_how_the_test_was_made(run: SmallRun, tested: Callable[..., Evidence]) -> None:
-    setting = tested(choose="sample").setting
-    assert setting["choose"] == "sample"
-    assert {"context", "context_window", "w", "target_return_scale", "dropout", "seed", "precision"} <= setting.keys()
-    assert (setting["traces"], setting["video"]) == ("sample-test", "sample")
-    assert Path(setting["policy"]) == run.folder("04_finetune")
-    assert setting["policy_hash"] == tested().setting["policy_hash"]

@@ -21,7 +21,7 @@ from matplotlib.colors import to_rgb
 from netllm_lib.abr import evaluate, qoe
 from netllm_lib.abr.diagnosis import RULES, Evidence, Finding, decisions, figures
 from netllm_lib.abr.diagnosis import words as wording
-from netllm_lib.abr.diagnosis.timeline import SHADES, edges, of_trace, timeline, unrolled
+from netllm_lib.abr.diagnosis.timeline import edges, of_trace, timeline, unrolled
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Policy
@@ -109,13 +109,12 @@ def test_given_axes_are_used_and_labelled(tables: dict, pool: ExperiencePool) ->
         partial(figures.confusion, counts, ("llm", "mpc")),
         partial(figures.divergence, {"mpc": first}, 48),
         partial(figures.costliest, costly),
-        partial(figures.levels, tables),
+        partial(figures.by_level, {"llm": figures.levels_chosen(ours)}, "share", "levels"),
         partial(figures.stalls, tables),
         partial(figures.losses, trained, {"chance": 1.79}),
         partial(figures.learning_rate, trained),
         partial(figures.shift, pool, ours),
         partial(figures.returns, pool),
-        partial(figures.sizes, np.ones(6), np.ones(6)),
     ]
     for draw in drawings:
         figure, ax = plt.subplots()
@@ -164,37 +163,6 @@ def test_confusion_shows_shares_of_all_decisions() -> None:
     assert {text.get_text() for text in ax.texts} == {"50.0", "30.0", "20.0", ""}
     assert ax.get_title() == "the same: 50 %, llm higher: 30 %, lower: 20 %"
     assert (ax.get_ylabel().split()[0], ax.get_xlabel().split()[0]) == ("llm", "mpc")
-
-
-def test_divergence_by_hand() -> None:
-    ax: Any = figures.divergence({"mpc": np.array([1, 2, 2, 5])}, 5)
-    np.testing.assert_allclose(ax.lines[0].get_ydata(), [0, 25, 75, 75, 75])
-
-
-def test_costliest_name_the_decision_and_its_share() -> None:
-    found = pd.DataFrame(
-        {"trace": ["a" * 60, "b"], "chunk": [3, 9], "level": [5, 0], "instead": [1, 2], "gain": [9.0, 1.0], "share": [0.45, 0.05]}
-    )  # fmt: skip
-    shown = words(figures.costliest(found, "regret"))
-    assert "…" in shown
-    assert "b, chunk 9: level 0 instead of 2" in shown
-    assert "9.00  (45.0% of the regret)" in shown
-    assert "together 50% of the regret" in shown
-    unknown = words(figures.costliest(found.assign(share=np.nan)))
-    assert "gap" not in unknown
-
-
-def test_losses_mark_the_first_that_is_no_number() -> None:
-    losses = np.array([1.7, 1.5, np.nan, np.nan])
-    shown: Any = figures.losses(TrainingRun(history=history(losses), accumulation=2), {"chance": 1.79})
-    assert shown.lines[-1].get_xdata()[0] == 1  # the second optimizer step
-    assert "chance: 1.79" in words(shown)
-
-
-def test_learning_rate_shows_what_was_reached() -> None:
-    ax = figures.learning_rate(TrainingRun(lr=1e-3, steps=100, warmup_steps=2000))
-    assert np.max(ax.lines[1].get_ydata()) == pytest.approx(1e-3 * 100 / 2000, rel=0.06)
-    assert "the training ended after 100 steps" in words(ax)
 
 
 def test_stalls_by_hand() -> None:
@@ -259,11 +227,6 @@ def test_unrolled_bandwidth_starts_at_the_pointer() -> None:
     assert mbps.tolist() == [2.0, 2.0, 3.0, 1.0, 2.0]
 
 
-def test_shades_get_darker_in_grey_too() -> None:
-    grey = SHADES(np.linspace(0, 1, 50))[:, :3] @ [0.299, 0.587, 0.114]
-    assert (np.diff(grey) < 0).all()
-
-
 # --- the figure of a finding --------------------------------------------------------------------------------------------
 
 
@@ -283,24 +246,6 @@ def test_findings_have_their_figures(name: str, tables: dict, pool: ExperiencePo
     table = pd.concat([fall(), fall().iloc[[1]].assign(switch=name)])
     assert figures.figure_of(finding(name), evidence(tables, pool), table) is not None
     assert figures.figure_of(finding(name), Evidence()) is None
-
-
-def test_label_shift_is_seen_in_its_figure(pool: ExperiencePool) -> None:
-    whole = figures.figure_of(finding("label-shift"), Evidence(pool=pool))
-    assert whole is not None
-    assert whole.get_title().startswith("the same: 100 %")
-    shifted = replace(pool, actions=np.roll(pool.actions, 1))
-    ax = figures.figure_of(finding("label-shift"), Evidence(pool=shifted))
-    assert ax is not None
-    assert not ax.get_title().startswith("the same: 100 %")
-
-
-def test_overlap_is_compared_group_by_group(tables: dict, pool: ExperiencePool) -> None:
-    ax = figures.figure_of(finding("test-leakage"), evidence(tables, pool))
-    assert ax is not None
-    assert [label.get_text().split(", ")[1] for label in ax.get_yticklabels()][::-1] == [
-        "all 8 traces", "the 4 clean ones", "the 4 seen in training",
-    ]  # fmt: skip
 
 
 def test_gallery_draws_shared_figures_once(tables: dict, pool: ExperiencePool) -> None:
@@ -327,7 +272,7 @@ def test_summary_and_findings_in_words(tables: dict) -> None:
         top=1,
     )
     assert text.startswith("t, v: mean reward")
-    assert "worst 5%" in text
+    assert "worst_5%" in text
     assert "clean" in text
     assert "1. [cause] sampling: drawn at random" in text
     assert "… and 1 more" in text

@@ -9,13 +9,9 @@ import numpy as np
 import pytest
 
 from netllm_lib import runs
-from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.diagnosis import diagnose
 from netllm_lib.abr.diagnosis.load import load
-from netllm_lib.abr.episodes import upstream_episodes
-from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.policies.llm import EvalConfig
-from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.traces import SAMPLE, Registry
 from netllm_lib.abr.upstream.imports import import_run
 from netllm_lib.checkpoint import save_checkpoint
@@ -75,19 +71,6 @@ def test_any_part_of_a_tree(tree: Tree, tmp_path: Path, parts: list[str], there:
     assert {name for name in ("test", "training", "pool", "subject") if getattr(evidence, name) is not None} == there
     assert evidence.missing
     assert diagnose(evidence).missing == evidence.missing
-
-
-def test_the_pool_that_a_test_was_given(tree: Tree, tmp_path: Path) -> None:
-    traces, video = REGISTRY.trace_set("sample-train"), REGISTRY.video("sample")
-    episodes = upstream_episodes(traces, trace_num=8, pool=True)
-    other = generate_pool(make_policy("mpc", video, REGISTRY), traces, video, episodes)
-    evidence = load(tree.root, pool=other.save(tmp_path / "other"), data=SAMPLE)
-    assert evidence.test_pool is not None
-    assert evidence.pool is not None
-    assert evidence.test_pool.content_hash() == other.content_hash() != evidence.pool.content_hash()
-    assert evidence.subject is not None
-    assert evidence.subject.test_scale == pool_returns(other)[1]
-    assert "wrong-pool" in {finding.id for finding in diagnose(evidence).findings}
 
 
 def test_an_adapter_that_does_not_fit_is_a_finding(tree: Tree, tmp_path: Path) -> None:

@@ -61,10 +61,6 @@ def test_every_quoted_message_is_in_the_sources() -> None:
             assert len(part) < 6 or part in sources, f"{message!r}: no message of the library has {part!r}"
 
 
-def test_no_message_is_quoted_twice() -> None:
-    assert len(set(quoted())) == len(quoted())
-
-
 # --- the real thing -----------------------------------------------------------------------------------------------------
 
 

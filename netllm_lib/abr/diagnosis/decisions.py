@@ -10,7 +10,6 @@ Arrays of levels are [episodes, chunks] in playing order; the first chunk, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -203,61 +202,34 @@ def breakdown(
 ) -> pd.DataFrame:
     """Mean reward per chunk and its parts in reward units, reward = quality − rebuffering − smoothness, by group.
 
-    Columns: chunks (how many the group has), reward, quality, rebuffering, smoothness. A "regime" is a band of the traces' mean
-    bandwidth (see `mean_mbps`), as many traces in each of the `bands`; the label has its limits in Mbps.
+    Columns: chunks (how many the group has), reward, quality, rebuffering, smoothness. A "regime" is a band of the mean bandwidth
+    of `traces`, as many of them in each of `bands`; the label has its limits in Mbps.
     """
     rows = qoe.chosen(table)
-    parts = pd.DataFrame(
-        {
-            "reward": rows["reward"],
-            "quality": rows["bitrate_kbps"] / 1000,
-            "rebuffering": qoe.REBUFFER_PENALTY * rows["rebuffer_s"],
-            "smoothness": rows["smoothness_mbps"],
-        }
+    parts = rows[["reward"]].assign(
+        quality=rows["bitrate_kbps"] / 1000,
+        rebuffering=qoe.REBUFFER_PENALTY * rows["rebuffer_s"],
+        smoothness=rows["smoothness_mbps"],
     )
-    key = rows["trace"].map(_regimes(mean_mbps(table, traces), bands)).rename(by) if by == "regime" else rows[by]
+    key = rows["trace"].map(_regimes(_names(table), traces, bands)).rename(by) if by == "regime" else rows[by]
     groups = parts.groupby(key, observed=True)
     means = groups.mean()
     means.insert(0, "chunks", groups.size())
     return means
 
 
-def mean_mbps(table: pd.DataFrame, traces: TraceSet | None = None) -> pd.Series:
-    """Mean bandwidth per trace of a table: of the whole trace, or, without `traces`, of the run's own downloads."""
-    groups = table.groupby("trace", sort=False)
-    if traces is None:
-        sums = groups[["size_bytes", "delay_ms"]].sum()
-        return sums["size_bytes"] * 8e-3 / sums["delay_ms"]
-    known = dict(zip(traces.names, traces.traces, strict=True))
-    if unknown := [name for name in _names(table) if name.rsplit("#", 1)[0] not in known and name not in known]:
-        raise ValueError(f"{traces.name} has no trace {unknown[0]!r}: give the trace set that was played")
-    means = {name: (known.get(name) or known[name.rsplit("#", 1)[0]]).mean_mbps for name in _names(table)}
-    return pd.Series(means)
-
-
-def _regimes(rates: pd.Series, bands: int) -> pd.Series:
+def _regimes(names: np.ndarray, traces: TraceSet | None, bands: int) -> pd.Series:
     """Ordered category per trace, labelled with the lowest and highest mean bandwidth in it."""
+    known = {} if traces is None else dict(zip(traces.names, traces.traces, strict=True))
+    played = {name: known.get(name) or known.get(name.rsplit("#", 1)[0]) for name in names}  # "#2": played again
+    if unknown := [name for name, trace in played.items() if trace is None]:
+        raise ValueError(f"trace {unknown[0]!r} is not there: give the trace set that was played")
+    rates = pd.Series({name: trace.mean_mbps for name, trace in played.items() if trace is not None})
     if not 1 <= bands <= len(rates):
         raise ValueError(f"{bands} bands of {len(rates)} traces: give 1..{len(rates)}")
     band = (rates.rank(method="first").astype(int) - 1) * bands // len(rates)
     labels = [f"{b + 1}: {rates[band == b].min():.2f}–{rates[band == b].max():.2f} Mbps" for b in range(bands)]
     return pd.Series(pd.Categorical([labels[b] for b in band], categories=labels, ordered=True), index=rates.index)
-
-
-def concentration(gap: pd.Series, shares: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)) -> pd.DataFrame:
-    """How much of a gap lies in the worst traces: is it everywhere, or in a few?
-
-    `gap` holds per trace what is missing (reference − run), for example `regret(table, plans)`. One row per share of the traces, at
-    least one trace: traces, gap (their mean contribution to the mean gap over all traces), share of the whole gap (above 1 where
-    other traces are better than the reference; NaN if nothing is missing), worst (the name of the last one counted).
-    """
-    worst = gap.sort_values(ascending=False, kind="stable")
-    sums = worst.cumsum().to_numpy() / len(gap)
-    counts = np.array([max(1, round(share * len(gap))) for share in shares])
-    rows = pd.DataFrame({"traces": counts, "gap": sums[counts - 1]})
-    rows["share"] = rows["gap"] / sums[-1] if sums[-1] > 0 else np.nan
-    rows["worst"] = worst.index[counts - 1]
-    return rows.set_index(pd.Index([f"{share:.0%}" for share in shares], name="worst traces")).drop_duplicates()
 
 
 # --- tables and arrays --------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ BETTER, WORSE, UNSHOWN = PALETTE[2], PALETTE[3], "0.4"
 PARTS = (("quality", 1, PALETTE[0], ""), ("rebuffering", -1, PALETTE[3], "///"), ("smoothness", -1, PALETTE[1], "..."))
 """Parts of the reward: their sign in it, colour and hatch."""
 LEVEL_NAMES = [f"{level}\n{kbps / 1000:g}" for level, kbps in enumerate(qoe.BITRATES_KBPS)]
+HATCHES = ("", "//", "..", "xx")
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
 
 
@@ -143,16 +144,9 @@ def confusion(counts: pd.DataFrame, names: tuple[str, str], axes: Axes | None = 
     ax = given_or_new(axes, (5.4, 4.6))
     share = 100 * counts / max(int(counts.to_numpy().sum()), 1)
     text = share.map(lambda value: "" if value == 0 else "<.1" if value < 0.1 else f"{value:.1f}")
-    style = {
-        "cmap": "Blues",
-        "vmin": 0,
-        "square": True,
-        "linewidths": 0.5,
-        "linecolor": "0.8",
-        "annot_kws": {"size": 9},
-    }
-    ticks = {"xticklabels": LEVEL_NAMES, "yticklabels": LEVEL_NAMES}
-    sns.heatmap(share, annot=text, fmt="", ax=ax, cbar_kws={"label": "share of decisions (%)"}, **style, **ticks)
+    style: dict[str, Any] = {"cmap": "Blues", "vmin": 0, "square": True, "linewidths": 0.5, "linecolor": "0.8"}
+    style |= {"xticklabels": LEVEL_NAMES, "yticklabels": LEVEL_NAMES, "annot_kws": {"size": 9}}
+    sns.heatmap(share, annot=text, fmt="", ax=ax, cbar_kws={"label": "share of decisions (%)"}, **style)
     ax.tick_params(axis="y", rotation=0)
     ax.set(xlabel=f"{names[1]} would choose (level, Mbps)", ylabel=f"{names[0]} chose (level, Mbps)")
     same, higher = np.trace(share.to_numpy()), np.tril(share.to_numpy(), -1).sum()
@@ -178,15 +172,12 @@ def costliest(found: pd.DataFrame, what: str = "gap", axes: Axes | None = None) 
     """The decisions whose swap would have gained most, with their shares of `what`. `found` is from `decisions.costliest`."""
     ax = given_or_new(axes, (9, 0.36 * len(found) + 1.3))
     names = [name if len(name) <= 26 else f"{name[:12]}…{name[-13:]}" for name in found["trace"].astype(str)]
-    labels = [
-        f"{name}, chunk {row.chunk}: level {row.level} instead of {row.instead}"
-        for name, row in zip(names, found.itertuples(), strict=True)
-    ]
+    swaps = [f", chunk {row.chunk}: level {row.level} instead of {row.instead}" for row in found.itertuples()]
     bars = ax.barh(range(len(found)), found["gain"], color=PALETTE[0])
     of_gap = ["" if np.isnan(share) else f"  ({share:.1%} of the {what})" for share in found["share"]]
     texts = [f"{gain:.2f}{text}" for gain, text in zip(found["gain"], of_gap, strict=True)]
     ax.bar_label(bars, texts, padding=4, fontsize=8)
-    ax.set_yticks(range(len(found)), labels, fontsize=8)
+    ax.set_yticks(range(len(found)), [name + swap for name, swap in zip(names, swaps, strict=True)], fontsize=8)
     ax.set(ylim=(len(found) - 0.4, -0.6), xlabel="what swapping this one decision gains (summed reward of the episode)")
     ax.set_xlim(0, 1.45 * max(found["gain"].max(), 1e-9) if len(found) else 1)
     together = found["share"].sum(min_count=1)
@@ -194,32 +185,21 @@ def costliest(found: pd.DataFrame, what: str = "gap", axes: Axes | None = None) 
     return ax
 
 
-def levels(tables: Mapping[str, pd.DataFrame], axes: Axes | None = None) -> Axes:
-    """How often each policy chose each level."""
-    shares = {name: np.bincount(qoe.chosen(table)["level"], minlength=qoe.LEVELS) for name, table in tables.items()}
-    ax = _by_level({name: 100 * count / count.sum() for name, count in shares.items()}, axes)
-    ax.set(ylabel="share of chunks (%)", title="Levels chosen")
-    return ax
-
-
-def sizes(trained: np.ndarray, tested: np.ndarray, axes: Axes | None = None) -> Axes:
-    """Mean chunk sizes in MB by level, [6] each: of the training's video and of the test's."""
-    ax = _by_level({"training": trained, "test": tested}, axes)
-    ax.set(ylabel="mean chunk size (MB)", title="The videos of training and test")
-    return ax
-
-
-def _by_level(values: Mapping[str, np.ndarray], axes: Axes | None) -> Axes:
+def by_level(values: Mapping[str, np.ndarray], what: str, title: str, axes: Axes | None = None) -> Axes:
     """Bars by level, [6] for each name."""
     ax = given_or_new(axes, (7, 3.2))
     width = 0.8 / len(values)
     for i, (name, heights) in enumerate(values.items()):
         places = np.arange(qoe.LEVELS) + (i - (len(values) - 1) / 2) * width
-        hatch = ("", "//", "..", "xx")[i % 4]
-        ax.bar(places, heights, width, color=PALETTE[i], hatch=hatch, edgecolor="white", label=name)
+        ax.bar(places, heights, width, color=PALETTE[i], hatch=HATCHES[i % 4], edgecolor="white", label=name)
     ax.set_xticks(range(qoe.LEVELS), LEVEL_NAMES)
-    ax.set_xlabel("level (Mbps below)")
+    ax.set(xlabel="level (Mbps below)", ylabel=what, title=title)
     return _legend(ax)
+
+
+def levels_chosen(table: pd.DataFrame) -> np.ndarray:
+    """[6] how often each level was chosen, in % of the chunks."""
+    return 100 * np.bincount(qoe.chosen(table)["level"], minlength=qoe.LEVELS) / len(qoe.chosen(table))
 
 
 def stalls(tables: Mapping[str, pd.DataFrame], axes: Axes | None = None) -> Axes:
@@ -293,11 +273,8 @@ def returns(pool: ExperiencePool, axes: Axes | None = None) -> Axes:
     ax = given_or_new(axes, (6, 3.2))
     firsts = pool_returns(pool)[0][pool.episode_starts]
     ax.hist(firsts, bins=40, color=PALETTE[0])
-    for value, color, style, name in (
-        (firsts.mean(), "k", "--", "mean"),
-        (firsts.max(), WORSE, "-.", "asked for at test"),
-    ):
-        ax.axvline(value, color=color, linestyle=style, linewidth=1.2, label=f"{name} {value:.4f}")
+    ax.axvline(firsts.mean(), color="k", linestyle="--", linewidth=1.2, label=f"mean {firsts.mean():.4f}")
+    ax.axvline(firsts.max(), color=WORSE, linestyle="-.", linewidth=1.2, label=f"asked for at test {firsts.max():.4f}")
     ax.set(xlabel="return-to-go at an episode's start", ylabel="episodes", title="Does the target return say anything?")
     ax.set_xlim(0, None)
     return _legend(ax)
@@ -349,9 +326,14 @@ def figure_of(finding: Finding, evidence: Evidence, table: pd.DataFrame | None =
         case "throughput" if pool is not None and run is not None:
             return shift(pool, run)
         case "sizes" if pool is not None and evidence.video is not None:
-            return sizes(pool_sizes_mb(pool).mean(axis=0), evidence.video.sizes_bytes.mean(axis=1) / 1e6)
+            sizes = {
+                "training": pool_sizes_mb(pool).mean(axis=0),
+                "test": evidence.video.sizes_bytes.mean(axis=1) / 1e6,
+            }
+            return by_level(sizes, "mean chunk size (MB)", "The videos of training and test")
         case "levels" if run is not None:
-            return levels({evidence.run: run, **others})
+            chosen = {name: levels_chosen(table) for name, table in {evidence.run: run, **others}.items()}
+            return by_level(chosen, "share of chunks (%)", "Levels chosen")
         case "stalls" if run is not None:
             return stalls({evidence.run: run, **others})
         case "differences" if run is not None and len(evidence.tables) > 1:
@@ -375,10 +357,9 @@ def differences(evidence: Evidence) -> dict[str, Interval]:
 
 def _by_overlap(run: pd.DataFrame, other: pd.DataFrame, clean: np.ndarray, reference: str) -> dict[str, Interval]:
     """Paired differences over all traces, and over those that share, or do not share, content with the training."""
-    names = qoe.per_trace(run).index.to_numpy()
+    names = run["trace"].unique()
     groups = {"all {} traces": np.ones(len(names), dtype=bool)}
-    if len(clean) == len(names):
-        groups |= {"the {} clean ones": clean, "the {} seen in training": ~clean}
+    groups |= {"the {} clean ones": clean, "the {} seen in training": ~clean} if len(clean) == len(names) else {}
     return {
         f"− {reference}, {group.format(int(keep.sum()))}": paired(run[run["trace"].isin(names[keep])], other)
         for group, keep in groups.items()

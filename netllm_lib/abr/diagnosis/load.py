@@ -18,7 +18,7 @@ from netllm_lib.abr import evaluate
 from netllm_lib.abr.diagnosis.evidence import Evidence, Recipe, Subject
 from netllm_lib.abr.evaluate import Test
 from netllm_lib.abr.pool import ExperiencePool, load_pool
-from netllm_lib.abr.traces import Registry, find_registry
+from netllm_lib.abr.traces import find_registry
 from netllm_lib.abr.upstream.imports import IMPORT, import_run
 from netllm_lib.returns import pool_returns
 from netllm_lib.training_run import RESULT, TrainingRun
@@ -54,19 +54,20 @@ def load(
     places = [_run_folder(folder, how) for folder in folders]
     tests = [place for place in places if (place / evaluate.SETTING).is_file()]
     family = list(_with_parents([place for place in places if place not in tests[1:]]))
-    registry = find_registry(data)
-    evidence = Evidence(registry=registry, seeds=tuple(_test(place) for place in tests[1:]))
-    if tests:
-        evidence = _with_test(evidence, _test(tests[0]), registry)
-    if (place := _first(family, RESULT)) is not None:
-        evidence = replace(evidence, training=TrainingRun.read(place))
-    if (place := _first(family, POOL, "pool.npz", "states.npy")) is not None:
-        evidence = replace(evidence, pool=load_pool(place))
-    if (place := _first(family, f"{POLICY}/{MODULES}", MODULES)) is not None:
-        evidence = _with_subject(evidence, place / POLICY if (place / POLICY).is_dir() else place, plm)
-    imported = _first(family, IMPORT)
+    trained, kept = _first(family, RESULT), _first(family, POOL, "pool.npz", "states.npy")
+    weights, imported = _first(family, f"{POLICY}/{MODULES}", MODULES), _first(family, IMPORT)
     about = {} if imported is None else runs.read_json(imported / IMPORT)
-    evidence = replace(evidence, recipe=_recipe(evidence, about.get("settings", {}), registry))
+    evidence = Evidence(
+        registry=find_registry(data),
+        seeds=tuple(_test(place) for place in tests[1:]),
+        training=None if trained is None else TrainingRun.read(trained),
+        pool=None if kept is None else load_pool(kept),
+    )
+    if tests:
+        evidence = _with_test(evidence, _test(tests[0]))
+    if weights is not None:
+        evidence = _with_subject(evidence, weights / POLICY if (weights / POLICY).is_dir() else weights, plm)
+    evidence = replace(evidence, recipe=_recipe(evidence, about.get("settings", {})))
     if imported is not None:
         evidence = _with_import(evidence, about, imported, tested=not tests or imported == tests[0])
     if pool is not None and evidence.test_pool is None:
@@ -90,18 +91,18 @@ def _first(places: Sequence[Path], *names: str) -> Path | None:
     return next((place for place in places if any((place / name).exists() for name in names)), None)
 
 
-def _with_parents(places: Sequence[Path]) -> Iterator[Path]:
+def _with_parents(places: list[Path]) -> Iterator[Path]:
     """The folders, then the runs that they were made from: a test's training, a training's pool."""
-    seen, queue = set(), list(places)
-    for place in queue:
+    seen: set[Path] = set()
+    for place in places:  # which grows meanwhile
         if place.resolve() in seen or not place.exists():
             continue
         seen.add(place.resolve())
         yield place
         parents = runs.Run(place).parents
-        queue += [parents[role] for role in ("training", "pool") if role in parents]
+        places += [parents[role] for role in ("training", "pool") if role in parents]
         if place.name == POLICY and (place.parent / runs.MANIFEST).is_file():
-            queue.append(place.parent)
+            places.append(place.parent)
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------
@@ -113,8 +114,10 @@ def _test(place: Path) -> Test:
     return test if test.subject else replace(test, subject=next(iter(test.tables), ""))
 
 
-def _with_test(evidence: Evidence, test: Test, registry: Registry) -> Evidence:
+def _with_test(evidence: Evidence, test: Test) -> Evidence:
     traces, video, clean = (test.setting.get(name) for name in ("traces", "video", "clean"))
+    registry = evidence.registry
+    assert registry is not None
     return replace(
         evidence,
         test=test,
@@ -140,9 +143,11 @@ def _with_subject(evidence: Evidence, folder: Path, plm: str | Path | None) -> E
     return replace(evidence, subject=Subject(network, meta, config))
 
 
-def _recipe(evidence: Evidence, settings: Mapping[str, Any], registry: Registry) -> Recipe:
+def _recipe(evidence: Evidence, settings: Mapping[str, Any]) -> Recipe:
     """From the pool, else from what the test says, else from the `settings` of an import; names that are known here first."""
     pool = {} if evidence.pool is None else {f"train_{name}": value for name, value in evidence.pool.source.items()}
+    registry = evidence.registry
+    assert registry is not None
 
     def named(key: str, known: Collection[str]) -> str | None:
         names = [source[key] for source in (pool, evidence.setting, settings) if source.get(key)]
@@ -156,9 +161,8 @@ def _with_pool(evidence: Evidence, pool: ExperiencePool) -> Evidence:
     """The pool as that of the training, or, where the training had another one, as the pool of the test."""
     training, subject = evidence.training, evidence.subject
     trained = subject.meta.settings.pool_hash if subject else training and training.facts.get("pool_hash")
-    if trained and trained != pool.content_hash():
-        return replace(evidence, test_pool=pool)
-    return replace(evidence, pool=pool)
+    other = trained and trained != pool.content_hash()
+    return replace(evidence, test_pool=pool) if other else replace(evidence, pool=pool)
 
 
 def _with_import(evidence: Evidence, about: Mapping[str, Any], place: Path, tested: bool) -> Evidence:
@@ -167,19 +171,17 @@ def _with_import(evidence: Evidence, about: Mapping[str, Any], place: Path, test
     evidence = replace(evidence, problems=problems, missing=(*evidence.missing, *about["missing"]))
     if not tested:
         return evidence
-    subject, others = evidence.subject, {}
+    subject, others, given = evidence.subject, {}, None
     if subject is not None:
         folders = [Path(saved["folder"]) for saved in about["weights"][1:] if not saved["problem"]]
         others = {folder.name: _other(folder, subject.meta) for folder in folders if folder.is_dir()}
-    printed = (about["console"] or {}).get("mean_reward")
-    evidence = replace(evidence, printed_reward=printed, other_weights=others)
     if (place / TEST_POOL).is_dir():
         given = load_pool(place / TEST_POOL)
         if subject is not None:
             scale = subject.meta.settings.scale
             subject = replace(subject, test_scale=pool_returns(given, scale.gamma, scale.scale)[1])
-        evidence = replace(evidence, test_pool=given, subject=subject)
-    return evidence
+    printed = (about["console"] or {}).get("mean_reward")
+    return replace(evidence, printed_reward=printed, other_weights=others, test_pool=given, subject=subject)
 
 
 def _other(folder: Path, meta: CheckpointMeta) -> Callable[[], PolicyNetwork]:
@@ -193,13 +195,14 @@ def _missing(evidence: Evidence, imported: bool) -> Iterator[str]:
     """What is not there, and what it would add; an import has listed the files of the original itself."""
     if evidence.test is not None and evidence.traces is None:
         yield "the test's traces (--data): baselines on the same traces, paired differences, the optimum"
-    if imported:
-        return
-    if evidence.test is None:
-        yield "a test (notebook 05): the reward, where it goes, the gap to the baselines"
-    if evidence.training is None:
-        yield "the training (notebook 04): learning rate and loss"
-    if evidence.pool is None:
-        yield "the pool (notebook 03): the behaviour policy, labels, rewards and returns"
-    if evidence.subject is None and not evidence.missing and not evidence.problems:
-        yield "weights and PLM: what each switch of the test changes"
+    ours = {
+        "a test (notebook 05): the reward, where it goes, the gap to the baselines": evidence.test,
+        "the training (notebook 04): learning rate and loss": evidence.training,
+        "the pool (notebook 03): the behaviour policy, labels, rewards and returns": evidence.pool,
+        "weights and PLM: what each switch of the test changes": evidence.subject
+        or evidence.missing
+        or evidence.problems
+        or None,
+    }
+    if not imported:
+        yield from (text for text, there in ours.items() if there is None)

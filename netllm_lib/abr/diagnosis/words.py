@@ -37,8 +37,7 @@ def with_runs(evidence: Evidence, folders: Sequence[str | Path], data: str | Non
     """
     from netllm_lib.abr.diagnosis import load as sources
 
-    assert evidence.test is not None
-    assert evidence.table is not None
+    assert evidence.test is not None and evidence.table is not None  # noqa: PT018
     tables = dict(evidence.tables)
     for folder in folders:
         other = sources.load(folder, data=data)
@@ -54,21 +53,11 @@ def with_runs(evidence: Evidence, folders: Sequence[str | Path], data: str | Non
 
 def findings_table(diagnosis: Diagnosis) -> pd.DataFrame:
     """The findings as a table for people: what was found, by which numbers and rule, the fix, and what it is worth."""
-    rows = [
-        {
-            "severity": finding.severity,
-            "id": finding.id,
-            "found": finding.title,
-            "evidence": "; ".join(
-                f"{name} {_brief(value)}" for name, value in finding.evidence.items() if value is not None
-            ),
-            "rule": finding.rule.should,
-            "fix": finding.fix,
-            "effect of the fix": str(finding.effect or "not measured"),
-        }
-        for finding in diagnosis.findings
-    ]
     columns = ["severity", "id", "found", "evidence", "rule", "fix", "effect of the fix"]
+    rows = []
+    for f in diagnosis.findings:
+        numbers = "; ".join(f"{name} {_brief(value)}" for name, value in f.evidence.items() if value is not None)
+        rows.append((f.severity, f.id, f.title, numbers, f.rule.should, f.fix, str(f.effect or "not measured")))
     return pd.DataFrame(rows, columns=columns, index=pd.RangeIndex(1, len(rows) + 1))
 
 
@@ -86,20 +75,24 @@ def _brief(value: object) -> str:
 def summary(table: pd.DataFrame, diagnosis: Diagnosis, setting: Mapping[str, object], top: int = 3) -> str:
     """The end of a headless run: who got how much, and the first things to fix."""
     where = f"{setting.get('traces', 'unknown traces')}, {setting.get('video', 'unknown video')}"
-    lines = [f"{where}: mean reward per chunk, 95 % interval over traces", ""]
-    clean = "reward_clean" in table and bool(table["reward_clean"].notna().any())
-    header = f"{'policy':20} {'reward':>7}  {'interval':16} {'iqm':>7} {'worst 5%':>8} {'Mbps':>6} {'stall s':>8} {'|ΔMbps|':>8}"
-    header += f" {'clean':>7}" if clean else ""
-    lines += [header, "-" * len(header)]
-    for name, row in table.iterrows():
-        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
-        tail = f"{row['iqm']:7.4f} {row['worst_5%']:8.4f}"
-        parts = f"{row['bitrate_mbps']:6.3f} {row['rebuffer_s']:8.4f} {row['smoothness_mbps']:8.3f}"
-        line = f"{name!s:20} {row['reward']:7.4f}  {interval:16} {tail} {parts}"
-        lines.append(line + (f" {row['reward_clean']:7.4f}" if clean else ""))
+    columns = [
+        "reward",
+        "low",
+        "high",
+        "iqm",
+        "worst_5%",
+        "bitrate_mbps",
+        "rebuffer_s",
+        "smoothness_mbps",
+        "reward_clean",
+    ]
+    shown = table[[name for name in columns if name in table and table[name].notna().any()]]
+    lines = [
+        f"{where}: mean reward per chunk, 95 % interval over traces",
+        "",
+        shown.to_string(float_format="{:.4f}".format),
+    ]
     found = diagnosis.findings
     lines += ["", "Findings" if found else "No findings."]
     lines += [f"{number}. {finding}" for number, finding in enumerate(found[:top], 1)]
-    if len(found) > top:
-        lines.append(f"… and {len(found) - top} more in the report")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([f"… and {len(found) - top} more in the report"] if len(found) > top else [])])
