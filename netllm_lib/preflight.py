@@ -112,7 +112,8 @@ def preflight(network: Network, data: Data, config: TrainConfig | None = None, m
         (crossing > 0, f"{crossing / len(data):.0%} of the samples span two episodes"),
         (plan.short_steps > 0 and config.last_group == "upstream",
          f"{plan.short_steps} steps are incomplete and count for less than the others"),
-        (too_much, "the memory estimate exceeds that of the device: a smaller batch, bfloat16 or 4-bit weights, or more devices"),
+        (too_much, f"the memory estimate exceeds the {(device_bytes or 0) / 1e9:.0f} GB of the device: "
+                   "a smaller batch, bfloat16 or 4-bit weights, or more devices"),
     ]  # fmt: skip
     return Preflight(
         plan,

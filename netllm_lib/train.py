@@ -179,12 +179,8 @@ class _Run:
                 where = f"the loss is {loss} at optimizer step {at.step}"
                 raise ValueError(f"{where}: lower the learning rate, or use float32")
             row = {"step": at.step, "epoch": at.epoch, "loss": loss, "grad_norm": norm}
-            row |= {
-                "clipped": norm > config.max_grad_norm,
-                "lr": config.lr * rate,
-                "lr_around": config.lr_around * rate,
-            }
-            rows.append(row | {"seconds": at.seconds + time.perf_counter() - start})
+            row |= {"clipped": norm > config.max_grad_norm, "seconds": at.seconds + time.perf_counter() - start}
+            rows.append(row | {"lr": config.lr * rate, "lr_around": config.lr_around * rate})
         self.optimizer.step()
         at.seconds += time.perf_counter() - start
         return rows
@@ -204,28 +200,19 @@ class _Run:
         at, config, meta = self.at, self.config, dataclasses.replace(self.meta, step=self.at.step)
         final = checkpoint.save_checkpoint(self.folder / "final", self.network, meta)
         history, scores = pd.DataFrame(at.history), [sign * evaluation["score"] for evaluation in at.evaluations]
-        known: dict[str, Any] = {
-            "steps": at.step,
-            "micro_steps": len(history),
-            "samples": len(self.data),
-            "epochs": at.epoch,
-        }
+        known: dict[str, Any] = {"steps": at.step, "samples": len(self.data), "epochs": at.epoch, "seconds": at.seconds}
         known |= {"lr": config.lr, "lr_peak": config.lr * self.plan.peak, "lr_around": config.lr_around}
+        known |= {"accumulation": config.accumulation, "warmup_steps": self.plan.warmup, "clip": config.clip}
+        known |= {"data_key": self.data.key, "facts": runs.plain(self.data.facts), "key": self.key}
         result = TrainingRun(
             **known,
             history=history,
+            micro_steps=len(history),
             evaluations=pd.DataFrame(at.evaluations, columns=["step", "epoch", "score", "seconds"]),
-            accumulation=config.accumulation,
-            warmup_steps=self.plan.warmup,
-            clip=config.clip,
             clipped=float(history["clipped"].mean()),
             final_loss=float(history["loss"].tail(LAST_STEPS).mean()),
             held_out_loss=None if held_out is None else mean_loss(self.network, held_out),
             best_score=sign * max(scores) if scores else None,
-            data_key=self.data.key,
-            facts=runs.plain(self.data.facts),
-            seconds=at.seconds,
-            key=self.key,
             final=final,
             best=self.folder / "best" if validated else final,
         )
@@ -264,9 +251,8 @@ class _Run:
     def resume(self) -> None:
         path = self.folder / STATE
         try:
-            with zipfile.ZipFile(
-                path
-            ) as archive:  # PyTorch's reader does not compare the checksums that its files have
+            # PyTorch's reader does not compare the checksums that its files have
+            with zipfile.ZipFile(path) as archive:
                 if broken := archive.testzip():
                     raise ValueError(f"the checksum of {broken} is wrong")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
