@@ -75,6 +75,30 @@ def page() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A whole run of the original (`upstream_tree.Tree`) on the bundled sample; tests change copies of it."""
+    from upstream_tree import write_tree  # PyTorch
+
+    return write_tree(tmp_path_factory.mktemp("upstream") / "NetLLM")
+
+
+@pytest.fixture
+def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for reports; no PLM, data or report folder of the machine is seen by accident."""
+    monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path / "reports"))
+    monkeypatch.setenv("NETLLM_PLMS", str(tmp_path / "no_plms"))
+    monkeypatch.delenv("NETLLM_DATA", raising=False)
+    return tmp_path / "reports"
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path) -> Path:
+    """A data folder in which nothing is, so that no pool can be made anew."""
+    (tmp_path / "data" / "traces").mkdir(parents=True)
+    return tmp_path / "data"
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     return [
         f"{what}: {folder}" + ("" if folder.is_dir() else " (ABSENT: comparisons with the original will be skipped)")

@@ -7,17 +7,14 @@ executed, and it costs neither much time nor much memory.
 from __future__ import annotations
 
 import builtins
-import json
 import os
 import pickle
 import pickletools
 import random
-import shutil
 import struct
 import sys
 import time
 import tracemalloc
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,15 +43,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event == "open" and isinstance(arguments[1], str) and arguments[1].startswith("r"):
         return
-    if event in (
-        "import",
-        "exec",
-        "compile",
-        "marshal.loads",
-        "pickle.find_class",
-        "open",
-        "socket.connect",
-    ) or event.startswith(("os.", "subprocess.", "shutil.", "ctypes.")):
+    harm = ("import", "exec", "compile", "marshal.loads", "pickle.find_class", "open", "socket.connect")
+    if event in harm or event.startswith(("os.", "subprocess.", "shutil.", "ctypes.")):
         _seen.append(f"{event} {arguments!r:.80}")
 
 
@@ -111,73 +101,30 @@ def assert_refused(path: Path, data: bytes, memory: int = 2**20, match: str = ".
 
 @st.composite
 def pools(draw: st.DrawFn) -> ExperiencePool:
-    lengths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
-    count = sum(lengths)
-    dones = np.zeros(count, dtype=bool)
-    dones[np.cumsum(lengths) - 1] = True
-    number: dict[str, Any] = {"allow_nan": False, "allow_infinity": False}
-    return ExperiencePool(
-        draw(npst.arrays(np.float32, (count, 6, 6), elements=st.floats(width=32, **number))),
-        draw(npst.arrays(np.int64, count, elements=st.integers(0, 5))),
-        draw(npst.arrays(np.float64, count, elements=st.floats(**number))),
-        dones,
-    )
-
-
-@quick
-@given(pools())
-def test_any_pool_comes_back_from_both_formats(tmp_path: Path, pool: ExperiencePool) -> None:
-    assert load_pool(pool.save(tmp_path / "pool")).content_hash() == pool.content_hash()
-    path = write_pool(pool, tmp_path / "pool.pkl")
-    with watched():
-        assert load_pool(path).content_hash() == pool.content_hash()
+    count, number = draw(st.integers(1, 9)), {"allow_nan": False, "allow_infinity": False}
+    states = draw(npst.arrays(np.float32, (count, 6, 6), elements=st.floats(width=32, **number)))  # type: ignore[call-overload]
+    rewards = draw(npst.arrays(np.float64, count, elements=st.floats(**number)))  # type: ignore[call-overload]
+    dones = np.append(draw(npst.arrays(np.bool_, count - 1)), True)
+    return ExperiencePool(states, draw(npst.arrays(np.int64, count, elements=st.integers(0, 5))), rewards, dones)
 
 
 @quick
 @given(pools(), st.integers(2, 5), st.booleans())
-def test_any_pool_of_the_original_is_read(tmp_path: Path, pool: ExperiencePool, protocol: int, numpy_1: bool) -> None:
-    path = tmp_path / "exp_pool.pkl"
-    path.write_bytes(upstream_pickle(protocol, numpy_1, **lists_of(pool)))
+def test_any_pool_of_the_original_both_ways(tmp_path: Path, pool: ExperiencePool, protocol: int, numpy_1: bool) -> None:
+    """Read from any Python's pickle; written so that Python's own unpickler and the original's class read it."""
+    path, expected = tmp_path / "exp_pool.pkl", lists_of(pool)
+    path.write_bytes(upstream_pickle(protocol, numpy_1, **expected))
     with watched():
         read = load_pool(path)
-    assert read.content_hash() == pool.content_hash()
-
-
-@quick
-@given(pools())
-def test_the_original_reads_what_is_written(tmp_path: Path, pool: ExperiencePool) -> None:
-    """With Python's own unpickler and the original's class, as the original does it."""
-    path = write_pool(pool, tmp_path / "exp_pool.pkl")
+    assert read.content_hash() == pool.content_hash() == load_pool(write_pool(pool, path)).content_hash()
     with original_class() as cls:
         record: Any = pickle.loads(path.read_bytes())
     assert type(record) is cls
-    expected = lists_of(pool)
     assert set(vars(record)) == set(expected)
-    assert [type(a) for a in record.actions] == [int] * len(pool)
-    assert [type(d) for d in record.dones] == [bool] * len(pool)
+    assert {type(a) for a in record.actions} | {type(d) for d in record.dones} == {int, bool}
     for name, values in expected.items():
         np.testing.assert_array_equal(np.array(getattr(record, name)), np.array(values))
         assert np.array(getattr(record, name)).dtype == np.array(values).dtype
-
-
-seconds = st.floats(0.01, 1e3, allow_nan=False)
-rates = st.floats(0, 1e4, allow_nan=False)
-
-
-@quick
-@given(st.lists(st.tuples(seconds, rates), min_size=2, max_size=12), st.sampled_from([" ", "\t", "  "]), st.booleans())
-def test_any_trace_comes_back(tmp_path: Path, samples: list[tuple[float, float]], space: str, blank: bool) -> None:
-    times, mbps = np.cumsum([gap for gap, _ in samples]), np.array([rate for _, rate in samples])
-    times -= times[0]
-    mbps[-1] += 10  # enough for a chunk
-    path = tmp_path / "trace"
-    text = ("\n\n" if blank else "\n").join(
-        f"{t!r}{space}{m!r}" for t, m in zip(times.tolist(), mbps.tolist(), strict=True)
-    )
-    path.write_text(text)
-    trace = read_trace(path)
-    np.testing.assert_array_equal(trace.time_s, times)
-    np.testing.assert_array_equal(trace.mbps, mbps)
 
 
 @quick
@@ -186,12 +133,8 @@ def test_a_mutated_trace_is_read_or_refused_by_file_and_line(tmp_path: Path, dat
     text = bytearray(b"".join(b"%.3f %.4f\n" % (0.5 * i, 1 + i % 3) for i in range(8)))
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(text)))
-        text[start : start + data.draw(st.integers(0, 6))] = data.draw(
-            st.one_of(
-                st.binary(max_size=6),
-                st.sampled_from([b"nan", b"inf", b"-", b"1e400", b"1_0", b"\n", b"\x00", b" 1", b"9" * 5000]),
-            )
-        )
+        words = st.sampled_from([b"nan", b"inf", b"-", b"1e400", b"1_0", b"\n", b"\x00", b" 1", b"9" * 5000])
+        text[start : start + data.draw(st.integers(0, 6))] = data.draw(words | st.binary(max_size=6))
     path = tmp_path / "trace"
     path.write_bytes(text)
     trace, message = attempt(lambda: read_trace(path))
@@ -210,43 +153,17 @@ def test_a_mutated_trace_is_read_or_refused_by_file_and_line(tmp_path: Path, dat
 # --- start pointers -----------------------------------------------------------------------------------------------------
 
 
-@quick
-@given(st.lists(st.integers(1, 2), min_size=1, max_size=4), st.integers(0, 5), st.data())
-def test_mutated_pointer_files_are_read_or_refused(
-    tmp_path: Path, pointers: list[int], protocol: int, data: st.DataObject
-) -> None:
-    folder = tmp_path / str(len(pointers))
-    folder.mkdir(exist_ok=True)
-    for i in range(len(pointers)):
-        (folder / f"t{i}").write_text("0 1\n1 2\n2 3\n")
-    path = folder / "mahimahi_ptrs.pkl"
-    path.write_bytes(original := pickle.dumps(pointers, protocol=protocol))
-    with watched():
-        read = read_trace_set(folder).start_ptrs
-    assert read is not None
-    assert read.tolist() == pointers
-    mutated = bytearray(original)
-    for _ in range(data.draw(st.integers(1, 3))):
-        mutated[data.draw(st.integers(0, len(mutated) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(bytes(mutated[: data.draw(st.integers(0, len(mutated)))] if data.draw(st.booleans()) else mutated))
-    with watched():
-        read, message = attempt(lambda: read_trace_set(folder).start_ptrs)
-    assert message.startswith(str(path)) if read is None else set(read.tolist()) <= {1, 2}
-
-
 def test_hostile_pointer_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("0 1\n1 2\n2 3\n")
     path = tmp_path / "mahimahi_ptrs.pkl"
-    for data in (
-        pickle.dumps([Call(os.system, "echo")]),
-        b"\x80\x04" + b"]" * 100_000 + b".",
-        b"\x80\x04]\x8e" + struct.pack("<Q", 10 * 2**30) + b"x.",
-        b"\x80\x02]\x8b" + struct.pack("<i", 2**31 - 1) + b"\x01a.",
+    own = (
         b"(lI" + b"9" * 10_000 + b"\na.",
         b"(lI01\na.",
         b"\x80\x02](K\x01K\x01e",
+        pickle.dumps([Call(os.system, "echo")]),
         b"",
-    ):
+    )
+    for data in (*own, *HOSTILE.values()):
         path.write_bytes(data)
         with watched(), pytest.raises(ValueError, match="mahimahi_ptrs"):
             read_trace_set(tmp_path)
@@ -303,12 +220,29 @@ def with_state_of(rows: int, columns: int, data: bytes) -> bytes:
     return with_lists(states=ARRAY + b"(K\x01" + shape + DTYPE + b"\x89C" + bytes([len(data)]) + data + b"tb")
 
 
+CHANGED: dict[str, dict[str, Any]] = {
+    "class with __setstate__": {"actions": [WithState(), WithState()]},
+    "reduce with a state": {"dones": Call(list, [True], state={"a": 1})},
+    "object arrays": {"states": [np.full((6, 6), os.system, dtype=object)] * 2},
+    "structured arrays": {"states": [np.zeros((6, 6), "f4,i4")] * 2},
+    "dates": {"rewards": list(np.zeros(2, "M8[s]"))},
+    "levels as text": {"actions": ["0", "1"]},
+    "level 6": {"actions": [0, 6]},
+    "level -1": {"actions": [0, np.int64(-1)]},
+    "level 2**70": {"actions": [0, 2**70]},
+    "reward 10**400": {"rewards": [0, 10**400]},
+    "nan states": {"states": [np.full((6, 6), np.nan, np.float32)] * 2},
+    "states beyond float32": {"states": [np.full((6, 6), 1e300)] * 2},
+    "states of another shape": {"states": [np.zeros((6, 8), np.float32)] * 2},
+    "states of integers": {"states": [np.zeros((6, 6), np.int32)] * 2},
+    "one state for all": {"states": np.zeros((2, 6, 6), np.float32)},
+}
+"""What is wrong with a list of the original's pool."""
 HOSTILE: dict[str, bytes] = {
+    **{name: upstream_pickle(**(GOOD | change)) for name, change in CHANGED.items()},
     "os.system": pickle.dumps({"states": Call(os.system, "echo run > /dev/null")}),
     "builtins.eval": pickle.dumps(Call(builtins.eval, "1"), protocol=2),
     "nested reduce": pickle.dumps(Call(list, [Call(map, eval, ["1"])])),
-    "class with __setstate__": upstream_pickle(**(GOOD | {"actions": [WithState(), WithState()]})),
-    "reduce with a state": upstream_pickle(**(GOOD | {"dones": Call(list, [True], state={"a": 1})})),
     "the class called": b"cplm_special.data.exp_pool\nExperiencePool\n)R.",
     "10 GB of bytes": b"\x80\x04\x8e" + struct.pack("<Q", 10 * 2**30) + b"x.",
     "10 GB of text": b"\x80\x04\x8d" + struct.pack("<Q", 10 * 2**30) + b"x.",
@@ -341,9 +275,6 @@ HOSTILE: dict[str, bytes] = {
     "old object": b"(cos\nsystem\no.",
     "newobj_ex": b"\x80\x04" + text(b"plm_special.data.exp_pool") + text(b"ExperiencePool") + b"\x93)}\x92.",
     "out-of-band buffer": b"\x80\x05\x97.",
-    "object arrays": upstream_pickle(**(GOOD | {"states": [np.full((6, 6), os.system, dtype=object)] * 2})),
-    "structured arrays": upstream_pickle(**(GOOD | {"states": [np.zeros((6, 6), "f4,i4")] * 2})),
-    "dates": upstream_pickle(**(GOOD | {"rewards": list(np.zeros(2, "M8[s]"))})),
     "negative shape": with_state_of(-1, -36, bytes(144)),
     "huge shape": with_state_of(2**31 - 1, 2**31 - 1, b""),
     "huge dtype": with_body(text(b"numpy") + text(b"dtype") + b"\x93" + text(b"S2000000000") + b"\x89\x88\x87R"),
@@ -355,16 +286,9 @@ HOSTILE: dict[str, bytes] = {
     "no stop": pickle.dumps(GOOD)[:-1],
     "two objects": b"\x80\x04]].",
     "missing done": upstream_pickle(**{name: values for name, values in GOOD.items() if name != "dones"}),
-    "levels as text": upstream_pickle(**(GOOD | {"actions": ["0", "1"]})),
-    "level 6": upstream_pickle(**(GOOD | {"actions": [0, 6]})),
-    "level -1": upstream_pickle(**(GOOD | {"actions": [0, np.int64(-1)]})),
-    "level 2**70": upstream_pickle(**(GOOD | {"actions": [0, 2**70]})),
-    "reward 10**400": upstream_pickle(**(GOOD | {"rewards": [0, 10**400]})),
-    "nan states": upstream_pickle(**(GOOD | {"states": [np.full((6, 6), np.nan, np.float32)] * 2})),
-    "states beyond float32": upstream_pickle(**(GOOD | {"states": [np.full((6, 6), 1e300)] * 2})),
-    "states of another shape": upstream_pickle(**(GOOD | {"states": [np.zeros((6, 8), np.float32)] * 2})),
-    "states of integers": upstream_pickle(**(GOOD | {"states": [np.zeros((6, 6), np.int32)] * 2})),
-    "one state for all": upstream_pickle(**(GOOD | {"states": np.zeros((2, 6, 6), np.float32)})),
+    # the costliest opcodes there are, and nothing else: memory in proportion to the file
+    **{f"many {opcode!r}": b"\x80\x04" + opcode * 2**17 + b"." for opcode in (b")", b"N", b"K\x00\x85", b"NN\x86", b"(NNt")},
+    "much to remember": b"\x80\x04]" + b"\x94" * 2**17 + b".",
 }  # fmt: skip
 
 
@@ -373,49 +297,20 @@ def test_hostile_pool_is_refused(tmp_path: Path, kind: str) -> None:
     assert_refused(tmp_path / "exp_pool.pkl", HOSTILE[kind])
 
 
-def test_the_hostile_pools_are_sound_but_for_one_thing(tmp_path: Path) -> None:
-    path = tmp_path / "exp_pool.pkl"
-    path.write_bytes(with_lists())
-    assert len(load_pool(path)) == 1
-
-
 def test_every_hostile_opcode_is_unknown(tmp_path: Path) -> None:
     """A pool with one more opcode in front, of each kind that Python has, loads only if that opcode is harmless."""
-    good = upstream_pickle(**GOOD)
-    path = tmp_path / "exp_pool.pkl"
-    harmless = {"PROTO", "FRAME"}
+    good, path = upstream_pickle(**GOOD), tmp_path / "exp_pool.pkl"
     for opcode in pickletools.opcodes:
         argument = b"1\n1\n" if opcode.arg and opcode.arg.n == pickletools.UP_TO_NEWLINE else bytes(8)
-        data = good[:2] + opcode.code.encode("latin1") + (argument if opcode.arg else b"") + good[2:]
-        if opcode.name in harmless:
-            path.write_bytes(
-                good[:2] + opcode.code.encode("latin1") + bytes(1 if opcode.name == "PROTO" else 8) + good[2:]
-            )
+        argument = {"PROTO": bytes(1), "FRAME": bytes(8)}.get(opcode.name, argument if opcode.arg else b"")
+        data = good[:2] + opcode.code.encode("latin1") + argument + good[2:]
+        if opcode.name in ("PROTO", "FRAME"):
+            path.write_bytes(data)
             assert len(load_pool(path)) == 2
         else:
             assert_refused(path, data)
-
-
-def test_large_files_need_memory_in_proportion(tmp_path: Path) -> None:
-    """The costliest opcodes there are, and nothing else."""
-    count, path = 2**15, tmp_path / "exp_pool.pkl"
-    for body in (
-        b")" * count,
-        b"N" * count,
-        b"K\x00\x85" * count,
-        b"NN\x86" * count,
-        b"]" + b"\x94" * count,
-        b"(NNt" * count,
-        b"]" * count,
-    ):
-        path.write_bytes(data := b"\x80\x04" + body + b".")
-        tracemalloc.start()
-        try:
-            with pytest.raises(PoolError):
-                load_pool(path)
-            assert tracemalloc.get_traced_memory()[1] < 100 * len(data)
-        finally:
-            tracemalloc.stop()
+    path.write_bytes(with_lists())  # the frame of the hostile ones is sound
+    assert len(load_pool(path)) == 1
 
 
 # --- mutated pools ------------------------------------------------------------------------------------------------------
@@ -466,15 +361,13 @@ def mutate(rng: random.Random, base: bytes, others: list[bytes]) -> bytes:
     return bytes(data)
 
 
-def fuzz(count: int, seed: int, path: Path) -> tuple[int, int]:
-    """(refused, read) of `count` mutated pools."""
-    bases, rng = corpus(), random.Random(seed)
-    refused = 0
+@pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_mutated_pools(tmp_path: Path, count: int) -> None:
+    path, bases, rng, refused = tmp_path / "exp_pool.pkl", corpus(), random.Random(count), 0
     tracemalloc.start()
     try:
         for _ in range(count):
-            data = mutate(rng, rng.choice(bases), bases)
-            path.write_bytes(data)
+            path.write_bytes(data := mutate(rng, rng.choice(bases), bases))
             tracemalloc.reset_peak()
             before, started = tracemalloc.get_traced_memory()[0], time.process_time()
             with watched():
@@ -489,161 +382,5 @@ def fuzz(count: int, seed: int, path: Path) -> tuple[int, int]:
             assert tracemalloc.get_traced_memory()[1] - before < 2**20 + 100 * len(data), data
     finally:
         tracemalloc.stop()
-    return refused, count - refused
-
-
-@pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_mutated_pools(tmp_path: Path, count: int) -> None:
-    refused, read = fuzz(count, count, tmp_path / "exp_pool.pkl")
-    assert refused > 0.6 * count
-    assert read > 0.01 * count  # a changed number is still a pool
+    assert 0.6 * count < refused < 0.99 * count  # a changed number is still a pool
     assert [path.name for path in tmp_path.iterdir()] == ["exp_pool.pkl"]
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------------------
-
-ADAPTERS = {
-    "ours": ("adapter_model.safetensors", "modules.safetensors"),
-    "theirs": ("adapter_model.bin", "modules_except_plm.bin"),
-}
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `ours` and `theirs` with the same small policy."""
-    from llm_fixtures import tiny_network, toy_pool
-    from netllm_lib.abr.batches import pool_returns
-    from netllm_lib.abr.model import PolicySettings
-    from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
-    from netllm_lib.checkpoint import describe, save_checkpoint
-
-    root, network = tmp_path_factory.mktemp("checkpoints"), tiny_network(rank=2, layers=1)
-    _, scale = pool_returns(toy_pool())
-    save_checkpoint(root / "ours", network, describe(network, PolicySettings(20, scale)))
-    save_upstream_checkpoint(root / "theirs", network)
-    return root
-
-
-def load_again(folder: Path) -> Any:
-    from llm_fixtures import toy_pool
-    from netllm_lib.abr.batches import pool_returns
-    from netllm_lib.abr.model import load_policy
-    from netllm_lib.abr.upstream.checkpoints import load_upstream_checkpoint
-    from netllm_lib.plm import PLMConfig
-
-    if folder.name == "ours":
-        return load_policy(folder)[0]
-    return load_upstream_checkpoint(folder, PLMConfig("tiny-llama", layers=1), pool_returns(toy_pool())[1])[0]
-
-
-def fuzz_weights(checkpoints: Path, folder: Path, count: int) -> None:
-    """Mutated files are refused by name, or hold the very numbers that were saved."""
-    import torch
-
-    original = load_again(checkpoints / folder.name).state_dict()
-    rng = random.Random(4)
-    for name in ADAPTERS[folder.name]:
-        shutil.copytree(checkpoints / folder.name, folder, dirs_exist_ok=True)
-        data = (folder / name).read_bytes()
-        head = 600 if folder.name == "ours" else len(data)
-        for _ in range(count):
-            at = rng.randrange(1, len(data)) if rng.random() < 0.5 else rng.randrange(1, head)
-            mutated = bytearray(data)
-            mutated[at] ^= 1 << rng.randrange(8)
-            if rng.random() < 0.3:
-                mutated = bytearray(mutate(rng, data, [data]))
-            (folder / name).write_bytes(mutated)
-            network, message = attempt(lambda: load_again(folder))
-            if network is None:
-                assert name in message
-            else:
-                assert all(torch.equal(value, original[key]) for key, value in network.state_dict().items())
-
-
-@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["ours", "theirs"])
-def test_mutated_weights(checkpoints: Path, tmp_path: Path, kind: str, count: int) -> None:
-    fuzz_weights(checkpoints, tmp_path / kind, count)
-
-
-VALUES = [None, -1, 0, 10**12, 10**400, 1.5, -0.5, "", "x", True, [], {}, [None], {"a": 1}]
-
-
-def fuzz_config(checkpoints: Path, folder: Path, file: str, count: int) -> int:
-    """Configs with a value replaced, or with damaged text, are refused, or make a network; how many were refused."""
-    shutil.copytree(checkpoints / folder.name, folder)
-    text = (folder / file).read_text()
-    rng, refused = random.Random(5), 0
-    for _ in range(count):
-        values = json.loads(text)
-        target = rng.choice([values, *(values[key] for key in ("plm", "network", "scale") if key in values)])
-        target[rng.choice([*target, "unknown"])] = rng.choice(VALUES)
-        mutated = json.dumps(values).encode() if rng.random() < 0.7 else mutate(rng, text.encode(), [text.encode()])
-        (folder / file).write_bytes(mutated)
-        network, message = attempt(lambda: load_again(folder), (ValueError, FileNotFoundError))
-        if network is None:
-            refused += 1
-            assert str(folder) in message or "no PLM" in message
-    return refused
-
-
-@pytest.mark.parametrize("count", [40, pytest.param(600, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("kind", "file"), [("ours", "config.json"), ("ours", "adapter_config.json"), ("theirs", "adapter_config.json")]
-)
-def test_mutated_configs(checkpoints: Path, tmp_path: Path, kind: str, file: str, count: int) -> None:
-    assert fuzz_config(checkpoints, tmp_path / kind, file, count) > 0.25 * count
-
-
-@pytest.mark.parametrize(
-    ("reduce", "reason"),
-    [
-        ((bytearray, (10**10,)), "bytearray"),
-        ((os.system, ("echo run > /dev/null",)), "system"),
-        ((eval, ("1",)), "eval"),
-        ((set, ([1],)), "set"),
-    ],
-)
-def test_bins_name_nothing_but_tensors(checkpoints: Path, tmp_path: Path, reduce: tuple[Any, ...], reason: str) -> None:
-    folder = Path(shutil.copytree(checkpoints / "theirs", tmp_path / "theirs"))
-    replace_pickle(folder / "adapter_model.bin", pickle.dumps({"w": Call(reduce[0], *reduce[1])}, protocol=2))
-    with pytest.raises(ValueError, match=rf"adapter_model\.bin.*{reason}"):
-        load_again(folder)
-
-
-def replace_pickle(path: Path, data: bytes, compression: int = zipfile.ZIP_STORED) -> None:
-    """Put other opcodes into a PyTorch file, with a checksum that fits."""
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, content in members.items():
-            archive.writestr(name, data if name.endswith("/data.pkl") else content)
-
-
-def test_packed_bins_and_wrong_checksums(checkpoints: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(checkpoints / "theirs", tmp_path / "theirs"))
-    path = folder / "modules_except_plm.bin"
-    whole = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
-        member = next(m for m in archive.infolist() if m.filename.endswith("/data/0"))
-        number = member.header_offset + 30 + len(member.filename) + 200
-    replace_pickle(path, pickled, zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match=r"modules_except_plm\.bin.*packed"):
-        load_again(folder)
-    path.write_bytes(whole[:number] + bytes([whole[number] ^ 1]) + whole[number + 1 :])
-    with pytest.raises(ValueError, match=r"modules_except_plm\.bin.*CRC"):
-        load_again(folder)
-    path.write_bytes(whole)
-    load_again(folder)
-
-
-def test_weights_of_another_checkpoint_are_noticed(checkpoints: Path, tmp_path: Path) -> None:
-    """The right keys and shapes with other numbers: a file copied from another run."""
-    from safetensors.torch import load_file, save_file
-
-    folder = Path(shutil.copytree(checkpoints / "ours", tmp_path / "ours"))
-    path = folder / "adapter_model.safetensors"
-    save_file({key: value + 1 for key, value in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: not the file that was saved"):
-        load_again(folder)

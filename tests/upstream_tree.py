@@ -38,32 +38,12 @@ from netllm_lib.plm import PLMConfig, load_plm
 PARTS = ("console", "losses", "best_model", "checkpoint", "results", "pool", "plm")
 
 SETTINGS: dict[str, Any] = {
-    "train_traces": "sample-train",
-    "train_video": "sample",
-    "pool_models": ("bba",),
-    "pool_seed": 1,
-    "pool_trace_num": 6,
-    "pool_fixed": False,
-    "plm_type": "llama",
-    "plm_size": "tiny",
-    "sample_step": None,
-    "rank": 4,
-    "w": 5,
-    "gamma": 1.0,
-    "state_feature_dim": 8,
-    "lr": 0.0001,
-    "weight_decay": 0.0001,
-    "warmup_steps": 2000,
-    "epochs": 3,
-    "seed": 1,
-    "early_stop": -1,
-    "test_traces": "sample-test",
-    "test_video": "sample",
-    "test_trace_num": 3,
-    "test_fixed": False,
-    "test_seed": 1,
-    "target_return_scale": 1.0,
-}
+    "train_traces": "sample-train", "train_video": "sample", "pool_models": ("bba",), "pool_seed": 1, "pool_trace_num": 6,
+    "pool_fixed": False, "plm_type": "llama", "plm_size": "tiny", "sample_step": None, "rank": 4, "w": 5, "gamma": 1.0,
+    "state_feature_dim": 8, "lr": 0.0001, "weight_decay": 0.0001, "warmup_steps": 2000, "epochs": 3, "seed": 1,
+    "early_stop": -1, "test_traces": "sample-test", "test_video": "sample", "test_trace_num": 3, "test_fixed": False,
+    "test_seed": 1, "target_return_scale": 1.0,
+}  # fmt: skip
 """Of the tree, in the keys of `names.settings_of`."""
 
 
@@ -124,16 +104,10 @@ def write_tree(root: Path, **changes: Any) -> Tree:
     traces, video = registry.trace_set(settings["test_traces"]), registry.video(settings["test_video"])
     _, scale = pool_returns(pool, settings["gamma"])
     tested = EvalConfig.upstream(w=settings["w"], target_return_scale=settings["target_return_scale"])
-    episodes = upstream_episodes(
-        traces,
-        trace_num=settings["test_trace_num"],
-        fixed_order=settings["test_fixed"],
-        seed=settings["test_seed"],
-    )
-    table = play(
-        LLMPolicy(network, describe(network, PolicySettings(settings["w"], scale)), tested),
-        Simulator(traces, video, episodes),
-    )
+    count, fixed, seed = (settings[f"test_{key}"] for key in ("trace_num", "fixed", "seed"))
+    episodes = upstream_episodes(traces, trace_num=count, fixed_order=fixed, seed=seed)
+    policy = LLMPolicy(network, describe(network, PolicySettings(settings["w"], scale)), tested)
+    table = play(policy, Simulator(traces, video, episodes))
     results = write_results(base / "artifacts" / "results" / results_path(settings), table, traces.name)
     mean = summarise(table).reward
 
@@ -217,15 +191,9 @@ def console_text(settings: dict[str, Any], losses: np.ndarray, mean_reward: floa
         if epoch in (0, last):
             lines += [f"Checkpoint saved at: {run}/{stop}_checkpoint/{epoch}"]
             lines += [f"Best model saved at: {run}/{stop}_best_model", f"{'>' * 10} Evaluation Information"]
-            episodes = 47 * settings["test_trace_num"]
-            lines += _printed(
-                {
-                    "best_return": 3.5 + epoch,
-                    "episodes_len": episodes,
-                    "episodes_return": 3.5 + epoch,
-                    "time/evaluation": 67.25,
-                }
-            )
+            length, best = 47 * settings["test_trace_num"], 3.5 + epoch
+            numbers = {"best_return": best, "episodes_len": length, "episodes_return": best, "time/evaluation": 67.25}
+            lines += _printed(numbers)
     if mean_reward is not None:
         lines += [f"Load model from: {run}/{stop}_best_model", str(settings["test_trace_num"])]
         lines += [f"{{'time': 63.5, 'mean_reward': {mean_reward}}}", f"Test time: 63.5 \nMean reward: {mean_reward}"]

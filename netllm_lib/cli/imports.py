@@ -35,30 +35,30 @@ def import_(
     with waiting("importing"):
         imported = import_run(folder, pool=pool, plm=plm, data=data, run=run)
     about = runs.read_json(imported.folder / IMPORT)
-    has_policy = (imported.folder / "policy").is_dir()
-    print(f"{about['name']}: {about['run']}")
-    for name, result in about["results"].items():
-        print(f"  {name}: {result['files']} traces, mean reward {result['mean_reward']:.6f}")
-    if (console := about["console"]) is not None:
+    has_policy, console = (imported.folder / "policy").is_dir(), about["console"]
+    means = {name: result["mean_reward"] for name, result in about["results"].items()}
+    lines = [
+        f"{name}: {about['results'][name]['files']} traces, mean reward {mean:.6f}" for name, mean in means.items()
+    ]
+    if console is not None:
         printed = "" if console["mean_reward"] is None else f", mean reward {console['mean_reward']:.6f}"
-        print(f"  console log: {console['epochs']} epochs{printed}")
+        lines.append(f"console log: {console['epochs']} epochs{printed}")
     for weights in about["weights"]:
         epoch = "" if weights["epoch"] is None else f" of epoch {weights['epoch']}"
-        print(
-            f"  weights: {weights['kind']}{epoch}" + (f", unusable: {weights['problem']}" if weights["problem"] else "")
+        lines.append(
+            f"weights: {weights['kind']}{epoch}" + (f", unusable: {weights['problem']}" if weights["problem"] else "")
         )
     if about["pool"]["origin"] is not None:
-        print(f"  pool: {about['pool']['origin']}, {about['pool']['hash']}")
+        lines.append(f"pool: {about['pool']['origin']}, {about['pool']['hash']}")
     if has_policy:
-        print(f"  policy: netllm play --preset upstream --policy {imported.folder}")
+        lines.append(f"policy: netllm play --preset upstream --policy {imported.folder}")
     lists = {key: about[key] for key in ("contradictions", "notes", "missing")}
     lists["problems"] = [problem["text"] for problem in about["problems"]]
-    for title, lines in lists.items():
-        if lines:
-            print("\n  ".join([f"{title}:", *lines]))
+    for title, texts in {f"{about['name']}: {about['run']}": lines, **lists}.items():
+        if texts or texts is lines:
+            print("\n  ".join([title if texts is lines else f"{title}:", *texts]))
     print(f"run folder: {imported.folder}")
     if as_json:
-        means = {name: result["mean_reward"] for name, result in about["results"].items()}
         report = {
             "name": about["name"],
             "mean_reward": means,

@@ -11,33 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from netllm_lib import config, runs, safe_pickle
+from netllm_lib import checkpoint, config, runs, safe_pickle
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings
-from netllm_lib.checkpoint import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    CheckpointMeta,
-    NotFinite,
-    Weights,
-    adapter_config,
-    adapter_weights,
-    build,
-    check_rank,
-    describe,
-    first_line,
-    load_adapter,
-    load_strictly,
-    module_weights,
-    on_cpu,
-    read_safetensors,
-)
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.returns import ReturnScale
 from netllm_lib.safe_pickle import Part
 
-MODULES = "modules_except_plm.bin"
-BIN_ADAPTER = "adapter_model.bin"
-WHOLE = "model.bin"
+MODULES, BIN_ADAPTER, WHOLE = "modules_except_plm.bin", "adapter_model.bin", "model.bin"
+NO_POSITIONS = "wpe.weight"
+"""Positions of a gpt2: the original adds none, so its files hold none and ours are zero."""
+DERIVED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Saved by older libraries among the weights, computed from the config by newer ones."""
 
 
 class ForeignAdapter(ValueError):
@@ -46,14 +30,15 @@ class ForeignAdapter(ValueError):
 
 def problem_of(error: Exception) -> str:
     """The id of the finding that an error of `load_upstream_checkpoint` amounts to."""
-    kinds: dict[type, str] = {NotFinite: "non-finite", ForeignAdapter: "adapter-not-applied"}
-    return kinds.get(type(error), "wrong-checkpoint")
+    if isinstance(error, checkpoint.NotFinite):
+        return "non-finite"
+    return "adapter-not-applied" if isinstance(error, ForeignAdapter) else "wrong-checkpoint"
 
 
 def adapter_problem(folder: Path) -> tuple[str, str] | None:
     """(what an adapter shows without its PLM, the id of the finding that it amounts to); None where it shows nothing."""
     try:
-        tensors = _read_adapter(folder)[1] if (folder / ADAPTER_CONFIG).is_file() else {}
+        tensors = _read_adapter(folder)[1] if (folder / checkpoint.ADAPTER_CONFIG).is_file() else {}
     except (ValueError, OSError) as error:
         return str(error), problem_of(error)
     b = [tensor for name, tensor in tensors.items() if "lora_B" in name]
@@ -64,52 +49,57 @@ def adapter_problem(folder: Path) -> tuple[str, str] | None:
 
 def load_upstream_checkpoint(
     folder: Path, plm: PLMConfig, scale: ReturnScale, w: int = 20
-) -> tuple[PolicyNetwork, CheckpointMeta]:
+) -> tuple[PolicyNetwork, checkpoint.CheckpointMeta]:
     """A checkpoint that the original wrote: adapter (.bin or .safetensors) and modules_except_plm.bin, or model.bin.
 
     `plm` says which PLM and how many layers; LoRA settings and sizes are read from the files. The original keeps reward
     range and target return in the pool, so `scale` must come from it. Every key and shape has to fit; only LoRA
     weights of layers that an early stop never reaches are left out. Nothing in the files is executed.
     """
-    folder = Path(folder)
-    whole: Weights = {}
-    if (folder / ADAPTER_CONFIG).is_file():
-        lora, modules_path = _read_lora(folder / ADAPTER_CONFIG), folder / MODULES
-        modules = _read(modules_path)
-        adapter_path, adapter = _read_adapter(folder)
-        check_rank({key: value.shape for key, value in adapter.items()}, lora["rank"], adapter_path)
-    elif (folder / WHOLE).is_file():
-        lora, modules_path = {"rank": -1}, folder / WHOLE
-        whole = _read(modules_path)
-        modules = _below(whole, "modules_except_plm.")
-    else:
-        said = f"neither {ADAPTER_CONFIG} (LoRA) nor {WHOLE} (rank -1); not a model the original saved"
+    whole = not (folder / checkpoint.ADAPTER_CONFIG).is_file()
+    if whole and not (folder / WHOLE).is_file():
+        said = f"neither {checkpoint.ADAPTER_CONFIG} (LoRA) nor {WHOLE} (rank -1); not a model the original saved"
         raise FileNotFoundError(f"{folder}: {said}")
-    sizes = _sizes(modules, modules_path)
+    path = folder / (WHOLE if whole else MODULES)
+    lora: dict[str, Any] = {"rank": -1} if whole else _read_lora(folder / checkpoint.ADAPTER_CONFIG)
+    inner, modules = {}, _read(path)
+    if whole:
+        inner, modules = (_below(modules, prefix) for prefix in ("plm.", "modules_except_plm."))
+    else:
+        adapter_path, inner = _read_adapter(folder)
+        checkpoint.check_rank({key: value.shape for key, value in inner.items()}, lora["rank"], adapter_path)
+    try:
+        sizes = NetworkConfig(
+            state_feature_dim=modules["0.fc1.0.weight"].shape[0], max_timestep=modules["1.weight"].shape[0] - 2
+        )
+    except (KeyError, IndexError):
+        raise ValueError(f"{path}: no state encoder or timestep table; not saved by the original") from None
     if sizes.max_timestep != scale.max_timestep:
         said = f"made for episodes of {sizes.max_timestep + 1} decisions, the pool given has {scale.max_timestep + 1}"
-        raise ValueError(f"{modules_path}: {said}: it is not the training pool")
+        raise ValueError(f"{path}: {said}: it is not the training pool")
     try:
-        network = build(PolicyNetwork, dataclasses.replace(plm, **lora), sizes, folder)
+        network = checkpoint.build(PolicyNetwork, dataclasses.replace(plm, **lora), sizes, folder)
     except ValueError as error:
         if whole:
             raise
-        build(PolicyNetwork, dataclasses.replace(plm, rank=0), sizes, folder)  # raises if it is the PLM's fault
+        # raises if it is the PLM's fault
+        checkpoint.build(PolicyNetwork, dataclasses.replace(plm, rank=0), sizes, folder)
         raise ForeignAdapter(str(error)) from None
-    loaded = network.plm
-    load_strictly(nn.ModuleList(network.around_plm().values()), modules, modules_path)
+    checkpoint.load_strictly(nn.ModuleList(network.around_plm().values()), modules, path)
+    model, layer = network.plm.model, re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
+    # an early stop leaves out the layers that it does not reach
+    inner = {k: v for k, v in inner.items() if (m := layer.search(k)) is None or int(m[1]) < network.plm.layers}
     if whole:
-        inner = _with_own_tokens(_below(whole, "plm."), loaded.model)
         inner = {key: value for key, value in inner.items() if not key.endswith(DERIVED_BUFFERS)}
-        inner |= {key: value for key, value in loaded.model.state_dict().items() if key == NO_POSITIONS}
-        load_strictly(loaded.model, _without_skipped_layers(inner, loaded.layers), modules_path)
+        inner |= {key: value for key, value in model.state_dict().items() if key == NO_POSITIONS}
+        checkpoint.load_strictly(model, _with_own_tokens(inner, model), path)
     else:
-        adapter = _without_skipped_layers(adapter, loaded.layers)
         try:
-            load_adapter(network, adapter, adapter_path)
+            checkpoint.load_adapter(network, inner, adapter_path)
         except ValueError as error:
-            raise ForeignAdapter(str(error)) if adapter.keys() != adapter_weights(network).keys() else error from None
-    return network.eval(), describe(network, PolicySettings(w, scale))
+            foreign = inner.keys() != checkpoint.adapter_weights(network).keys()
+            raise ForeignAdapter(str(error)) if foreign else error from None
+    return network.eval(), checkpoint.describe(network, PolicySettings(w, scale))
 
 
 def save_upstream_checkpoint(folder: Path, network: PolicyNetwork) -> Path:
@@ -117,59 +107,43 @@ def save_upstream_checkpoint(folder: Path, network: PolicyNetwork) -> Path:
     plm = network.plm
     if plm.config.rank == 0:
         raise ValueError("the original has no form for a frozen PLM without LoRA")
-    modules = on_cpu(nn.ModuleList(network.around_plm().values()).state_dict())
+    modules = checkpoint.on_cpu(nn.ModuleList(network.around_plm().values()).state_dict())
     with runs.atomic_path(Path(folder)) as aside:
         aside.mkdir(parents=True)
         if plm.config.rank > 0:
-            torch.save(on_cpu(adapter_weights(network)), aside / BIN_ADAPTER)
+            torch.save(checkpoint.on_cpu(checkpoint.adapter_weights(network)), aside / BIN_ADAPTER)
             torch.save(modules, aside / MODULES)
-            runs.write_json(aside / ADAPTER_CONFIG, adapter_config(network))
+            runs.write_json(aside / checkpoint.ADAPTER_CONFIG, checkpoint.adapter_config(network))
         else:
             inner = plm.model.state_dict()
             if plm.config.layers is not None:  # the original keeps layers that an early stop does not reach
                 inner = load_plm(dataclasses.replace(plm.config, layers=None)).model.state_dict() | inner
-            whole = {f"plm.{key}": value for key, value in on_cpu(inner).items() if key != NO_POSITIONS}
-            whole |= on_cpu(module_weights(network))
+            whole = {f"plm.{key}": value for key, value in checkpoint.on_cpu(inner).items() if key != NO_POSITIONS}
+            whole |= checkpoint.on_cpu(checkpoint.module_weights(network))
             whole |= {f"modules_except_plm.{key}": value for key, value in modules.items()}
             torch.save(whole, aside / WHOLE)
     return Path(folder)
 
 
-def _below(weights: Weights, prefix: str) -> Weights:
+def _below(weights: checkpoint.Weights, prefix: str) -> checkpoint.Weights:
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
-def _read(path: Path) -> Weights:
+def _read(path: Path) -> checkpoint.Weights:
     """A file of weights, all of them finite."""
-    weights = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
+    weights = checkpoint.read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
     bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
-        raise NotFinite(
-            f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} of {len(weights)} tensors): the training diverged"
-        )
+        said = f"{bad[0]} holds NaN or infinity ({len(bad)} of {len(weights)} tensors): the training diverged"
+        raise checkpoint.NotFinite(f"{path}: {said}")
     return weights
 
 
-def _read_adapter(folder: Path) -> tuple[Path, Weights]:
-    paths = [folder / name for name in (ADAPTER, BIN_ADAPTER) if (folder / name).is_file()]
+def _read_adapter(folder: Path) -> tuple[Path, checkpoint.Weights]:
+    paths = [folder / name for name in (checkpoint.ADAPTER, BIN_ADAPTER) if (folder / name).is_file()]
     if not paths:
-        raise FileNotFoundError(f"{folder / BIN_ADAPTER}: missing, and no {ADAPTER} either")
+        raise FileNotFoundError(f"{folder / BIN_ADAPTER}: missing, and no {checkpoint.ADAPTER} either")
     return paths[0], _read(paths[0])
-
-
-NO_POSITIONS = "wpe.weight"
-"""Positions of a gpt2: the original adds none, so its files hold none and ours are zero."""
-DERIVED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias")
-"""Saved by older libraries among the weights, computed from the config by newer ones."""
-
-
-def _sizes(modules: Weights, path: Path) -> NetworkConfig:
-    try:
-        return NetworkConfig(
-            state_feature_dim=modules["0.fc1.0.weight"].shape[0], max_timestep=modules["1.weight"].shape[0] - 2
-        )
-    except (KeyError, IndexError):
-        raise ValueError(f"{path}: no state encoder or timestep table; not saved by the original") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,23 +162,14 @@ class _Lora:
 
 
 def _read_lora(path: Path) -> dict[str, Any]:
-    values = runs.read_json(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a LoRA adapter config")
-    wanted = {field.name: values.get(field.name) for field in dataclasses.fields(_Lora)}
+    values, names = runs.read_json(path), [field.name for field in dataclasses.fields(_Lora)]
+    wanted = {name: values.get(name) for name in names} if isinstance(values, dict) else values
     lora: _Lora = config.parse(_Lora, wanted, f"{path}: not a LoRA adapter config")
-    settings = {"lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
-    return {"rank": lora.r, **settings, "target_modules": tuple(sorted(lora.target_modules))}
+    settings = {"rank": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
+    return {**settings, "target_modules": tuple(sorted(lora.target_modules))}
 
 
-def _without_skipped_layers(weights: Weights, layers: int) -> Weights:
-    """Drop the weights of layers that an early stop leaves out."""
-    index = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
-    found = {key: index.search(key) for key in weights}
-    return {key: value for key, value in weights.items() if (m := found[key]) is None or int(m[1]) < layers}
-
-
-def _with_own_tokens(weights: Weights, model: Any) -> Weights:
+def _with_own_tokens(weights: checkpoint.Weights, model: Any) -> checkpoint.Weights:
     """Give the token embeddings the number of rows that the PLM has: the original resizes them to its tokenizer (a padding
     token more, or fewer than the config says), and inputs_embeds bypass them."""
     own = model.get_input_embeddings().weight
@@ -221,15 +186,10 @@ def _with_own_tokens(weights: Weights, model: Any) -> Weights:
 # --- files of tensors ---------------------------------------------------------------------------------------------------
 
 _STORAGES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ByteStorage": torch.uint8,
+    "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
-}
+}  # fmt: skip
 
 
 class _Ordered(dict[str, Any], Part):
@@ -253,7 +213,7 @@ _NAMES: dict[tuple[str, str], Any] = {
 }
 
 
-def read_bin(path: Path) -> Weights:
+def read_bin(path: Path) -> checkpoint.Weights:
     """A PyTorch file of tensors, read without running anything that is in it.
 
     Not by PyTorch, whose reader allows more than tensors (`bytearray(10**10)`), unpacks, and compares no checksums.
@@ -264,7 +224,7 @@ def read_bin(path: Path) -> Weights:
         with zipfile.ZipFile(path) as archive:
             weights = _read_archive(archive, path.stat().st_size)
     except Exception as error:  # whatever a broken file provokes is a broken file
-        raise ValueError(f"{path}: damaged, or holds more than tensors ({first_line(error)})") from None
+        raise ValueError(f"{path}: damaged, or holds more than tensors ({checkpoint.first_line(error)})") from None
     if not isinstance(weights, dict) or not all(type(value) is torch.Tensor for value in weights.values()):
         raise ValueError(f"{path}: not a dictionary of tensors")
     return dict(weights)

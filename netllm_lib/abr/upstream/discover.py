@@ -24,6 +24,14 @@ ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHT_FILES = ("adapter_config.json", *ADAPTERS, "modules_except_plm.bin", "model.bin")
 LOSSES = "train_losses.txt"
 _POOL_MARK = b"plm_special.data.exp_pool"
+# what the original's arguments and adapter configs call our settings
+_ARGUMENTS = {
+    key: key for key in ("sample_step", "plm_type", "plm_size", "rank", "state_feature_dim", "w", "gamma", "scale")
+}
+_ARGUMENTS |= {"which_layer": "early_stop"}
+_TRAINING_ARGUMENTS = {key: key for key in ("lr", "weight_decay", "warmup_steps", "grad_accum_steps", "seed")}
+_TRAINING_ARGUMENTS |= {"num_epochs": "epochs"}
+_ADAPTER_CONFIG = {"r": "rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Found:
         parts = [f"{s['plm_type']}_{s['plm_size']}"] if "plm_type" in s else []
         parts += ["_".join(s["pool_models"])] if "pool_models" in s else []
         parts += [f"rank_{s['rank']}"] if "rank" in s else []
-        return re.sub(r"[^\w.+-]+", "_", "-".join(parts) or self.folder.stem).strip("._") or "run"
+        return _file_name("-".join(parts) or self.folder.stem).strip("._") or "run"
 
     @property
     def best(self) -> SavedWeights | None:
@@ -80,15 +88,16 @@ class Found:
         return next((weights for weights in self.weights if weights.problem is None), None)
 
     def tell(self, source: str, values: Mapping[str, Any]) -> None:
-        """Take settings from a source: the first one that tells a setting is believed, later ones may contradict it."""
+        """Take settings of a training from a source: the first one that tells a setting is believed, later ones may contradict."""
         for key, value in values.items():
+            if key in ("policy", "target_return_scale") or key.startswith("test_"):  # of a test, so of a result set
+                continue
             value = _family(value) if key == "plm_type" else value
             if self.settings.setdefault(key, value) == value:
                 self.sources.setdefault(key, source)
                 continue
             said = f"{key}: {self.settings[key]} ({self.sources[key]}), {value} ({source})"
-            if said not in self.contradictions:
-                self.contradictions.append(said)
+            self.contradictions += [said] if said not in self.contradictions else []
 
 
 def discover(folder: Path, run: str | None = None) -> Found:
@@ -98,7 +107,7 @@ def discover(folder: Path, run: str | None = None) -> Found:
     FileNotFoundError if there is no such folder or nothing of the original's in it, and ValueError if it holds several runs,
     listing them, or if a log that was given by name has no line of the original's.
     """
-    folder = Path(os.path.abspath(Path(folder).expanduser()))
+    folder = Path(os.path.abspath(folder.expanduser()))
     tree = _walk(folder)
     there = _runs_in(tree, folder)
     if not there:
@@ -111,10 +120,9 @@ def discover(folder: Path, run: str | None = None) -> Found:
     for kind, loose in (("console", tree["log"]), ("losses", tree["losses"])):  # files without a telling place
         if not mine[kind] and len(loose) == 1 and (alone or kind == "console"):
             mine[kind] = loose
-    found.losses = next(iter(mine["losses"]), None)
-    found.console_file = next(iter(mine["console"]), None)
+    found.losses, found.console_file = (next(iter(mine[kind]), None) for kind in ("losses", "console"))
     for path in (*mine["weights"], *mine["losses"], *mine["console"]):
-        found.tell("folder names", _of_training(names.settings_of(path)))
+        found.tell("folder names", names.settings_of(path))
     if found.console_file is not None:
         try:
             found.console = logs.read_console(found.console_file)
@@ -126,16 +134,12 @@ def discover(folder: Path, run: str | None = None) -> Found:
     for saved in found.weights:
         _settings_from_weights(found, saved)
     own = mine["results"] or tree["results"]
-    _take_results(
-        found, [path for path in tree["results"] if path in own or "policy" in names.settings_of(path)], alone
-    )
-    named = found.settings.get("pool")
-    exact = [path for path in tree["pool"] if named is not None and names.settings_of(path).get("pool") == named]
-    found.pools = exact or [path for path in tree["pool"] if named is None or "pool" not in names.settings_of(path)]
-    if tree["pool"] and not found.pools:
-        found.notes.append(
-            f"none of the {len(tree['pool'])} pools here is {named}, the one that the run was trained on"
-        )
+    _take_results(found, [p for p in tree["results"] if p in own or "policy" in names.settings_of(p)], alone)
+    named, pools = found.settings.get("pool"), {path: names.settings_of(path).get("pool") for path in tree["pool"]}
+    found.pools = [path for path, pool in pools.items() if named is not None and pool == named]
+    found.pools = found.pools or [path for path, pool in pools.items() if named is None or pool is None]
+    if pools and not found.pools:
+        found.notes.append(f"none of the {len(pools)} pools here is {named}, the one that the run was trained on")
     plm = [found.settings.get(key) for key in ("plm_type", "plm_size")]
     found.plms = [path for path in tree["plm"] if plm[0] is None or [_family(path.parent.name), path.name] == plm]
     return found
@@ -146,32 +150,35 @@ def _walk(folder: Path) -> defaultdict[str, list[Path]]:
     tree: defaultdict[str, list[Path]] = defaultdict(list)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder or file")
-    places = [(str(folder.parent), [], [folder.name])] if folder.is_file() else os.walk(folder)
-    for place, subfolders, files in places:
+    alone = folder.is_file()
+    for place, subfolders, files in [(str(folder.parent), [], [folder.name])] if alone else os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        _sort_in(tree, Path(place), sorted(name for name in files if Path(place, name).is_file()), folder.is_file())
+        paths = [path for path in map(Path(place).joinpath, sorted(files)) if path.is_file()]
+        there = {path.name for path in paths}
+        if any(name.startswith(logs.RESULT_PREFIX) for name in there):
+            tree["results"].append(Path(place))
+        if not alone and "modules.safetensors" not in there:  # which a checkpoint of the companion has
+            if there & set(WEIGHT_FILES):
+                tree["weights"].append(Path(place))
+            elif "config.json" in there and any(path.suffix in (".safetensors", ".bin") for path in paths):
+                tree["plm"].append(Path(place))
+        for path in paths:
+            if (kind := _kind_of(path, alone)) is not None:
+                tree[kind].append(path)
     return tree
 
 
-def _sort_in(tree: defaultdict[str, list[Path]], folder: Path, files: list[str], alone: bool) -> None:
-    if any(name.startswith(logs.RESULT_PREFIX) for name in files):
-        tree["results"].append(folder)
-    if not alone and "modules.safetensors" not in files:  # which a checkpoint of the companion has
-        if set(WEIGHT_FILES) & set(files):
-            tree["weights"].append(folder)
-        elif "config.json" in files and any(name.endswith((".safetensors", ".bin")) for name in files):
-            tree["plm"].append(folder)
-    for path in (folder / name for name in files if not name.startswith(logs.RESULT_PREFIX)):
-        if path.name == LOSSES:
-            tree["losses"].append(path)
-        elif path.name.endswith("console.log"):
-            tree["console" if names.run_of(path) else "log"].append(path)
-        elif path.suffix == ".pkl":
-            with open(path, "rb") as stream:
-                if _POOL_MARK in stream.read(200):
-                    tree["pool"].append(path)
-        elif alone or (path.suffix in (".log", ".out", ".txt") and logs.is_console(path)):
-            tree["log"].append(path)
+def _kind_of(path: Path, alone: bool) -> str | None:
+    if path.name.startswith(logs.RESULT_PREFIX):
+        return None
+    if path.name == LOSSES:
+        return "losses"
+    if path.name.endswith("console.log"):
+        return "console" if names.run_of(path) else "log"
+    if path.suffix == ".pkl":
+        with open(path, "rb") as stream:
+            return "pool" if _POOL_MARK in stream.read(200) else None
+    return "log" if alone or (path.suffix in (".log", ".out", ".txt") and logs.is_console(path)) else None
 
 
 def _runs_in(tree: defaultdict[str, list[Path]], folder: Path) -> dict[str, defaultdict[str, list[Path]]]:
@@ -215,7 +222,7 @@ def _saved(folder: Path) -> SavedWeights:
     there = {path.name for path in folder.iterdir()}
     needed = [name for name in ("adapter_config.json", "modules_except_plm.bin") if name not in there]
     needed += [] if there & set(ADAPTERS) else ["adapter_model.bin"]
-    problem = None if "model.bin" in there or not needed else f"{needed[0]} is missing"
+    problem = f"{needed[0]} is missing" if needed and "model.bin" not in there else None
     if re.fullmatch(r"early_stop_-?\d+_best_model", folder.name):
         return SavedWeights(folder, "best_model", None, problem)
     if re.fullmatch(r"early_stop_-?\d+_checkpoint", folder.parent.name) and re.fullmatch(r"\d{1,9}", folder.name):
@@ -225,28 +232,22 @@ def _saved(folder: Path) -> SavedWeights:
 
 # --- settings and results -----------------------------------------------------------------------------------------------
 
-_ARGUMENTS = ("sample_step", "plm_type", "plm_size", "rank", "state_feature_dim", "w", "gamma", "scale", "which_layer")
-_TRAINING_ARGUMENTS = ("lr", "weight_decay", "warmup_steps", "grad_accum_steps", "seed", "num_epochs")
-_OURS = {"which_layer": "early_stop", "num_epochs": "epochs", "r": "rank"}
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 def _family(plm_type: Any) -> Any:
     return ALIASES.get(plm_type, plm_type)
 
 
-def _of_training(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the settings of a test, which belong to a result set."""
-    tests = ("policy", "target_return_scale")
-    return {key: v for key, v in settings.items() if not key.startswith("test_") and key not in tests}
-
-
-def _some(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {_OURS.get(key, key): values[key] for key in keys if key in values}
+def _some(values: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    return {ours: values[theirs] for theirs, ours in keys.items() if theirs in values}
 
 
 def _settings_from_console(found: Found, console: logs.Console) -> None:
-    for printed in (*console.checkpoints, *console.best_models, console.model or ""):
-        found.tell("paths in the console log", _of_training(names.settings_of(printed)))
+    for printed in (*console.folders, console.model or ""):
+        found.tell("paths in the console log", names.settings_of(printed))
     for arguments in console.arguments:
         source, pool = "arguments in the console log", arguments.get("exp_pool_path")
         found.tell(source, _some(arguments, _ARGUMENTS))
@@ -259,24 +260,23 @@ def _settings_from_console(found: Found, console: logs.Console) -> None:
         found.notes.append(f"the console log ends after epoch {console.epochs[-1].epoch + 1} of {epochs}")
     elif console.cut:
         found.notes.append("the console log is only a part of one")
-    if console.earlier_runs:
-        found.notes.append(
-            f"the console log holds {console.earlier_runs} earlier training runs; only the last one is read"
-        )
+    if (earlier := console.earlier_runs) > 0:
+        found.notes.append(f"the console log holds {earlier} earlier training runs; only the last one is read")
 
 
 def _settings_from_weights(found: Found, saved: SavedWeights) -> None:
     path = saved.folder / "adapter_config.json"
+    if not path.is_file():
+        return found.tell("model.bin", {"rank": -1})
     try:
-        values = runs.read_json(path) if path.is_file() else {"r": -1}
+        values = runs.read_json(path)
     except ValueError:
-        return  # whoever loads the weights says so
+        return None  # whoever loads the weights says so
     if isinstance(values, dict):
         base = str(values.get("base_model_name_or_path") or "").rstrip("/").split("/")[-2:]  # …/<type>/<size>
         plm = {"plm_type": base[0], "plm_size": base[1]} if len(base) == 2 and base[0] in names.PLM_TYPES else {}
-        found.tell(
-            path.name if path.is_file() else "model.bin", _some(values, ("r", "lora_alpha", "lora_dropout")) | plm
-        )
+        found.tell(path.name, _some(values, _ADAPTER_CONFIG) | plm)
+    return None
 
 
 def _take_results(found: Found, folders: list[Path], alone: bool) -> None:
@@ -284,8 +284,9 @@ def _take_results(found: Found, folders: list[Path], alone: bool) -> None:
     trained = dict(found.settings)
     for path in folders:
         settings, label = names.settings_of(path), names.results_label(path)
+        if "plm_type" in settings:
+            settings["plm_type"] = _family(settings["plm_type"])
         if (baseline := settings.get("policy")) is None:
-            settings |= {"plm_type": _family(settings["plm_type"])} if "plm_type" in settings else {}
             apart = [key for key in IDENTITY if key in settings and settings[key] != trained.get(key, settings[key])]
             if apart and (apart != ["w"] or not alone):
                 said = ", ".join(f"{key} {settings[key]} instead of {trained[key]}" for key in apart)
@@ -293,19 +294,16 @@ def _take_results(found: Found, folders: list[Path], alone: bool) -> None:
                 continue
             for setting, key in (("w", "w"), ("seed", "test_seed")):
                 if key in settings and settings[key] != trained.get(setting, settings[key]):
-                    found.notes.append(
-                        f"{label}: tested with {setting} {settings[key]}, trained with {trained[setting]}"
-                    )
+                    said = f"tested with {setting} {settings[key]}, trained with {trained[setting]}"
+                    found.notes.append(f"{label}: {said}")
             if not alone:
-                said = (
-                    "the name of its folder tells neither pool nor learning rate, and the original overwrites results"
-                )
+                said = "its folder's name tells neither pool nor learning rate, and the original overwrites results"
                 found.notes.append(f"{label} may belong to another run: {said}")
             unknown = {key: settings[key] for key in IDENTITY if key in settings and key not in trained}
             found.tell("names of result folders", unknown)
             files, told = len(logs.result_files(path)), settings.get("test_trace_num")
             if told not in (None, files):
                 found.notes.append(f"{label}: {files} result files, the name says {told}")
-        name = re.sub(r"[^\w.+-]+", "_", label if baseline is None else f"{label}-{baseline}")
+        name = _file_name(label if baseline is None else f"{label}-{baseline}")
         same = [other for other in found.results if re.fullmatch(re.escape(name) + r"(-\d+)?", other.name)]
         found.results.append(ResultSet(f"{name}-{len(same) + 1}" if same else name, path, settings, baseline))

@@ -36,7 +36,7 @@ from netllm_lib.abr.upstream.training import training_run
 from netllm_lib.plm_files import find_plm, problems_in
 
 FORMAT = 2  # of the run folder; a new number makes new folders
-KIND, IMPORT = "import", "import.json"
+IMPORT = "import.json"
 SUBJECT = "llm"
 
 
@@ -64,7 +64,7 @@ class _Import:
 def import_run(
     folder: str | Path,
     *,
-    pool: str | Path | ExperiencePool | None = None,
+    pool: str | Path | None = None,
     plm: str | Path | None = None,
     data: str | Path | None = None,
     root: Path | None = None,
@@ -103,7 +103,7 @@ def import_run(
     _find_plm(work, plm)
     config = {"format": FORMAT, "settings": found.settings, "chosen": work.chosen}
     config["results"] = {result.name: result.settings for result in found.results}
-    imported = runs.open_run(KIND, found.name, config, _inputs(work), root=root)
+    imported = runs.open_run("import", found.name, config, _inputs(work), root=root)
     if not imported.done:
         with runs.lock(imported.folder):
             if not imported.done:  # another process may have finished it before the lock was ours
@@ -118,16 +118,12 @@ def import_run(
 def _trace_set(result: ResultSet, registry: Registry) -> TraceSet | str | None:
     """The trace set that was tested, if it is here, else its name, else None. If the folder's name does not tell it, the files'
     names do: they begin with it."""
-    name = result.settings.get("test_traces")
+    known, name = registry.trace_folders(), result.settings.get("test_traces")
     if name is None:
-        files = [path.name for path in logs.result_files(result.folder)]
-        fitting = [
-            known
-            for known in registry.trace_folders()
-            if all(file.startswith(f"{logs.RESULT_PREFIX}{known}_") for file in files)
-        ]
+        files = [path.name.removeprefix(logs.RESULT_PREFIX) for path in logs.result_files(result.folder)]
+        fitting = [name for name in known if all(file.startswith(f"{name}_") for file in files)]
         name = max(fitting, key=len, default=None)
-    return registry.trace_set(name) if name in registry.trace_folders() else name
+    return registry.trace_set(name) if name in known else name
 
 
 def _read_results(work: _Import, asked: str | None) -> None:
@@ -145,29 +141,25 @@ def _read_results(work: _Import, asked: str | None) -> None:
     own = [result.name for result in work.found.results if result.baseline is None and result.name in work.tables]
     if asked is not None and asked not in own:
         raise ValueError(f"{work.found.folder}: no result set {asked!r} in it; there are {', '.join(own) or 'none'}")
-    console = work.found.console or logs.Console()
-    alone = []  # made by a process of their own, which can be reproduced
+    console, alone = work.found.console or logs.Console(), []  # alone: by a process of its own, which can be reproduced
     for name in own if console.mean_reward is not None else ():
+        printed = console.mean_reward or 0.0
         mean = qoe.summarise(work.tables[name]).reward
-        if abs(mean - (console.mean_reward or 0)) < 1e-9:
+        if abs(mean - printed) < 1e-9:
             said = "the test in the console log"
             said += ", in the process that trained: its first decisions saw a leaked context" if console.epochs else ""
         else:
             alone.append(name)
-            said = (
-                f"mean {mean:.6f}, not the {console.mean_reward:.6f} of the console log, so another test than that one"
-            )
+            said = f"mean {mean:.6f}, not the {printed:.6f} of the console log, so another test than that one"
         work.found.notes.append(f"{name}: {said}")
     work.chosen = asked or next(iter(alone + own), None)
 
 
-def _find_pools(work: _Import, given: str | Path | ExperiencePool | None) -> None:
+def _find_pools(work: _Import, given: str | Path | None) -> None:
     """The training pool and the test's: `given`, or the one in the folder, is both unless the run's folder names another one."""
     found, named, there = work.found, None, next(iter(work.found.pools), None)
     exact = there is not None and "pool" in names.settings_of(there)
-    if isinstance(given, ExperiencePool):
-        work.pool, work.origin = given, ("given", None)
-    elif given is not None:
+    if given is not None:
         work.pool, work.origin = load_pool(Path(given)), ("given", Path(given))
     elif there is not None and (exact or len(found.pools) == 1):
         try:
@@ -196,20 +188,20 @@ def _find_plm(work: _Import, asked: str | Path | None) -> None:
     if len(plms) > 1 and asked is None:
         work.reasons["plm"] = f"{len(plms)} PLMs here, name one with --plm"
         return
-    name = asked or (
-        plms[0] if plms else f"{settings['plm_type']}/{settings['plm_size']}" if "plm_type" in settings else ""
-    )
+    if not (asked or plms or "plm_type" in settings):
+        return
+    name = str(asked or next(iter(plms), "") or f"{settings['plm_type']}/{settings['plm_size']}")
     try:
-        place = find_plm(str(name)) if name else None
+        place = find_plm(name)
         if not isinstance(place, Path):
-            raise FileNotFoundError(f"no PLM {str(name)!r} on this machine: give its folder")
+            raise FileNotFoundError(f"no PLM {name!r} on this machine: give its folder")
         if problems := problems_in(place):
             raise ValueError("; ".join(problems))
         work.plm = place
     except (ValueError, OSError) as error:
         if asked is not None:
             raise
-        work.reasons["plm"] = str(error) if name else ""
+        work.reasons["plm"] = str(error)
 
 
 def _inputs(work: _Import) -> dict[str, str]:
@@ -246,7 +238,6 @@ def _write(work: _Import, folder: Path) -> None:
     if training is not None:
         training.save(folder)
     console, best = found.console, found.best
-    epochs = [] if console is None else console.epochs
     weights = [
         dataclasses.replace(saved, epoch=console.best_epoch) if console and saved.kind == "best_model" else saved
         for saved in sorted(found.weights, key=lambda saved: saved is not best)
@@ -256,14 +247,7 @@ def _write(work: _Import, folder: Path) -> None:
         "notes": [*found.notes, *notes],
         "missing": list(_missing(work)),
         "problems": work.problems,
-        "console": console
-        and {
-            "file": found.console_file,
-            "epochs": len(epochs),
-            "last_loss": [epochs[-1].loss_mean, epochs[-1].loss_std] if epochs else None,
-            "evaluations": sum(epoch.episodes_return is not None for epoch in epochs),
-            **{name: getattr(console, name) for name in ("mean_reward", "best_epoch", "cut", "earlier_runs")},
-        },
+        "console": None if console is None else _printed(console, found.console_file),
         "weights": weights,
         "pool": {
             **dict(zip(("origin", "path"), work.origin or (None, None), strict=True)),
@@ -287,34 +271,42 @@ def _write(work: _Import, folder: Path) -> None:
     runs.write_json(folder / IMPORT, about)
 
 
+def _printed(console: logs.Console, file: Path | None) -> dict[str, Any]:
+    last = console.epochs[-1:]
+    return {
+        "file": file,
+        "epochs": len(console.epochs),
+        "last_loss": [last[0].loss_mean, last[0].loss_std] if last else None,
+        "evaluations": sum(epoch.episodes_return is not None for epoch in console.epochs),
+        **{name: getattr(console, name) for name in ("mean_reward", "best_epoch", "cut", "earlier_runs")},
+    }
+
+
 def _write_tests(work: _Import, folder: Path) -> None:
     """Every result set on its own, and the chosen one with the baselines' as the run's test."""
     from netllm_lib.abr.policies.llm import EvalConfig  # PyTorch
 
     baselines: dict[str, pd.DataFrame] = {}
-    for result in work.found.results:
-        if result.baseline is not None and result.name in work.tables:
+    readable = [result for result in work.found.results if result.name in work.tables]
+    for result in readable:
+        if result.baseline is not None:
             name = f"{result.baseline} (original)"
             baselines[name if name not in baselines else f"{name} {result.name}"] = work.tables[result.name]
-    for result in work.found.results:
-        if result.baseline is not None or result.name not in work.tables:
-            continue
-        asked = {key: result.settings[key] for key in ("w", "target_return_scale") if key in result.settings}
-        setting = runs.plain(EvalConfig.upstream(**asked)) | _setting(result, work)
-        test = Test({SUBJECT: work.tables[result.name]} | baselines, SUBJECT, setting)
-        test.save(folder / "results" / result.name)
-        if result.name == work.chosen:
-            test.save(folder)
+    for result in readable:
+        if result.baseline is None:
+            asked = {key: result.settings[key] for key in ("w", "target_return_scale") if key in result.settings}
+            setting = runs.plain(EvalConfig.upstream(**asked)) | _setting(result, work)
+            test = Test({SUBJECT: work.tables[result.name]} | baselines, SUBJECT, setting)
+            for place in (folder / "results" / result.name, *([folder] if result.name == work.chosen else [])):
+                test.save(place)
     if work.chosen is None and baselines:
         Test(baselines, "", {"original": True}).save(folder)
 
 
 def _setting(result: ResultSet, work: _Import) -> dict[str, Any]:
     """How the original tested, in the words of `Test.setting`, as far as folder names tell."""
-    keys = {
-        **{f"test_{key}": key for key in ("traces", "video", "trace_num", "fixed", "seed")},
-        **{key: key for key in ("train_traces", "train_video")},
-    }
+    keys = {f"test_{key}": key for key in ("traces", "video", "trace_num", "fixed", "seed")}
+    keys |= {key: key for key in ("train_traces", "train_video")}
     told = work.found.settings | result.settings
     setting = {ours: told[theirs] for theirs, ours in keys.items() if theirs in told} | {"original": True}
     traces = _trace_set(result, work.registry)
@@ -345,7 +337,8 @@ def _write_policy(work: _Import, folder: Path) -> None:
         if problem := adapter_problem(best.folder):
             work.problem(*problem)
         return
-    layer, w, gamma = settings.get("early_stop", -1), settings.get("w", 20), settings.get("gamma", 1.0)
+    layer, defaults = settings.get("early_stop", -1), {"w": 20, "gamma": 1.0}
+    w, gamma = (settings.get(key, default) for key, default in defaults.items())
     config = PLMConfig.upstream(str(work.plm.resolve()), layers=None if layer < 0 else layer + 1)
     try:
         _, scale = pool_returns(work.pool, gamma, float(settings.get("scale", 1000)))
@@ -354,17 +347,15 @@ def _write_policy(work: _Import, folder: Path) -> None:
         work.problem(error, problem_of(error))
         return
     save_checkpoint(folder, network, meta)
-    if assumed := [f"{key} {value}" for key, value in (("w", w), ("gamma", gamma)) if key not in settings]:
-        said = "the original's default, because nothing tells it"
-        found.notes.append(f"policy/: {' and '.join(assumed)}, {said}")
+    if assumed := [f"{key} {value}" for key, value in defaults.items() if key not in settings]:
+        found.notes.append(f"policy/: {' and '.join(assumed)}, the original's default, because nothing tells it")
     if best.kind == "checkpoint":
         found.notes.append(f"policy/: the checkpoint of epoch {best.epoch}, because the best model is not there")
 
 
 def _missing(work: _Import) -> Iterator[str]:
     """What is not there, and what it would add."""
-    found, settings = work.found, work.found.settings
-    console = found.console
+    found, settings, console = work.found, work.found.settings, work.found.console
     wanted = {
         "result files (artifacts/results/…/result_sim_abr_*): reward by trace, its parts, levels, stalls": work.chosen,
         "console log (early_stop_*_console.log): losses by epoch, evaluations, which epoch's model is the best": console,
@@ -374,10 +365,10 @@ def _missing(work: _Import) -> Iterator[str]:
         "the original's folder names: hyperparameters": settings,
     }
     yield from (line for line, there in wanted.items() if not there)
-    pool, plm = settings.get("pool", ""), settings.get("plm_type", "")
-    for what, there, line in (
-        ("pool", work.pool, f"training pool {pool}: its target return and reward range, its teacher's reward; policy/"),
-        ("plm", work.plm, f"PLM {plm}: replay and ablation of the test; policy/"),
-    ):
-        if there is None:
-            yield line.replace(" :", ":") + (f" ({work.reasons[what]})" if work.reasons.get(what) else "")
+    said = {name: f" ({reason})" for name, reason in work.reasons.items()}
+    if work.pool is None:
+        pool = "training pool" + (f" {settings['pool']}" if "pool" in settings else "")
+        yield f"{pool}: its target return and reward range, its teacher's reward; policy/{said.get('pool', '')}"
+    if work.plm is None:
+        plm = "PLM" + (f" {settings['plm_type']}" if "plm_type" in settings else "")
+        yield f"{plm}: replay and ablation of the test; policy/{said.get('plm', '')}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import codecs
 import dataclasses
-import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +25,11 @@ RESULT_COLUMNS = (
     "time_s", "bitrate_kbps", "buffer_s", "rebuffer_s", "size_bytes", "delay_ms", "smoothness_mbps", "reward",
 )  # fmt: skip
 """Of a result file, tab-separated, in this order."""
-_MOST_LOG_BYTES = 200_000_000
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|inf|nan)"
+_NUMBER_ALONE = re.compile(_NUMBER)
 
 
-def read_text(path: Path, most: int = _MOST_LOG_BYTES) -> str:
+def read_text(path: Path, most: int = 200_000_000) -> str:
     """The text of a file, see `decoded`. Raises ValueError if it is larger than `most` bytes."""
     if (size := path.stat().st_size) > most:
         raise ValueError(f"{path}: {size} bytes, more than such a file can have")
@@ -46,62 +46,57 @@ def decoded(data: bytes) -> str:
 # --- result files -------------------------------------------------------------------------------------------------------
 
 
-def read_result_file(path: Path, trace: str | None = None) -> pd.DataFrame:
-    """The 48 chunks of one `result_sim_abr_…` file, in the columns of `play`'s table: trace, chunk, level, bitrate_kbps, …
+def read_result_file(path: Path) -> pd.DataFrame:
+    """The 48 chunks of one `result_sim_abr_…` file, in the columns of `play`'s table: chunk, level, bitrate_kbps, …
 
-    `trace` names the trace; else it is what follows `result_sim_abr_` in the file's name. Raises ValueError naming file, line and
-    value for a file that is cut, has other columns, a number that is not finite, a bitrate that is not one of the six, or
-    a reward or smoothness that does not follow from the rest of the line.
+    Raises ValueError naming file, line and value for a file that is cut, has other columns, a number that is not finite, a bitrate
+    that is not one of the six, or a reward or smoothness that does not follow from the rest of the line.
     """
-    path = Path(path)
     lines = read_text(path, most=1_000_000).rstrip("\n").split("\n")
-    rows = [_result_line(line, f"{path}:{number}") for number, line in enumerate(lines[:CHUNKS], start=1) if line]
-    if len(lines) != CHUNKS or len(rows) != CHUNKS:
-        raise ValueError(f"{path}: {len(rows)} lines of numbers, a result file has {CHUNKS}")
-    table = pd.DataFrame(rows, columns=list(RESULT_COLUMNS))
+    rows = [line.split("\t") for line in lines[:CHUNKS]]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(RESULT_COLUMNS):
+            said = f"{len(row)} columns, expected {len(RESULT_COLUMNS)}: {lines[number - 1][:60]!r}"
+            raise ValueError(f"{path}:{number}: {said}")
+        for column, field in zip(RESULT_COLUMNS, row, strict=True):
+            if not _NUMBER_ALONE.fullmatch(field) or not np.isfinite(float(field)):
+                raise ValueError(f"{path}:{number}: {column} is {field[:30]!r}, not a finite number")
+    if len(lines) != CHUNKS:
+        raise ValueError(f"{path}: {len(lines)} lines, a result file has {CHUNKS}")
+    table = pd.DataFrame(rows, columns=list(RESULT_COLUMNS), dtype=np.float64)
     _check_chunks(table, path)
     table = table.astype({"bitrate_kbps": np.int64, "size_bytes": np.int64})
-    table["trace"] = path.name.removeprefix(RESULT_PREFIX) if trace is None else trace
     table["chunk"] = np.arange(CHUNKS)
     table["level"] = np.searchsorted(qoe.BITRATES_KBPS, table["bitrate_kbps"])
-    return table[["trace", "chunk", "level", *RESULT_COLUMNS[1:], "time_s"]]
-
-
-def _result_line(line: str, where: str) -> list[float]:
-    fields = line.split("\t")
-    if len(fields) != len(RESULT_COLUMNS):
-        raise ValueError(f"{where}: {len(fields)} columns, expected {len(RESULT_COLUMNS)}: {line[:60]!r}")
-    for column, field in zip(RESULT_COLUMNS, fields, strict=True):
-        if not _NUMBER_ALONE.fullmatch(field) or not math.isfinite(float(field)):
-            raise ValueError(f"{where}: {column} is {field[:30]!r}, not a finite number")
-    return [float(field) for field in fields]
+    return table[["chunk", "level", *RESULT_COLUMNS[1:], "time_s"]]
 
 
 def _check_chunks(table: pd.DataFrame, path: Path) -> None:
-    def refuse(bad: np.ndarray, column: str, reason: str) -> None:
-        if bad.any():
-            row = int(bad.argmax())
-            raise ValueError(f"{path}:{row + 1}: {column} is {table[column].iloc[row]:.6g}, {reason}")
-
-    kbps, stall, change = (table[name].to_numpy() for name in ("bitrate_kbps", "rebuffer_s", "smoothness_mbps"))
-    size = table["size_bytes"].to_numpy()
-    refuse(~np.isin(kbps, qoe.BITRATES_KBPS), "bitrate_kbps", f"not one of {qoe.BITRATES_KBPS.tolist()}")
-    refuse((size <= 0) | (size != np.floor(size)) | (size > 2**53), "size_bytes", "not a number of bytes")
-    for column in ("buffer_s", "rebuffer_s", "delay_ms"):
-        refuse(table[column].to_numpy() < 0, column, "which cannot be negative")
-    # the first chunk's change is that from the level before the video; a modified original may start at another one
-    expected = np.append(change[0], np.abs(np.diff(kbps)) / 1000)
-    refuse(
-        ~np.isclose(change, expected, rtol=0, atol=1e-6), "smoothness_mbps", "which is not the change of the bitrate"
+    kbps, stall, change, size = (
+        table[name].to_numpy() for name in ("bitrate_kbps", "rebuffer_s", "smoothness_mbps", "size_bytes")
     )
-    follows = kbps / 1000 - qoe.REBUFFER_PENALTY * stall - change
-    off = ~np.isclose(table["reward"], follows, rtol=1e-9, atol=1e-6)
-    refuse(off, "reward", "which does not follow from bitrate, rebuffering and smoothness")
+    # the first chunk's change is that from the level before the video; a modified original may start at another one
+    changes = np.append(change[0], np.abs(np.diff(kbps)) / 1000)
+    reward = kbps / 1000 - qoe.REBUFFER_PENALTY * stall - change
+    checks: list[tuple[str, Any, str]] = [
+        ("bitrate_kbps", ~np.isin(kbps, qoe.BITRATES_KBPS), f"not one of {qoe.BITRATES_KBPS.tolist()}"),
+        ("size_bytes", (size <= 0) | (size != np.floor(size)) | (size > 2**53), "not a number of bytes"),
+        *((name, table[name] < 0, "which cannot be negative") for name in ("buffer_s", "rebuffer_s", "delay_ms")),
+        ("smoothness_mbps", ~np.isclose(change, changes, rtol=0, atol=1e-6), "which is not the change of the bitrate"),
+        (
+            "reward",
+            ~np.isclose(table["reward"], reward, rtol=1e-9, atol=1e-6),
+            "which does not follow from bitrate, rebuffering and smoothness",
+        ),
+    ]
+    for column, bad, reason in checks:
+        for row in np.flatnonzero(bad)[:1]:
+            raise ValueError(f"{path}:{row + 1}: {column} is {table[column].iloc[row]:.6g}, {reason}")
 
 
 def result_files(folder: Path) -> list[Path]:
     """The `result_sim_abr_*` files directly in a folder, sorted by name."""
-    return sorted(path for path in Path(folder).glob(f"{RESULT_PREFIX}*") if path.is_file())
+    return sorted(path for path in folder.glob(f"{RESULT_PREFIX}*") if path.is_file())
 
 
 def trace_of(name: str, traces: TraceSet | str | None = None) -> str:
@@ -118,12 +113,16 @@ def trace_of(name: str, traces: TraceSet | str | None = None) -> str:
 
 
 def read_results(folder: Path, traces: TraceSet | str | None = None) -> pd.DataFrame:
-    """All result files directly in a folder as one table of chunks, in the order in which the traces were played.
+    """All result files directly in a folder as one table of chunks, with the column `trace`, in the order in which the traces were
+    played: the original's clock runs on from one to the next.
 
-    The original's clock runs on from trace to trace, which tells the order. `traces` shortens the names, see `trace_of`. Raises
-    FileNotFoundError if there are no result files, and ValueError for the first one that is broken.
+    `traces` shortens the names, see `trace_of`. Raises FileNotFoundError if there are no result files, and ValueError for the
+    first one that is broken.
     """
-    parts = [read_result_file(path, trace_of(path.name, traces)) for path in result_files(folder)]
+    parts: list[pd.DataFrame] = []
+    for path in result_files(folder):
+        parts.append(read_result_file(path))
+        parts[-1].insert(0, "trace", trace_of(path.name, traces))
     if not parts:
         raise FileNotFoundError(f"{folder}: no {RESULT_PREFIX}* files in it")
     parts.sort(key=lambda part: float(part["time_s"].iloc[0]))  # stable: by name where the clock does not tell
@@ -140,17 +139,13 @@ class Losses(NamedTuple):
     truncated: bool  # the last line was cut and is left out
 
 
-_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|inf|nan)"
-_NUMBER_ALONE = re.compile(_NUMBER)
-
-
 def train_losses(path: Path) -> Losses:
     """The losses that the original writes when training has ended, one `%.6f` a line.
 
     A last line without its end is a cut one: it is left out and reported. Raises ValueError naming file, line and value for
     anything else that is not a number, and for a file without any.
     """
-    *lines, last = read_text(Path(path)).split("\n")
+    *lines, last = read_text(path).split("\n")
     for number, line in enumerate(lines, start=1):
         if not _NUMBER_ALONE.fullmatch(line):
             raise ValueError(f"{path}:{number}: {line[:40]!r} is not a loss")
@@ -171,7 +166,6 @@ class Epoch:
     loss_std: float | None = None
     seconds: float | None = None  # of training
     episodes_return: float | None = None  # of an evaluation on the test traces: sum of the normalised rewards / scale
-    best_return: float | None = None  # of the evaluations so far
     saved: bool = False  # as the best model so far
 
 
@@ -179,22 +173,13 @@ class Epoch:
 class Console:
     """A console log of the original, or as much of it as there is."""
 
-    arguments: list[dict[str, Any]] = dataclasses.field(
-        default_factory=list
-    )  # of every `Namespace(…)` line, with defaults
+    arguments: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of every `Namespace(…)` line
     epochs: list[Epoch] = dataclasses.field(default_factory=list)
-    checkpoints: list[str] = dataclasses.field(default_factory=list)  # folders, in the order of saving
-    best_models: list[str] = dataclasses.field(default_factory=list)
+    folders: list[str] = dataclasses.field(default_factory=list)  # of checkpoints and best models, as they were saved
     model: str | None = None  # folder that the last test's weights came from
     mean_reward: float | None = None  # of the last test
-    results: str | None = None  # folder that its result files went to
     earlier_runs: int = 0  # trainings in the same text before this one; they are left out
     cut: bool = False  # begins or ends in the middle of a run
-
-    @property
-    def last_epoch(self) -> int | None:
-        """The last epoch that ended."""
-        return self.epochs[-1].epoch if self.epochs else None
 
     @property
     def best_epoch(self) -> int | None:
@@ -207,7 +192,6 @@ _EPOCH_KEYS = {
     "training/train_loss_mean": "loss_mean",
     "training/train_loss_std": "loss_std",
     "episodes_return": "episodes_return",
-    "best_return": "best_return",
 }
 _MOST_LINE = 20_000  # characters; the longest line of the original, its arguments, has about a thousand
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
@@ -220,7 +204,6 @@ _EVENT = re.compile(
     r"|Best model saved at:\s*(?P<best>\S.*)"
     r"|Load model from:\s*(?P<model>\S.*)"
     rf"|Mean reward:\s*(?P<mean>{_NUMBER})"
-    r"|Results saved at:\s*(?P<results>\S.*)"
     r"|(?P<arguments>Namespace\(.*)"
 )
 
@@ -232,44 +215,42 @@ def read_console(source: Path | str) -> Console:
     no line of the original's is in it. If the text holds several training runs, the last one is returned. Takes time in
     proportion to the text.
     """
-    text = source if isinstance(source, str) else read_text(Path(source))
+    text = source if isinstance(source, str) else read_text(source)
     *lines, _ = _ESCAPES.sub("", text).split("\n")  # what follows the last end of a line is cut
     console, known, running = Console(), False, False
     for event in (event for line in lines if len(line) <= _MOST_LINE for event in _EVENT.finditer(line)):
         kind, said = str(event.lastgroup), event[event.lastgroup or 0].strip()
         now = console.epochs[-1] if console.epochs else Epoch(-1)  # the numbers before the first epoch's line are lost
-        if (
-            kind == "step"
-        ):  # the progress of an epoch comes before its line, its numbers, checkpoint and evaluation after it
-            running = True
-        elif kind == "epoch":
-            if int(said) <= now.epoch:  # training began anew
-                console = Console(arguments=console.arguments, earlier_runs=console.earlier_runs + 1)
-            console.cut |= not console.epochs and int(said) > 0
-            console.epochs.append(Epoch(int(said)))
-            running = False
-        elif kind == "value" and event["key"] in _EPOCH_KEYS:
-            setattr(now, _EPOCH_KEYS[event["key"]], float(said))
-        elif kind == "mean" or (kind == "value" and event["key"] == "mean_reward"):
-            console.mean_reward = float(said)
-        elif kind == "arguments" and (arguments := _namespace(said)) is not None:
-            console.arguments.append(arguments)
-        elif kind == "model":
-            console.model, console.mean_reward, console.results = said, None, None
-        elif kind == "results":
-            console.results = said
-        elif kind == "checkpoint":
-            console.checkpoints.append(said)
-        elif kind == "best":
-            console.best_models.append(said)
-            now.saved = True
-        else:
-            continue
+        match kind:
+            case "step":  # an epoch's progress comes before its line, its numbers and evaluation after it
+                running = True
+            case "epoch":
+                if int(said) <= now.epoch:  # training began anew
+                    console = Console(arguments=console.arguments, earlier_runs=console.earlier_runs + 1)
+                console.cut |= not console.epochs and int(said) > 0
+                console.epochs.append(Epoch(int(said)))
+                running = False
+            case "value" if event["key"] in _EPOCH_KEYS:
+                setattr(now, _EPOCH_KEYS[event["key"]], float(said))
+            case "value" if event["key"] != "mean_reward":
+                continue
+            case "value" | "mean":
+                console.mean_reward = float(said)
+            case "arguments":
+                if (arguments := _namespace(said)) is None:
+                    continue
+                console.arguments.append(arguments)
+            case "model":
+                console.model, console.mean_reward = said, None
+            case _:
+                console.folders.append(said)
+                now.saved |= kind == "best"
         known = True
     if not known:
-        what = "the text" if isinstance(source, str) else str(source)
-        expected = "no line that the original prints in it (such as 'Step 0 - mean train loss  2.119107')"
-        raise ValueError(f"{what}: {expected}")
+        what = "the text" if isinstance(source, str) else source
+        raise ValueError(
+            f"{what}: no line that the original prints in it (such as 'Step 0 - mean train loss  2.119107')"
+        )
     unfinished = bool(console.epochs) and console.epochs[-1].loss_std is None
     console.cut |= running or unfinished or (console.model is not None and console.mean_reward is None)
     return console
@@ -279,18 +260,15 @@ def is_console(path: Path) -> bool:
     """Whether a file begins as a log of the original's does."""
     try:
         with open(path, "rb") as stream:
-            read_console(decoded(stream.read(200_000)))
+            return bool(read_console(decoded(stream.read(200_000))))
     except (ValueError, OSError):
         return False
-    return True
 
 
 def _namespace(text: str) -> dict[str, Any] | None:
     """The arguments of a `Namespace(…)`; None if it is not a list of names and plain values."""
     try:
-        call = ast.parse(text[: text.rindex(")") + 1], mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            return None
-        return {str(item.arg): ast.literal_eval(item.value) for item in call.keywords if item.arg is not None}
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        call: Any = ast.parse(text[: text.rindex(")") + 1], mode="eval").body
+        return {str(item.arg): ast.literal_eval(item.value) for item in call.keywords}
+    except (SyntaxError, ValueError, TypeError, AttributeError, MemoryError, RecursionError):
         return None

@@ -26,17 +26,17 @@ def remake_pool(settings: Mapping[str, Any], registry: Registry) -> ExperiencePo
     Raises ValueError if the settings do not tell how it was made or the original cannot have made it, FileNotFoundError if traces,
     video or actor are not in the registry, and OSError if an actor would have to be read without TensorFlow.
     """
-    if lacking := [key for key in POOL_SETTINGS if key not in settings]:
-        raise ValueError(f"the pool cannot be made anew: nothing tells {', '.join(lacking)}")
-    models = settings["pool_models"]
-    if unknown := [model for model in models if model not in POLICIES]:
-        raise ValueError(f"the pool cannot be made anew: {', '.join(unknown)} is not a policy of the original")
+    lacking = [key for key in POOL_SETTINGS if key not in settings]
+    models, asked = settings.get("pool_models", ()), settings.get("pool_trace_num", -1)
+    unknown, fixed = [model for model in models if model not in POLICIES], settings.get("pool_fixed") or asked == -1
+    for problem, said in (
+        (lacking, f"nothing tells {', '.join(lacking)}"),
+        (unknown, f"{', '.join(unknown)} is not a policy of the original"),
+        (len(models) > 1 and not fixed, "several policies and a random order share start points, or fail"),
+    ):
+        if problem:
+            raise ValueError(f"the pool cannot be made anew: {said}")
     traces, video = registry.trace_set(settings["train_traces"]), registry.video(settings["train_video"])
-    asked = settings["pool_trace_num"]
-    fixed = bool(settings["pool_fixed"]) or asked == -1
-    if len(models) > 1 and not fixed:
-        said = "with several policies and a random order the original gives traces the start points of others, or fails"
-        raise ValueError(f"the pool cannot be made anew: {said}")
     parts: list[ExperiencePool] = []
     first_actor: Policy | None = None
     for model in models:
@@ -46,7 +46,7 @@ def remake_pool(settings: Mapping[str, Any], registry: Registry) -> ExperiencePo
         episodes = upstream_episodes(
             traces,
             trace_num=asked if asked == -1 else min(asked, len(traces)),
-            fixed_order=fixed,
+            fixed_order=bool(fixed),
             seed=settings.get("pool_seed", 0),  # of no effect in pool generation
             draws_actions=player.draws_actions,
             pool=True,

@@ -12,9 +12,8 @@ from netllm_lib.abr.upstream.discover import LOSSES, Found
 from netllm_lib.abr.upstream.logs import Console, Losses
 from netllm_lib.training_run import TrainingRun
 
-DOCUMENTED_ACCUMULATION = 32
-WARMUP = 2000  # the original's default
-W = 20  # likewise
+ACCUMULATION = 32  # of the original's documentation
+WARMUP, W = 2000, 20  # its defaults
 
 
 def training_run(
@@ -30,22 +29,19 @@ def training_run(
     scores = [(line.epoch, line.episodes_return) for line in console.epochs if line.episodes_return is not None]
     if losses is None and not printed and "lr" not in settings:
         return None, []
-    planned, epochs = settings.get("epochs"), len(printed) or settings.get("epochs")
+    epochs = len(printed) or settings.get("epochs")
     expected, crossing = (None, None) if pool is None else _windows(pool, settings)
-    windows = expected
+    windows, micro_steps = expected, (expected or 0) * (epochs or 0) or None
     history: dict[str, Any] = {"epoch": [line.epoch for line in printed], "loss": [line.loss_mean for line in printed]}
-    micro_steps = (windows or 0) * (epochs or 0) or None
     if losses is not None:
         micro_steps = len(losses.values)
         if epochs and micro_steps % epochs == 0 and (printed or windows is None):
             windows = micro_steps // epochs  # what was really trained on
         history = {"epoch": np.arange(micro_steps) // (windows or micro_steps), "loss": losses.values}
-    accumulation, steps = settings.get("grad_accum_steps", DOCUMENTED_ACCUMULATION), None
-    if micro_steps is not None:
+    accumulation, steps = settings.get("grad_accum_steps", ACCUMULATION), None
+    if micro_steps is not None:  # an epoch's last step may be short
         whole, rest = divmod(micro_steps, windows or micro_steps + 1)
-        steps = whole * -(-(windows or 0) // accumulation) + -(
-            -rest // accumulation
-        )  # an epoch's last step may be short
+        steps = whole * -(-(windows or 0) // accumulation) + -(-rest // accumulation)
     lr, warmup = settings.get("lr"), settings.get("warmup_steps", WARMUP)
     run = TrainingRun(
         history=pd.DataFrame(history) if len(history["loss"]) else None,
@@ -64,7 +60,11 @@ def training_run(
         best_score=max((score for _, score in scores), default=None),
         selected_on_test=bool(scores),
         truncated=losses is not None and losses.truncated,
-        facts={"crossing": crossing, "rows": "epochs" if losses is None else "windows", "epochs_planned": planned},
+        facts={
+            "crossing": crossing,
+            "rows": "epochs" if losses is None else "windows",
+            "epochs_planned": settings.get("epochs"),
+        },
         seconds=sum(line.seconds or 0 for line in printed) or None,
     )
     return run, [] if losses is None else _remarks(losses, found, expected)
@@ -89,14 +89,11 @@ def _remarks(losses: Losses, found: Found, windows: int | None) -> list[str]:
         return notes
     if found.console is not None and len(values) % epochs == 0:
         means = values.reshape(epochs, -1).mean(axis=1)
-        for line in found.console.epochs:
-            if line.loss_mean is not None and line.epoch < epochs and abs(means[line.epoch] - line.loss_mean) > 1e-5:
-                said = f"mean {means[line.epoch]:.6f} in epoch {line.epoch}, the console log says {line.loss_mean:.6f}"
-                notes.append(f"{LOSSES}: {said}: they are of two runs")
-                break
+        printed = [(line.epoch, line.loss_mean) for line in found.console.epochs if line.loss_mean is not None]
+        for epoch, loss in [(at, loss) for at, loss in printed if at < epochs and abs(means[at] - loss) > 1e-5][:1]:
+            said = f"mean {means[epoch]:.6f} in epoch {epoch}, the console log says {loss:.6f}"
+            notes.append(f"{LOSSES}: {said}: they are of two runs")
     if windows is not None and len(values) != windows * epochs:
-        said = (
-            f"{len(values)} losses; the pool has {windows} windows, which makes {windows * epochs} in {epochs} epochs"
-        )
+        said = f"{len(values)} losses, and {windows * epochs} from the pool's {windows} windows in {epochs} epochs"
         notes.append(f"{LOSSES}: {said}: it is not the training pool, or training was not finished")
     return notes
