@@ -64,6 +64,7 @@ def make_runs(run: SmallRun, plm: str, epochs: int) -> SmallRun:
         config, folder = TrainConfig(epochs=epochs, lr=3e-3), trained.folder / "training" / "once"
         result = train(network, windows, config, folder=folder, settings=windows.settings)
         result.save(trained.folder)
+        assert result.final is not None
         shutil.copytree(result.final, trained.folder / "policy")
     else:
         save_checkpoint(trained.folder / "policy", stir(network), describe(network, windows.settings))

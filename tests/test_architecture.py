@@ -23,7 +23,7 @@ def lines(path: Path) -> int:
 @cache
 def imported(module: str) -> frozenset[str]:
     """Our modules that a module imports, also inside functions; not what it needs for type hints alone."""
-    found = set()
+    found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         for child in ast.iter_child_nodes(node):

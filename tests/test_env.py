@@ -106,7 +106,7 @@ def assert_same(mine: Any, theirs: Any) -> None:
             assert_same(one, other)
     else:
         assert mine.dtype == theirs.dtype
-        np.testing.assert_array_equal(*map(np.stack, (mine, theirs)))
+        np.testing.assert_array_equal(np.stack(mine), np.stack(theirs))
 
 
 def test_bounds_hold_on_hard_traces() -> None:
@@ -163,13 +163,17 @@ def test_what_is_asked_of_reset(options: dict[str, Any], message: str) -> None:
             made.reset(options=options)
     for asked in ({"seed": [1, 2]}, {"options": {"start": [1, 2]}}, {"options": {"reset_mask": np.arange(3) > 0}}):
         with pytest.raises(ValueError, match="lock-step|broadcast"):
-            many.reset(**asked)  # type: ignore[arg-type]
+            many.reset(**asked)
 
 
 def test_steps_out_of_turn_and_levels_that_are_none() -> None:
-    for made, level in ((AbrEnv(TRACES, VIDEO), np.int64(0)), (AbrVectorEnv(2, TRACES, VIDEO), np.zeros(2, np.int64))):
+    pairs: list[tuple[Any, Any]] = [
+        (AbrEnv(TRACES, VIDEO), np.int64(0)),
+        (AbrVectorEnv(2, TRACES, VIDEO), np.zeros(2, np.int64)),
+    ]
+    for made, level in pairs:
         with pytest.raises(gymnasium.error.ResetNeeded):
-            made.step(level)  # type: ignore[arg-type]
+            made.step(level)
         made.reset(seed=0)
         for wrong in (level + 6, level - 1):
             with pytest.raises(ValueError, match=r"integers 0\.\.5"):

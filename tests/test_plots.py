@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib
 import pandas as pd
 import pytest
@@ -36,13 +38,14 @@ def close():
 
 def test_given_axes_are_used(tables: dict) -> None:
     history = pd.DataFrame({"step": [0, 1], "loss": [1.5, 1.0]})
-    for draw, *data in (
+    cases: list[tuple[Any, ...]] = [
         (plots.plot_differences, {"a − b": Interval(0.1, -0.1, 0.3)}),
         (plots.plot_bandwidths, [TRACES]),
         (plots.plot_training, history, {"chance": 1.79}),
-    ):
+    ]
+    for draw, *data in cases:
         _, ax = plt.subplots()
-        assert draw(*data, axes=ax) is ax  # type: ignore[operator]
+        assert draw(*data, axes=ax) is ax
         assert ax.get_xlabel()
 
 

@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_the_old_content(small_disk: Path, kind: str) -> None
     target, data = small_disk / "f", np.zeros(2**21, np.uint8)
     target.write_text("old")
     writers: dict[str, Callable[[Path], object]] = {
-        "bytes": lambda aside: aside.write_bytes(data),
+        "bytes": lambda aside: aside.write_bytes(data.tobytes()),
         "torch": lambda aside: torch.save({"data": torch.from_numpy(data)}, aside),
         "safetensors": lambda aside: save_file({"data": data}, aside),
     }

@@ -73,7 +73,8 @@ def main(rounds: int = 5) -> None:
     lines += [f"medians of {rounds} rounds. {platform.machine()}, Python {platform.python_version()}. Command:"]
     lines += [f"`OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python tests/bench/bench_play.py {rounds}`.", ""]
     lines += ["## Simulator", "", "| | chunks/s | against the transcription |", "|---|---|---|"]
-    for name, work in {"`step`, state kept": step, "`replay`": partial(simulator.replay, levels)}.items():
+    works: dict[str, Callable[[], object]] = {"`step`, state kept": step, "`replay`": partial(simulator.replay, levels)}
+    for name, work in works.items():
         took = seconds(work, rounds)
         lines.append(f"| {name} | {levels.size / took:,.0f} | {transcription / took:.1f} × |")
 

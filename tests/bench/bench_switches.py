@@ -89,6 +89,7 @@ class Bench:
         torch.manual_seed(seed)  # for shuffle="torch"
         with tempfile.TemporaryDirectory() as folder:
             history = train(network, windows, config, folder=Path(folder) / "run", settings=windows.settings).history
+        assert history is not None
         loss = float(history[history["epoch"] == history["epoch"].max()]["loss"].mean())
         return (network, describe(network, windows.settings)), loss
 
@@ -120,7 +121,7 @@ def training_rows(bench: Bench, pool: ExperiencePool, seeds: int) -> tuple[list[
     for name, changes in {"sound": {}, **TRAINING}.items():
         runs = [bench.train(pool, seed, changes) for seed in range(1, seeds + 1)]
         played = [bench.play(LLMPolicy(*trained)) for trained, _ in runs]
-        mean = sum(played) / seeds
+        mean = pd.concat(played, axis=1).mean(axis=1)
         base, kept = (mean, runs[0][0]) if base is None else (base, kept)
         losses, means = ", ".join(f"{loss:.3f}" for _, loss in runs), ", ".join(f"{p.mean():.3f}" for p in played)
         rows.append(f"| `{name}` | {losses} | {means} | {difference(mean, base) if changes else ''} |")
