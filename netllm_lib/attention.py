@@ -13,11 +13,8 @@ from torch import nn
 ATTENTION = "netllm_grouped_sdpa"
 GROUPED = ("llama", "mistral", "qwen2")
 """Models whose heads can share keys in the same way."""
-LAST_LAYER_PARTS = {
-    "llama": ("self_attn.q_proj", "self_attn.o_proj", "mlp"),
-    "mistral": ("self_attn.q_proj", "self_attn.o_proj", "mlp"),
-    "qwen2": ("self_attn.q_proj", "self_attn.o_proj", "mlp"),
-    "gpt2": ("attn.c_proj", "mlp"),
+LAST_LAYER_PARTS = dict.fromkeys(GROUPED, ("self_attn.q_proj", "self_attn.o_proj", "mlp")) | {
+    "gpt2": ("attn.c_proj", "mlp")
 }
 """By `model_type`, what a decoder layer does to each token alone and no later token sees, if the layer is the last one."""
 
@@ -50,9 +47,7 @@ class TokenCache:
                 self.values = value_states.new_empty(batch, heads, room, value_states.shape[-1])
                 self.is_initialized = True
 
-            def update(
-                self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-            ) -> tuple[torch.Tensor, torch.Tensor]:
+            def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 if not self.is_initialized:
                     self.lazy_initialization(key_states, value_states)
                 new = key_states.shape[2]
@@ -70,18 +65,16 @@ class TokenCache:
                 start, self.held = self.held, self.held + new
                 self.keys[:, :, start : self.held] = key_states
                 self.values[:, :, start : self.held] = value_states
-                first = self.held - (self.seen - self.first_attended(self.seen))
-                return self.keys[:, :, first : self.held], self.values[:, :, first : self.held]
-
-            def first_attended(self, seen: int) -> int:
-                return 0 if attend_tokens is None else max(0, seen - attend_tokens)
+                attended = slice(self.held - min(self.seen, attend_tokens or self.seen), self.held)
+                return self.keys[:, :, attended], self.values[:, :, attended]
 
             def get_seq_length(self) -> int:
                 return self.seen
 
             def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-                first = self.first_attended(self.seen + query_length)
-                return self.seen + query_length - first, first
+                seen = self.seen + query_length
+                attended = min(seen, attend_tokens or seen)
+                return attended, seen - attended
 
         self.tokens = 0
         """How many tokens each sequence has so far."""
@@ -122,8 +115,7 @@ def _grouped_sdpa(
         # PyTorch's CPU kernel for the gradient of attention is 2.5 times slower in bfloat16 than in float32
         with torch.autocast("cpu", enabled=False):
             mask = attention_mask
-            if mask is not None and mask.is_floating_point():
-                mask = mask.float()
+            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
             out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **kwargs)
         return out.to(value.dtype), None
     groups = query.shape[1] // key.shape[1]
@@ -159,11 +151,10 @@ def choose_attention(hf_config: Any, kind: str) -> str | None:
 
 
 class LastLayer:
-    """Lets the last layer compute only at some tokens.
+    """Lets the last layer compute only at some tokens; elsewhere the hidden states mean nothing.
 
     The keys and values that a layer makes of a token matter to all later tokens, but nothing comes after the last layer: there
-    queries, output projection and MLP are needed only where a hidden state is read. One of eight tokens is, so this saves most of a
-    layer, in training and at test. What is read stays the same up to rounding; elsewhere the hidden states mean nothing.
+    queries, output projection and MLP are needed only where a hidden state is read, which is one of eight tokens.
     """
 
     def __init__(self, layer: nn.Module, parts: tuple[str, ...]):

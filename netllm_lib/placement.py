@@ -1,7 +1,4 @@
-"""On which device each part of a PLM lies: one device, or its layers in order over several.
-
-`PLMConfig.device` names them, `PLMConfig.placement` says how many layers each takes.
-"""
+"""On which device each part of a PLM lies: `PLMConfig.device` and `PLMConfig.placement` say it, see there."""
 
 from __future__ import annotations
 
@@ -46,22 +43,14 @@ def device_map(model: nn.Module, devices: list[str], placement: tuple[int, ...] 
     What comes before the layers lies with the first of them, what comes behind (the last norm) with the last.
     """
     places: dict[str, str] = {}
-    last = devices[0]
-    for stack in LAYER_LISTS:
-        try:
-            layers = model.get_submodule(stack)
-        except AttributeError:
-            continue
-        if isinstance(layers, nn.ModuleList):
+    for stack, layers in model.named_modules():
+        if stack in LAYER_LISTS and isinstance(layers, nn.ModuleList):
             counts = split_layers(len(layers), len(devices), placement)
             owners = [device for device, count in zip(devices, counts, strict=True) for _ in range(count)]
             places |= {f"{stack}.{i}": owner for i, owner in enumerate(owners)}
-            last = owners[-1]
     if not places:
-        raise ValueError(
-            f"a {type(model).__name__} cannot be split over devices: its layers are not at any of {LAYER_LISTS}"
-        )
-    layer_names = tuple(f"{name}." for name in places)
+        raise ValueError(f"a {type(model).__name__} cannot be split: its layers are at none of {LAYER_LISTS}")
+    layer_names, last = tuple(f"{name}." for name in places), owners[-1]
     for name, _ in [*model.named_parameters(), *model.named_buffers()]:
         if not name.startswith(layer_names):
             part = name.rpartition(".")[0]

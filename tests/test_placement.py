@@ -48,17 +48,10 @@ def test_every_weight_has_a_place(tmp_path: Path, family: str) -> None:
     places = device_map(model, ["cuda:0", "cuda:1"], (1, 2))
     for name, _ in [*model.named_parameters(), *model.named_buffers()]:
         assert sum(name == place or name.startswith(f"{place}.") for place in places) == 1, name
-    stacks = {name.rsplit(".", 1)[0] for name in places if name.rsplit(".", 1)[-1].isdigit()}
-    assert stacks == {
-        "gpt2": {"h"},
-        "opt": {"decoder.layers"},
-        "t5-lm": {"encoder.block", "decoder.block"},
-    }.get(family, {"layers"})
-    for stack in stacks:
-        assert [places[f"{stack}.{i}"] for i in range(3)] == ["cuda:0", "cuda:1", "cuda:1"]
-    norms = [place for place in places if "norm" in place or place == "ln_f"]
-    assert norms
-    assert {places[norm] for norm in norms} == {"cuda:1"}
+    layers = {place: device for place, device in places.items() if place.rpartition(".")[2].isdigit()}
+    assert len(layers) == (6 if family == "t5-lm" else 3)
+    assert all(device == ("cuda:0" if place.endswith(".0") else "cuda:1") for place, device in layers.items())
+    assert {device for place, device in places.items() if "norm" in place or place == "ln_f"} == {"cuda:1"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,10 +103,3 @@ def test_training_and_testing_a_split_plm(tmp_path: Path) -> None:
     assert (meta.plm.device, again.plm.config.device) == (TWO, "cpu")
     with torch.no_grad():
         torch.testing.assert_close(again(BATCH), network.eval()(BATCH), atol=1e-6, rtol=1e-5)
-
-
-def test_a_placement_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="add up to 2 layers"):
-        load_plm(PLMConfig("tiny-llama", rank=0, placement=(1,)))
-    with pytest.raises(ValueError, match="add up to 2 layers"):
-        load_plm(PLMConfig("tiny-llama", rank=0, device=TWO, placement=(3, 0)))

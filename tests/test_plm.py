@@ -111,24 +111,6 @@ def test_identity_knows_weights_and_shape_but_not_dtype_or_rank(zoo: Path, tmp_p
     assert load_plm(PLMConfig(folder, random_weights=True, seed=2)).identity != random
 
 
-def test_loading_leaves_the_random_stream_alone() -> None:
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    load_plm(PLMConfig("tiny-llama"))
-    assert torch.equal(torch.rand(1), expected)
-
-
-def test_dropout_of_the_plm_can_be_set(zoo: Path) -> None:
-    folder = str(zoo / "gpt2" / "tiny")
-    x = tokens(64)
-    noisy = load_plm(PLMConfig(folder, rank=0)).train()
-    still = load_plm(PLMConfig(folder, rank=0, plm_dropout=0.0)).train()
-    with torch.no_grad():
-        assert not torch.equal(noisy(x), noisy(x))
-        assert torch.equal(still(x), still(x))
-
-
 # --- finding --------------------------------------------------------------------------------------------------------
 
 
@@ -153,12 +135,6 @@ def test_names_of_the_original_are_found(
     assert find_plm(f"{asked}/base") == tmp_path / "mine" / stored / "base"
 
 
-def test_names_of_nothing_and_of_the_hub() -> None:
-    with pytest.raises(FileNotFoundError, match="not a folder"):
-        find_plm("/nowhere/at/all")
-    assert find_plm("someone/some-model") == "someone/some-model"
-
-
 def test_layers_out_of_range(zoo: Path) -> None:
     for layers in (0, 3):
         with pytest.raises(ValueError, match="has layers 1 to 2"):
@@ -179,15 +155,12 @@ BROKEN: list[tuple[str, bytes | None, str]] = [
     ("config.json", None, r"config\.json: missing"),
     ("config.json", PAGE, r"config\.json: an HTML page"),
     ("config.json", b"{", r"config\.json: not valid JSON"),
-    ("config.json", b"[]", r"config\.json: not valid JSON"),
     ("config.json", b"{}", r"config\.json: not valid JSON.*no model_type"),
     ("model.safetensors", None, "no weights"),
     ("model.safetensors", LFS, r"model\.safetensors: .*git lfs pull"),
-    ("model.safetensors", PAGE, r"model\.safetensors: an HTML page"),
     ("model.safetensors", b"Entry not found", r"model\.safetensors: an error message of the hub"),
     ("model.safetensors", b"", r"model\.safetensors: a cut download"),
     ("model.safetensors", WHOLE + b"-100", r"model\.safetensors: a cut download"),
-    ("model.safetensors", (10 * 2**30).to_bytes(8, "little") + b"{}", r"model\.safetensors: a cut download"),
     ("pytorch_model.bin", b"hello there", r"pytorch_model\.bin: not a PyTorch file"),
 ]
 
@@ -279,11 +252,3 @@ def test_smollm2_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(made) == 2
     assert not problems_in(folder)
     assert [p.name for p in folder.parent.iterdir() if not p.name.endswith(".lock")] == [folder.name]
-
-
-def test_smollm2_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NETLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(plm_files, "smollm2_gguf", lambda: None)
-    assert check_plm("smollm2") == [plm_files.SMOLLM2_MISSING]
-    with pytest.raises(FileNotFoundError, match="pip install"):
-        find_plm("smollm2")
