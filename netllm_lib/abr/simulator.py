@@ -216,7 +216,7 @@ class Simulator:
         self.chunk += 1
         self._level, self._reward = outcome.level, outcome.reward
         # Pensieve's state: a new array, so that observations that were handed out stay as they were
-        self._state = np.roll(self._state, -1, axis=2)
+        self._state = self._state[:, :, [1, 2, 3, 4, 5, 5]]
         self._state[:, 0, -1] = outcome.bitrate_kbps / float(qoe.BITRATES_KBPS[-1])
         self._state[:, 1, -1] = outcome.buffer_s / 10
         self._state[:, 2, -1] = outcome.size_bytes / outcome.delay_ms / 1000  # MB/s

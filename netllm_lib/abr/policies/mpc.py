@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Literal
 
 import numpy as np
@@ -148,7 +149,7 @@ class RobustMPC(Policy):
             self._sizes_mb[start : start + min(config.horizon, CHUNKS - chunk)],
             observation.buffer_s,
             observation.last_level,
-            self._mean / (1 + weight * np.max(self._errors, axis=0)),
+            self._mean / (1 + weight * reduce(np.maximum, self._errors)),
             LEVELS if config.jump_limit is None else config.jump_limit,
             np.inf if config.buffer_cap_s is None else config.buffer_cap_s,
             config.ties == "first",
