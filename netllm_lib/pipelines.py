@@ -107,11 +107,10 @@ def read_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) 
         if name in steps:
             raise ValueError(f"{where}: another step has this name")
         own = {key.removeprefix(f"{name}."): value for key, value in overrides.items() if key.startswith(f"{name}.")}
-        general, strong = (
-            {key: value for key, value in some.items() if key in notebook.parameters}
-            for some in (table.parameters, overrides)
+        weak, strong = (
+            {k: some[k] for k in notebook.parameters if k in some} for some in (table.parameters, overrides)
         )
-        given = notebook.fit({**general, **row.parameters, **strong, **own}, where)
+        given = notebook.fit({**weak, **row.parameters, **strong, **own}, where)
         step = replace(row, notebook=notebook.path, name=name, parameters=given)
         if missing := [need for need in step.needs if need not in steps]:
             earlier = ", ".join(steps) or "none"
@@ -194,8 +193,10 @@ def attempt(step: Step, before: Mapping[str, Outcome], **options: Any) -> Outcom
         done = notebooks.run_notebook(step.notebook, resolve(step.parameters, folders), **options)
     except Exception as error:
         ours = error if isinstance(error, NotebookError) else NotebookError(str(error))
-        known = isinstance(error, NotebookError | ValueError | OSError)
-        problem = " ".join(f"{'' if known else f'unexpected {type(error).__name__}: '}{error}".split())
+        strange = (
+            "" if isinstance(error, NotebookError | ValueError | OSError) else f"unexpected {type(error).__name__}: "
+        )
+        problem = " ".join(f"{strange}{error}".split())
         lines = "\n".join(ours.traceback if ours is error else traceback.format_exception(error)).splitlines()
         folder = ours.executed.parent if ours.executed else None
         return Outcome(step.name, "failed", None, folder, time.monotonic() - started, problem, tuple(lines), error)

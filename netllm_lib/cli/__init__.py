@@ -20,7 +20,6 @@ from netllm_lib.cli.diagnose import diagnose
 from netllm_lib.cli.imports import import_
 from netllm_lib.cli.options import DataOption, JsonOption, print_json, waiting
 from netllm_lib.cli.play import play
-from netllm_lib.cli.reports import reports
 from netllm_lib.cli.run import run
 from netllm_lib.cli.sweep import sweep
 
@@ -74,7 +73,21 @@ def check(
         raise typer.Exit(1)
 
 
-for command in (run, sweep, play, import_, diagnose, reports):
+@app.command()
+def reports(as_json: JsonOption = False) -> None:
+    """List all runs, the last one first, and write reports/index.html."""
+    from netllm_lib.reports import list_runs, write_index
+
+    rows = list_runs()
+    for row in rows:
+        score = "" if row["score"] is None else f"{row['policy']} {row['score']:.4f}"
+        finished, finding = (row["finished"] or "")[:16], row["first finding"] or ""
+        print("  ".join([finished, f"{row['state']:8}", f"{row['kind']}/{row['run']}", score, finding]).rstrip())
+    print(f"{len(rows)} runs: {write_index()}")
+    print_json(as_json, rows)
+
+
+for command in (run, sweep, play, import_, diagnose):
     app.command(command.__name__.strip("_"))(command)
 app.add_typer(data.app, name="data")
 app.add_typer(pool.app, name="pool")
