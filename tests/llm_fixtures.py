@@ -32,10 +32,8 @@ def write_plm(folder: Path, family: str, layers: int = 2, hidden: int = 64, shar
     elif family == "gpt2":
         config = hf.GPT2Config(**small, n_embd=hidden, n_layer=layers, n_head=4, n_positions=128, initializer_range=0.1)
     elif family == "opt":
-        config = hf.OPTConfig(
-            **small, hidden_size=hidden, ffn_dim=96, num_hidden_layers=layers, num_attention_heads=4, init_std=0.1,
-            word_embed_proj_dim=hidden, max_position_embeddings=512,
-        )  # fmt: skip
+        small |= {"hidden_size": hidden, "ffn_dim": 96, "num_hidden_layers": layers, "word_embed_proj_dim": hidden}
+        config = hf.OPTConfig(**small, num_attention_heads=4, init_std=0.1, max_position_embeddings=512)
     else:
         config = hf.T5Config(**small, d_model=hidden, d_kv=16, d_ff=96, num_layers=layers, num_heads=4)
     with torch.random.fork_rng():
@@ -94,15 +92,8 @@ def observe(states: np.ndarray, rewards: np.ndarray, chunk: int, rows: np.ndarra
     """What a policy sees before it chooses `chunk`, from scripted `states` [chunks, N, 6, 6] and `rewards` [chunks, N]."""
     rows = np.arange(states.shape[1]) if rows is None else rows
     nothing = np.zeros(len(rows))
-    return Observation(
-        chunk,
-        rows,
-        states[chunk - 1, rows],
-        nothing,
-        nothing.astype(int),
-        rewards[chunk - 1, rows],
-        np.zeros((len(rows), 6)),
-    )
+    now = (states[chunk - 1, rows], nothing, nothing.astype(int), rewards[chunk - 1, rows], np.zeros((len(rows), 6)))
+    return Observation(chunk, rows, *now)
 
 
 def replay(

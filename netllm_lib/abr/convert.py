@@ -225,21 +225,15 @@ def read_movie(path: Path, name: str) -> Video:
     Raises ValueError unless it has the six bitrates of the reward (within 10 %), 4-second chunks, and at least 48 of them.
     """
     movie: Movie = parse(Movie, runs.read_json(path), str(path))
-    if movie.segment_duration_ms != 4000:
-        raise ValueError(f"{path}: chunks of {movie.segment_duration_ms:g} ms; the simulator plays chunks of 4000 ms")
     kbps, segments = np.array(movie.bitrates_kbps), movie.segment_sizes_bits
+    if movie.segment_duration_ms != 4000 or len(segments) < CHUNKS or {len(sizes) for sizes in segments} != {LEVELS}:
+        raise ValueError(f"{path}: at least {CHUNKS} segments of 4000 ms with {LEVELS} sizes each are needed")
     if len(kbps) != LEVELS or not np.allclose(kbps, BITRATES_KBPS, rtol=0.1, atol=0):
-        raise ValueError(
-            f"{path}: bitrates {kbps.tolist()} kbps; the reward is for {BITRATES_KBPS.tolist()} (within 10 %)"
-        )
-    if len(segments) < CHUNKS or any(len(sizes) != LEVELS for sizes in segments):
-        raise ValueError(f"{path}: at least {CHUNKS} segments with {LEVELS} sizes each are needed")
+        raise ValueError(f"{path}: the bitrates must be {BITRATES_KBPS.tolist()} kbps (within 10 %), as in the reward")
     bits = np.array(segments).T
     ratio = bits.mean(axis=1) / 4000 / kbps
     if bits.min() < 8 or ratio.max() > 4 or ratio.min() < 1 / 4:
-        raise ValueError(
-            f"{path}: the mean sizes are {np.round(ratio, 3).tolist()} times the bitrates: are they in bits?"
-        )
+        raise ValueError(f"{path}: mean sizes are {np.round(ratio, 3).tolist()} times the bitrates: are they in bits?")
     return Video(name, np.ceil(bits / 8).astype(np.int64))
 
 

@@ -21,17 +21,12 @@ INSIDE = "adaptive_bitrate_streaming/data"  # folder of the repository that has 
 SUMS = Path(__file__).with_name("netllm_data.sha256")
 STAGING = ".fetch"  # in the destination, while a fetch is at work
 
-# Files arrive byte for byte. The user's other settings stay: proxies, certificates and mirrors are among them.
-GIT_SETTINGS = {
-    "core.autocrlf": "false",
-    "core.eol": "lf",
-    "core.symlinks": "false",  # a link becomes a small file, which then has the wrong sum
-    "core.sparseCheckout": "true",
-    "core.sparseCheckoutCone": "false",
-    "core.hooksPath": os.devnull,
-    "http.lowSpeedLimit": "100",  # bytes/s; a dead connection ends after a minute
-    "http.lowSpeedTime": "60",
-}
+# Files arrive byte for byte (a link becomes a small file, which then has the wrong sum), and a dead connection ends after a minute.
+# The user's other settings stay: proxies, certificates and mirrors are among them.
+GIT_SETTINGS = (
+    f"core.autocrlf=false core.eol=lf core.symlinks=false core.hooksPath={os.devnull} core.sparseCheckout=true "
+    "core.sparseCheckoutCone=false http.lowSpeedLimit=100 http.lowSpeedTime=60"
+)
 GIT_NEVER_ASKS = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true", "SSH_ASKPASS_REQUIRE": "never", "LC_ALL": "C"}
 ELSEWHERE = "or clone it elsewhere and name the clone with --from"
 GIT_OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
@@ -45,15 +40,13 @@ def read_sums(path: Path = SUMS) -> dict[str, str]:
         if match is None or any(part in ("", ".", "..") for part in match[2].split("/")):
             raise ValueError(f'{path}:{number}: expected "SHA-256  path inside a folder", found {line[:100]!r}')
         sums[match[2]] = match[1]
-    if not sums:
-        raise ValueError(f"{path}: no sums in it")
     return dict(sorted(sums.items()))
 
 
 def check_data(folder: Path, sums: Mapping[str, str] | None = None) -> dict[str, list[str]]:
     """Names of files that are "right", "wrong" (other bytes than the sums say) or "missing", relative to `folder`; and "foreign"
     ones beside them, which the sums do not know and which change a trace set or video."""
-    folder, sums = Path(folder), read_sums() if sums is None else sums
+    sums = read_sums() if sums is None else sums
     found: dict[str, list[str]] = {"right": [], "wrong": [], "missing": []}
     for name, digest in sums.items():
         path = folder / name
@@ -79,7 +72,7 @@ def fetch_data(
     configuration can name commands that git would run. Files that are there and right stay. Raises ValueError naming files
     that are wrong, in the source or (unless `replace`) in `folder`; OSError if files are missing or git fails; runs.Busy.
     """
-    folder, sums, origin = Path(folder), read_sums() if sums is None else sums, str(source or repository)
+    sums, origin = read_sums() if sums is None else sums, source or repository
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", commit):
         raise ValueError(f"commit {commit!r}: give the whole hash, 40 hexadecimal digits")
     staging = folder / STAGING
@@ -92,7 +85,7 @@ def fetch_data(
         if not wanted:
             return 0
         try:
-            tree = _checkout(repository, commit, staging / "clone") if source is None else _data_in(Path(source))
+            tree = _checkout(repository, commit, staging / "clone") if source is None else _data_in(source)
             if missing := [name for name in wanted if not (tree / name).is_file()]:
                 raise FileNotFoundError(f"{origin}: {len(missing)} files are not there: {few(missing)}")
             for name in wanted:
@@ -136,7 +129,7 @@ def _checkout(repository: str, commit: str, clone: Path) -> Path:
     (clone / ".git" / "info").mkdir(parents=True)
     (clone / ".git" / "info" / "attributes").write_text("* -text -eol -ident -filter -working-tree-encoding\n")
     (clone / ".git" / "info" / "sparse-checkout").write_text(f"/{INSIDE}/\n")
-    settings = [word for key, value in GIT_SETTINGS.items() for word in ("-c", f"{key}={value}")]
+    settings = [word for setting in GIT_SETTINGS.split() for word in ("-c", setting)]
     environment = {key: value for key, value in os.environ.items() if key not in GIT_OF_A_HOOK} | GIT_NEVER_ASKS
     environment.setdefault("GIT_SSH_COMMAND", "ssh -oBatchMode=yes -oConnectTimeout=30")
     for words in (
