@@ -252,7 +252,8 @@ class Simulator:
         out = np.empty((5, *shape))
         _play(self._world, clients, first_chunk, levels, out)
         delay_ms, rebuffer_ms, sleep_ms, residual_ms, buffer_ms = out
-        kbps, previous_kbps = qoe.BITRATES_KBPS[levels], qoe.BITRATES_KBPS[np.c_[before, levels[:, :-1]]]
+        previous = np.concatenate([before[:, None], levels[:, :-1]], axis=1)
+        kbps, previous_kbps = qoe.BITRATES_KBPS[levels], qoe.BITRATES_KBPS[previous]
         rebuffer_s = rebuffer_ms / 1000
         return Outcome(
             level=levels,
