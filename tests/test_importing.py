@@ -123,35 +123,26 @@ def test_a_whole_tree(tree: Tree, reports: Path) -> None:
 
 
 def test_importing_again_changes_nothing(tree: Tree, reports: Path, tmp_path: Path) -> None:
+    def times() -> dict[str, int]:
+        return {name: (run.folder / name).stat().st_mtime_ns for name in files(run.folder)}
+
     run = import_run(tree.root, data=SAMPLE)
-    before = {name: (run.folder / name).stat().st_mtime_ns for name in files(run.folder)}
-    assert import_run(tree.root, data=SAMPLE).folder == run.folder
-    moved = tree.copy(tmp_path / "elsewhere")
+    before, moved = times(), tree.copy(tmp_path / "elsewhere")
     assert import_run(moved.root, data=SAMPLE).folder == run.folder  # the same content
-    assert {name: (run.folder / name).stat().st_mtime_ns for name in files(run.folder)} == before
     write_train_losses(moved.losses, [1.0, 2.0])
     assert import_run(moved.root, data=SAMPLE).folder != run.folder
-    assert {name: (run.folder / name).stat().st_mtime_ns for name in files(run.folder)} == before
-    assert len(list((reports / "runs" / "import").iterdir())) == 2
+    assert times() == before
 
 
-def test_an_import_that_was_interrupted_is_done_again(
-    tree: Tree, reports: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from netllm_lib import checkpoint
-
-    def full(*args: object) -> None:
-        raise OSError("disk full")
-
+def test_an_import_that_was_interrupted_is_done_again(tree: Tree, reports: Path, monkeypatch: Any) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "save_checkpoint", full)
-        with pytest.raises(OSError, match="disk full"):
+        broken.setattr("netllm_lib.checkpoint.save_checkpoint", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
             import_run(tree.root, data=SAMPLE)
     (folder,) = (reports / "runs" / "import").iterdir()
     assert not runs.Run(folder).done
     run = import_run(tree.root, data=SAMPLE)
-    assert run.folder == folder
-    assert run.done
+    assert (run.folder, run.done) == (folder, True)
 
 
 @pytest.mark.parametrize(
@@ -368,21 +359,14 @@ def test_command_line(tree: Tree, reports: Path, tmp_path: Path, capsys: pytest.
     assert result["mean_reward"] == {"results": pytest.approx(tree.mean_reward)}
     assert result["console_mean_reward"] == pytest.approx(tree.mean_reward)
     assert result["policy"] is True
-    assert Path(result["run"]).is_dir()
-    assert [line.split(" (")[0] for line in result["missing"]] == [TERMINAL]
     assert f"run folder: {result['run']}" in lines
     assert any(f"mean reward {tree.mean_reward:.6f}" in line for line in lines)
-    some = tree.copy(tmp_path / "some", ["results"])
-    assert netllm("import", str(some.root), "--data", str(SAMPLE)) == 0
-    out = capsys.readouterr().out
-    assert "missing:\n  console log" in out
     both = second_run(tree, tmp_path / "both", lr=0.001)
     assert netllm("import", str(both.root)) == 2
     assert "2 runs in it, choose one with --run" in capsys.readouterr().err
-    words = ["--run", "lr_0.001", "--pool", str(tree.pool), "--plm", str(tree.plm), "--data", str(SAMPLE), "--json"]
+    words = ["--run", "lr_0.001", "--pool", str(tree.pool), "--plm", str(tree.plm), "--data", str(SAMPLE)]
     assert netllm("import", str(both.root), *words) == 0
-    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["problems"] == []
-    assert netllm("import", str(tmp_path / "nothing")) == 2
+    assert "missing:\n  the terminal's first lines" in capsys.readouterr().out
 
 
 # --- the original ---------------------------------------------------------------------------------------------------
@@ -402,13 +386,9 @@ def test_complete_runs_of_the_original(golden: Path, reports: Path, tmp_path: Pa
     assert told["console"]["mean_reward"] == pytest.approx(described["mean"], abs=1e-12)
     assert (told["settings"]["plm_type"], told["settings"]["seed"]) == (described["plm_type"], described["seed"])
     assert told["contradictions"] == told["problems"] == []
-    assert any(note.startswith("results: the test in the console log") for note in told["notes"])
-    assert any(note.startswith("results_test_alone: mean") for note in told["notes"])
     assert not any("not the training pool" in note or "two runs" in note for note in told["notes"])
-    assert (
-        read_meta(run.folder / "policy", PolicyNetwork).settings.pool_hash
-        == load_pool(folder / described["pool"]).content_hash()
-    )
+    meta = read_meta(run.folder / "policy", PolicyNetwork)
+    assert meta.settings.pool_hash == load_pool(folder / described["pool"]).content_hash()
     test = Test.read(run.folder)
     assert told["chosen"] == "results_test_alone"  # which can be reproduced
     assert test.scores().mean("llm").mean == pytest.approx(described["mean_alone"], abs=1e-12)

@@ -23,11 +23,6 @@ from upstream_tree import Tree, write_tree
 REGISTRY = Registry(SAMPLE)
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    return write_tree(tmp_path_factory.mktemp("original") / "tree")
-
-
 @pytest.fixture(autouse=True)
 def reports(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path_factory.getbasetemp() / "reports"))
