@@ -253,6 +253,7 @@ def read_safetensors(path: Path) -> Weights:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error, for a message of ours; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
