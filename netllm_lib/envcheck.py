@@ -86,8 +86,7 @@ def python_check() -> Check:
 def packages_check(extra: str = "") -> Check:
     """Installed versions against the requirements of an extra of the project; "": what it needs everywhere."""
     project = _project()
-    good: list[str] = []
-    misfits: list[str] = []
+    good, misfits = list[str](), list[str]()
     texts = project["optional-dependencies"][extra] if extra else project["dependencies"]
     for requirement in map(Requirement, texts):
         if requirement.marker is not None and not requirement.marker.evaluate():
@@ -119,8 +118,7 @@ def kernel_problem(name: str) -> str | None:
     """Why a notebook cannot start this Jupyter kernel, and what to do; None if it can."""
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
-    by_hand = f"python -m ipykernel install --sys-prefix --name {name}, in the environment it stands for"
-    advice = KERNELS.get(name, by_hand)
+    advice = KERNELS.get(name, f"python -m ipykernel install --sys-prefix --name {name}, in its environment")
     try:
         program = KernelSpecManager().get_kernel_spec(name).argv[0]
     except NoSuchKernel:

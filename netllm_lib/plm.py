@@ -255,7 +255,7 @@ def load_plm(config: PLMConfig) -> PLM:
         if source is None or config.random_weights:
             model = AutoModel.from_config(hf_config, **options)
         else:
-            if devices[0] != "cpu" or config.dtype == "4bit":  # each weight is loaded to where it belongs
+            if not devices[0].startswith("cpu") or config.dtype == "4bit":  # each weight is loaded to where it belongs
                 options |= {"device_map": places, "quantization_config": _quantisation(config)}
             model = _read_weights(source, config=hf_config, **options)
         if not getattr(model, "hf_device_map", None):

@@ -21,11 +21,8 @@ app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
 SumsOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Sums as of sha256sum, for a fork with other data [NetLLM's].")
 ]
-FolderArgument = Annotated[Path | None, typer.Argument(help="Root folder [data/netllm of the checkout].")]
-
-
-def _fetched_to(folder: Path | None) -> Path:
-    return runs.PROJECT / "data" / "netllm" if folder is None else folder
+FETCHED = runs.PROJECT / "data" / "netllm"
+FolderArgument = Annotated[Path, typer.Argument(help="Root folder [data/netllm of the checkout].", show_default=False)]
 
 
 def _end(result: dict[str, Any], as_json: bool) -> None:
@@ -43,15 +40,15 @@ def data_list(data: DataOption = None, as_json: JsonOption = False) -> None:
     shown = table.round({"hours": 2, "min_s": 0, "median_s": 0, "max_s": 0}).round(3)
     print(f"{registry.root}\n\nMean bandwidth of the traces in Mbps:\n{shown.to_string(index=False)}\n")
     print(f"Traces of the row that share content with the column:\n{overlaps.to_string()}\n")
-    print(f"videos: {', '.join(registry.video_folders()) or 'none'}")
-    print(f"actors: {', '.join(registry.actor_folders()) or 'none'}")
+    others = {"videos": list(registry.video_folders()), "actors": list(registry.actor_folders())}
+    print("\n".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in others.items()))
     found = {"root": registry.root, "trace_sets": table.to_dict("records"), "overlaps": overlaps.to_dict("index")}
-    _end(found | {"videos": list(registry.video_folders()), "actors": list(registry.actor_folders())}, as_json)
+    _end(found | others, as_json)
 
 
 @app.command("fetch")
 def data_fetch(
-    folder: FolderArgument = None,
+    folder: FolderArgument = FETCHED,
     source: Annotated[
         Path | None, typer.Option("--from", metavar="DIR", help="A clone of NetLLM, or its unpacked data; no network.")
     ] = None,
@@ -64,26 +61,26 @@ def data_fetch(
     """Bring NetLLM's own data, every file checked: by git, without the rest of the repository, or from a folder."""
     from netllm_lib.abr import fetch
 
-    known, to = fetch.read_sums(sums or fetch.SUMS), _fetched_to(folder)
+    known = fetch.read_sums(sums or fetch.SUMS)
     with waiting("fetching"):
         where = {"repository": repository or fetch.REPOSITORY, "commit": commit or fetch.COMMIT}
-        brought = fetch.fetch_data(to, source=source, **where, sums=known, replace=replace)
-    print(f"{to}: all {len(known)} files are there and right; {brought} of them are new")
-    _end({"folder": to, "files": len(known), "brought": brought}, as_json)
+        brought = fetch.fetch_data(folder, source=source, **where, sums=known, replace=replace)
+    print(f"{folder}: all {len(known)} files are there and right; {brought} of them are new")
+    _end({"folder": folder, "files": len(known), "brought": brought}, as_json)
 
 
 @app.command("check")
-def data_check(folder: FolderArgument = None, sums: SumsOption = None, as_json: JsonOption = False) -> None:
+def data_check(folder: FolderArgument = FETCHED, sums: SumsOption = None, as_json: JsonOption = False) -> None:
     """Compare fetched data with the sums; exit code 1 if a file is missing or wrong."""
     from netllm_lib.abr import fetch
 
-    found = fetch.check_data(_fetched_to(folder), fetch.read_sums(sums or fetch.SUMS))
+    found = fetch.check_data(folder, fetch.read_sums(sums or fetch.SUMS))
     complete = not found["wrong"] and not found["missing"]
-    print(f"{_fetched_to(folder)}: {len(found['right'])} files are there and right")
+    print(f"{folder}: {len(found['right'])} files are there and right")
     for what in ("wrong", "missing", "foreign"):
         if found[what]:
             print(f"{len(found[what])} {what}: {fetch.few(found[what])}")
-    _end({"folder": _fetched_to(folder), "complete": complete, **found, "right": len(found["right"])}, as_json)
+    _end({"folder": folder, "complete": complete, **found, "right": len(found["right"])}, as_json)
     if not complete:
         raise typer.Exit(1)
 
