@@ -79,7 +79,7 @@ def of_test(
     twin: str | None = None,
     traces: str = TRACES,
     video: str = VIDEO,
-    **pool: str,
+    **pool: Any,
 ) -> Plant:
     """A whole chain of runs whose test is `config`; the twin's is `sound`."""
 
@@ -168,6 +168,7 @@ def prefer_level_2(bias: torch.Tensor) -> torch.Tensor:
 def on_plm(trained: Trained, plm: PLMConfig) -> PolicyNetwork:
     """The network of a training with another PLM in it."""
     network = PolicyNetwork(load_plm(plm), trained.meta.network)
+    assert trained.run.final is not None
     load_weights(trained.run.final, network)
     return network.eval()
 

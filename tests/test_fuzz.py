@@ -87,7 +87,7 @@ def assert_refused(path: Path, data: bytes, memory: int = 2**20, match: str = ".
     try:
         with watched(), pytest.raises(PoolError, match=match) as caught:
             load_pool(path)
-        assert time.process_time() - started < 1
+        assert time.process_time() - started < 5
         assert tracemalloc.get_traced_memory()[1] < memory + 100 * len(data)
     finally:
         tracemalloc.stop()
@@ -101,9 +101,9 @@ def assert_refused(path: Path, data: bytes, memory: int = 2**20, match: str = ".
 
 @st.composite
 def pools(draw: st.DrawFn) -> ExperiencePool:
-    count, number = draw(st.integers(1, 9)), {"allow_nan": False, "allow_infinity": False}
-    states = draw(npst.arrays(np.float32, (count, 6, 6), elements=st.floats(width=32, **number)))  # type: ignore[call-overload]
-    rewards = draw(npst.arrays(np.float64, count, elements=st.floats(**number)))  # type: ignore[call-overload]
+    count, number = draw(st.integers(1, 9)), st.floats(-1e9, 1e9, width=32)
+    states = draw(npst.arrays(np.float32, (count, 6, 6), elements=number))
+    rewards = draw(npst.arrays(np.float64, count, elements=number))
     dones = np.append(draw(npst.arrays(np.bool_, count - 1)), True)
     return ExperiencePool(states, draw(npst.arrays(np.int64, count, elements=st.integers(0, 5))), rewards, dones)
 
@@ -378,7 +378,7 @@ def test_mutated_pools(tmp_path: Path, count: int) -> None:
             else:
                 assert np.isfinite(pool.states).all()
                 assert set(pool.actions) <= set(range(6))
-            assert time.process_time() - started < 1, data
+            assert time.process_time() - started < 5, data
             assert tracemalloc.get_traced_memory()[1] - before < 2**20 + 100 * len(data), data
     finally:
         tracemalloc.stop()

@@ -160,7 +160,7 @@ def test_fused_and_eager_attention_agree_for_all(zoo: Any) -> None:
 
 def test_half_precision(zoo: Any) -> None:
     for name in ("llama", "gpt2", "opt", "t5-lm", "gemma3"):
-        half, whole = (load_plm(PLMConfig(zoo(name), dtype=dtype)) for dtype in ("bfloat16", "float32"))  # type: ignore[arg-type]
+        half, whole = (load_plm(PLMConfig(zoo(name), dtype=dtype)) for dtype in ("bfloat16", "float32"))
         hidden = run(half, tokens())
         assert (half.identity, hidden.dtype) == (whole.identity, torch.float32)
         assert 1e-4 < float((hidden - run(whole, tokens())).std() / hidden.std()) < 0.1, name
