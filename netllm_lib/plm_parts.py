@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from netllm_lib.plm_files import FAMILIES
-
 LORA_TARGETS = {
     "llama": ("q_proj", "v_proj"),
     "mistral": ("q_proj", "v_proj"),
     "opt": ("q_proj", "v_proj"),
     "gpt2": ("c_attn",),  # the original names q_proj and v_proj, which gpt2 does not have
-    "t5-lm": ("q", "v"),
+    "t5": ("q", "v"),
     "phi3": ("qkv_proj",),
 }
 
@@ -36,17 +34,16 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, targets: tuple[s
     import peft
 
     kind = model.config.model_type
-    family = FAMILIES.get(kind, kind)
     names = {name.rpartition(".")[2] for name, m in model.named_modules() if getattr(m, "weight", None) is not None}
-    targets = targets or LORA_TARGETS.get(family)
+    targets = targets or LORA_TARGETS.get(kind)
     if targets is None:
         known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-        targets = ("q_proj", "v_proj") if {"q_proj", "v_proj"} <= names else tuple(known.get(family, ()))
+        targets = ("q_proj", "v_proj") if {"q_proj", "v_proj"} <= names else tuple(known.get(kind, ()))
     if not targets or not set(targets) <= names:
         raise ValueError(
-            f"LoRA targets {tuple(targets)} are not all in this {family} model; set target_modules, e.g. from {sorted(names)}"
+            f"LoRA targets {tuple(targets)} are not all in this {kind} model; set target_modules, e.g. from {sorted(names)}"
         )
-    transposed = family == "gpt2"  # so it stores its projections
+    transposed = kind == "gpt2"  # so it stores its projections
     sizes: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "fan_in_fan_out": transposed}
     lora = peft.LoraConfig(target_modules=list(targets), task_type=peft.TaskType.FEATURE_EXTRACTION, **sizes)
     with warnings.catch_warnings():

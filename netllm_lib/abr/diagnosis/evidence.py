@@ -26,6 +26,20 @@ if TYPE_CHECKING:
     from netllm_lib.checkpoint import CheckpointMeta
     from netllm_lib.returns import ReturnScale
 
+AS_RUN, ALL_SOUND, RETRAINED = "as run", "all sound", "retrained"
+
+SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "adapter-not-applied": ("the adapter applied", {}),
+    "wrong-checkpoint": ("the weights that the training chose", {}),
+    "sampling": ("the most probable level chosen", {"choose": "argmax"}),
+    "dropout-on": ("dropout off", {"dropout": False}),
+    "context-leak": ("the context cleared between traces", {"context": "clear", "extra_step": False}),
+    "window-mismatch": ("the window of the training", {"w": None}),
+    "target-return": ("the training pool's largest return asked for", {"target_return_scale": 1.0}),
+    "wrong-pool": ("the training pool's range and target", {}),
+}
+"""Switches of a test by finding: what is sound, in words and as changes of EvalConfig."""
+
 CHANCE = math.log(qoe.LEVELS)
 """Cross-entropy in nats of a model that knows nothing."""
 

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import decisions
-from netllm_lib.abr.diagnosis.evidence import Evidence, Subject, paired
+from netllm_lib.abr.diagnosis.evidence import ALL_SOUND, AS_RUN, RETRAINED, SWITCHES, Evidence, Subject, paired
 from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.evaluate import SEED
 from netllm_lib.abr.play import play
@@ -41,19 +41,6 @@ CHECK_TRACES = 3
 REPRODUCED = 0.995  # share of same levels from which on a replay counts as the recorded test; rounding moves a few
 WINDOWS, TARGET_SCALES = (10, 20, 30, 5), (0.5, 2.0, 0.0, 10.0)  # that people try
 LOSS_WINDOWS = 48
-AS_RUN, ALL_SOUND, RETRAINED = "as run", "all sound", "retrained"
-
-SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
-    "adapter-not-applied": ("the adapter applied", {}),
-    "wrong-checkpoint": ("the weights that the training chose", {}),
-    "sampling": ("the most probable level chosen", {"choose": "argmax"}),
-    "dropout-on": ("dropout off", {"dropout": False}),
-    "context-leak": ("the context cleared between traces", {"context": "clear", "extra_step": False}),
-    "window-mismatch": ("the window of the training", {"w": None}),
-    "target-return": ("the training pool's largest return asked for", {"target_return_scale": 1.0}),
-    "wrong-pool": ("the training pool's range and target", {}),
-}
-"""Switches of a test by finding: what is sound, in words and as changes of EvalConfig."""
 
 
 @dataclass(frozen=True)

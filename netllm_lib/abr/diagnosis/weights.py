@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.diagnosis.evidence import Evidence, paired
-from netllm_lib.abr.diagnosis.replay import AS_RUN, SWITCHES
+from netllm_lib.abr.diagnosis.evidence import AS_RUN, SWITCHES, Evidence, paired
 from netllm_lib.findings import SEVERITIES, Effect, Rule, Severity, Verdict, rule
 
 
