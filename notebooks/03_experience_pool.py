@@ -109,8 +109,8 @@ print(f"chance {diagnosis.CHANCE:.3f}   H(a) {entropy:.3f}   H(a | previous leve
 estimate = {}
 if estimate_steps:
     simulator = Simulator(validation_part, clip, sound_episodes(validation_part, seed=seed, repeats=4))
-    told = runs.progress("estimate")
-    tables = {"clone": cloning_estimate(training, simulator, estimate_steps, seed=seed, progress=told)}
+    progress = runs.progress("estimate")
+    tables = {"clone": cloning_estimate(training, simulator, estimate_steps, seed=seed, progress=progress)}
     tables |= {Path(name).name: play(make_policy(name, clip, registry), simulator) for name in policies}
     league = evaluate.Test(tables).league()
     estimate = league["reward"].to_dict()

@@ -40,8 +40,8 @@ from IPython.display import display
 from netllm_lib import runs
 from netllm_lib.abr import diagnosis, evaluate, plots, qoe
 from netllm_lib.abr.diagnosis import decisions, explorer, figures, words
-from netllm_lib.abr.diagnosis import load as sources
 from netllm_lib.abr.diagnosis import replay as ablation
+from netllm_lib.abr.diagnosis.load import load
 from netllm_lib.abr.diagnosis.timeline import timeline
 from netllm_lib.abr.optimum import best_plans, regret
 from netllm_lib.abr.play import play
@@ -55,7 +55,7 @@ out = this_run.folder
 
 # %%
 folders = [test_dir, *seeds, train_dir, pool_dir]
-loaded = sources.load(*filter(None, folders), plm=plm or None, data=data or None)
+loaded = load(*filter(None, folders), plm=plm or None, data=data or None)
 if loaded.table is None:
     raise ValueError(f"{folders[0]}: there is no test in it; `netllm diagnose` reads logs alone")
 loaded = diagnosis.with_baselines(loaded)

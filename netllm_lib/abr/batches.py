@@ -133,7 +133,7 @@ def make_windows(
     ends = episode_ends(pool.dones)
     begins = np.r_[0, ends[:-1]]
     actions = torch.from_numpy(pool.actions.astype(np.int64))
-    worth = [] if values is None else [arrays.array_hash(np.asarray(values, dtype=np.float32))]
+    targets = [] if values is None else [arrays.array_hash(np.asarray(values, dtype=np.float32))]
     return Windows(
         pool.states,
         actions,
@@ -146,7 +146,7 @@ def make_windows(
         scale=scale,
         learn=learn,
         advantage=advantage,
-        key=runs.content_hash([pool.content_hash(), config, scale, learn, advantage, *worth]),
+        key=runs.content_hash([pool.content_hash(), config, scale, learn, advantage, *targets]),
     )
 
 

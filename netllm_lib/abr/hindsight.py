@@ -44,7 +44,7 @@ def _tabulate(episode: Episode, positions: int, position_s: float, buffers: int,
     """[chunks + 1, positions, buffers, 6] best summed reward from each chunk on, by the level before it; zero after the last."""
     buffer_step_ms = BUFFER_CAP_MS / (buffers - 1)
     table = np.zeros((chunks + 1, positions, buffers, LEVELS))
-    worth = np.empty(LEVELS)
+    brings = np.empty(LEVELS)
     for chunk in range(chunks - 1, 0, -1):
         ptr = 1
         for position in range(positions):
@@ -55,8 +55,8 @@ def _tabulate(episode: Episode, positions: int, position_s: float, buffers: int,
                 client = Client(ptr, now_s, row * buffer_step_ms)
                 for level in range(LEVELS):
                     after, took = download(episode, client, chunk, level)
-                    worth[level] = earned(took, level) + _to_come(table[chunk + 1], after, level, position_s)
-                best_by_last(worth, table[chunk, position, row])
+                    brings[level] = earned(took, level) + _to_come(table[chunk + 1], after, level, position_s)
+                best_by_last(brings, table[chunk, position, row])
     return table
 
 

@@ -70,12 +70,12 @@ def earned(took: Download, level: int) -> float:
 
 
 @inlined
-def best_by_last(worth: Array, best: Array) -> None:
-    """`best` [6]: what is to come if the last level was this one, where `worth` [6] is what each next level brings."""
+def best_by_last(brings: Array, best: Array) -> None:
+    """`best` [6]: what is to come if the last level was this one, where `brings` [6] is what each next level brings."""
     for last in range(LEVELS):
         best[last] = -np.inf
         for level in range(LEVELS):
-            best[last] = max(best[last], worth[level] - SWITCH_MBPS[level, last])
+            best[last] = max(best[last], brings[level] - SWITCH_MBPS[level, last])
 
 
 @inlined
@@ -94,7 +94,7 @@ def _guide(episode: Episode, client: Client, chunk: int, chunks: int) -> Array:
     Backwards over the chunks, taking for the trace position the one that a client has who never stalled since it was at `client`.
     """
     guide = np.zeros((chunks + 1 - chunk, int(BUFFER_CAP_MS / GUIDE_STEP_MS) + 1, LEVELS))
-    worth = np.empty(LEVELS)
+    brings = np.empty(LEVELS)
     for ahead in range(chunks - chunk - 1, -1, -1):
         ptr, now_s, passed_ms = client.ptr, client.now_s, 0.0
         for row in range(guide.shape[1] - 1, -1, -1):  # the less there is in the buffer, the more of the trace is gone
@@ -106,8 +106,8 @@ def _guide(episode: Episode, client: Client, chunk: int, chunks: int) -> Array:
                 passed_ms = gone_ms
             for level in range(LEVELS):
                 after, took = download(episode, Client(ptr, now_s, buffer_ms), chunk + ahead, level)
-                worth[level] = earned(took, level) + _promise(guide[ahead + 1], after.buffer_ms, level)
-            best_by_last(worth, guide[ahead, row])
+                brings[level] = earned(took, level) + _promise(guide[ahead + 1], after.buffer_ms, level)
+            best_by_last(brings, guide[ahead, row])
     return guide
 
 

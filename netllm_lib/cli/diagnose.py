@@ -42,10 +42,10 @@ def diagnose(
     # threads that wait by spinning make PyTorch many times slower beside a busy process; it reads this when it is loaded
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from netllm_lib.abr import diagnosis
-    from netllm_lib.abr.diagnosis import load as sources
+    from netllm_lib.abr.diagnosis.load import load
 
     with waiting("diagnosing"):
-        evidence = sources.load(*folders, pool=pool, plm=plm, data=data, results=results, run=run)
+        evidence = load(*folders, pool=pool, plm=plm, data=data, results=results, run=run)
         progress = (lambda line: print(line, file=sys.stderr, flush=True)) if sys.stderr.isatty() else None
         found = diagnosis.diagnose(evidence, budget, retrain, progress)
     print(found)

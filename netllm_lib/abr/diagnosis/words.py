@@ -35,12 +35,12 @@ def with_runs(evidence: Evidence, folders: Sequence[str | Path], data: str | Non
 
     Raises ValueError for a run that was not tested on the same traces.
     """
-    from netllm_lib.abr.diagnosis import load as sources
+    from netllm_lib.abr.diagnosis.load import load
 
     assert evidence.test is not None and evidence.table is not None  # noqa: PT018
     tables = dict(evidence.tables)
     for folder in folders:
-        other = sources.load(folder, data=data)
+        other = load(folder, data=data)
         if other.table is None:
             raise ValueError(f"{folder}: it holds no test, there is nothing to compare")
         if set(other.table["trace"]) != set(evidence.table["trace"]):
@@ -52,7 +52,7 @@ def with_runs(evidence: Evidence, folders: Sequence[str | Path], data: str | Non
 
 
 def findings_table(diagnosis: Diagnosis) -> pd.DataFrame:
-    """The findings as a table for people: what was found, by which numbers and rule, the fix, and what it is worth."""
+    """The findings as a table for people: what was found, by which numbers and rule, the fix, and its effect."""
     columns = ["severity", "id", "found", "evidence", "rule", "fix", "effect of the fix"]
     rows = []
     for f in diagnosis.findings:

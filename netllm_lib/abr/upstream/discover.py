@@ -301,9 +301,9 @@ def _take_results(found: Found, folders: list[Path], alone: bool) -> None:
                 found.notes.append(f"{label} may belong to another run: {said}")
             unknown = {key: settings[key] for key in IDENTITY if key in settings and key not in trained}
             found.tell("names of result folders", unknown)
-            files, told = len(logs.result_files(path)), settings.get("test_trace_num")
-            if told not in (None, files):
-                found.notes.append(f"{label}: {files} result files, the name says {told}")
+            files, named = len(logs.result_files(path)), settings.get("test_trace_num")
+            if named not in (None, files):
+                found.notes.append(f"{label}: {files} result files, the name says {named}")
         name = _file_name(label if baseline is None else f"{label}-{baseline}")
         same = [other for other in found.results if re.fullmatch(re.escape(name) + r"(-\d+)?", other.name)]
         found.results.append(ResultSet(f"{name}-{len(same) + 1}" if same else name, path, settings, baseline))

@@ -307,8 +307,8 @@ def _setting(result: ResultSet, work: _Import) -> dict[str, Any]:
     """How the original tested, in the words of `Test.setting`, as far as folder names tell."""
     keys = {f"test_{key}": key for key in ("traces", "video", "trace_num", "fixed", "seed")}
     keys |= {key: key for key in ("train_traces", "train_video")}
-    told = work.found.settings | result.settings
-    setting = {ours: told[theirs] for theirs, ours in keys.items() if theirs in told} | {"original": True}
+    known = work.found.settings | result.settings
+    setting = {ours: known[theirs] for theirs, ours in keys.items() if theirs in known} | {"original": True}
     traces = _trace_set(result, work.registry)
     if isinstance(traces, TraceSet):
         setting |= {"traces": traces.name, "traces_hash": traces.content_hash}
