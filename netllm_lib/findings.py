@@ -13,7 +13,6 @@ A task lists its rules in the order of root causes: an earlier one makes what la
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,7 +106,7 @@ class Finding(Verdict):
         """As JSON types: id, severity, title, evidence, rule, fix, effect (null, or mean, low, high, how, noise)."""
         effect = None if self.effect is None else {**plain(self.effect), "noise": self.effect.noise}
         parts = {"id": self.id, "severity": self.severity, "title": self.title, "evidence": self.evidence}
-        return _finite(plain({**parts, "rule": self.rule.should, "fix": self.fix, "effect": effect}))
+        return plain({**parts, "rule": self.rule.should, "fix": self.fix, "effect": effect})
 
     def __str__(self) -> str:
         effect = "" if self.effect is None else f"\n    effect of the fix: {self.effect}"
@@ -149,9 +148,9 @@ class Diagnosis:
     def plain(self) -> dict[str, Any]:
         """As JSON types: findings (most important first), score, reference, gap, over_seeds, regret, missing, waterfall."""
         found = {"findings": [finding.plain() for finding in self.findings], "reference": self.reference}
-        found |= {name: plain(getattr(self, name)) for name in ("score", "gap", "over_seeds", "regret")}
-        table = None if self.waterfall is None else plain(self.waterfall.to_dict("records"))
-        return _finite({**found, "measure": self.measure, "missing": list(self.missing), "waterfall": table})
+        found |= {name: getattr(self, name) for name in ("score", "gap", "over_seeds", "regret")}
+        table = None if self.waterfall is None else self.waterfall.to_dict("records")
+        return plain({**found, "measure": self.measure, "missing": self.missing, "waterfall": table})
 
     def save(self, folder: Path) -> None:
         """Write `findings.json`."""
@@ -168,12 +167,3 @@ class Diagnosis:
         findings = [f"{number}. {finding}" for number, finding in enumerate(self.findings, 1)] or ["nothing found"]
         missing = ["", "not there:", *(f"  {text}" for text in self.missing)] if self.missing else []
         return "\n".join([*filter(None, [self.headline()]), *findings, *missing])
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,8 +11,9 @@ from urllib.parse import quote
 import pandas as pd
 
 from netllm_lib import measure, runs
+from netllm_lib.findings import FINDINGS
 
-REPORT, INDEX, FINDINGS = "report.html", "index.html", "findings.json"
+REPORT, INDEX = "report.html", "index.html"
 COLUMNS = (
     *("run", "kind", "state", "tested on", "measure", "policy", "score", "low", "high", "best other", "difference"),
     *("first finding", "seconds", "finished"),

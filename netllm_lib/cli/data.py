@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from netllm_lib import runs
-from netllm_lib.cli.options import DataOption, JsonOption, waiting
+from netllm_lib.cli.options import DataOption, JsonOption, print_json, waiting
 
 if TYPE_CHECKING:
     from netllm_lib.abr.traces import Trace
@@ -23,11 +22,6 @@ SumsOption = Annotated[
 ]
 FETCHED = runs.PROJECT / "data" / "netllm"
 FolderArgument = Annotated[Path, typer.Argument(help="Root folder [data/netllm of the checkout].", show_default=False)]
-
-
-def _end(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(runs.plain(result)))
 
 
 @app.command("list")
@@ -43,7 +37,7 @@ def data_list(data: DataOption = None, as_json: JsonOption = False) -> None:
     others = {"videos": list(registry.video_folders()), "actors": list(registry.actor_folders())}
     print("\n".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in others.items()))
     found = {"root": registry.root, "trace_sets": table.to_dict("records"), "overlaps": overlaps.to_dict("index")}
-    _end(found | others, as_json)
+    print_json(as_json, found | others)
 
 
 @app.command("fetch")
@@ -66,7 +60,7 @@ def data_fetch(
         where = {"repository": repository or fetch.REPOSITORY, "commit": commit or fetch.COMMIT}
         brought = fetch.fetch_data(folder, source=source, **where, sums=known, replace=replace)
     print(f"{folder}: all {len(known)} files are there and right; {brought} of them are new")
-    _end({"folder": folder, "files": len(known), "brought": brought}, as_json)
+    print_json(as_json, {"folder": folder, "files": len(known), "brought": brought})
 
 
 @app.command("check")
@@ -80,7 +74,7 @@ def data_check(folder: FolderArgument = FETCHED, sums: SumsOption = None, as_jso
     for what in ("wrong", "missing", "foreign"):
         if found[what]:
             print(f"{len(found[what])} {what}: {fetch.few(found[what])}")
-    _end({"folder": folder, "complete": complete, **found, "right": len(found["right"])}, as_json)
+    print_json(as_json, {"folder": folder, "complete": complete, **found, "right": len(found["right"])})
     if not complete:
         raise typer.Exit(1)
 
@@ -106,7 +100,7 @@ def data_import(
     if form == "movie":
         video, written = convert.import_movie(source, folder, name, replace)
         print(f"{written}: {video.sizes_bytes.shape[1]} chunks in {len(video.sizes_bytes)} levels")
-        _end({"folder": written, "chunks": video.sizes_bytes.shape[1]}, as_json)
+        print_json(as_json, {"folder": written, "chunks": video.sizes_bytes.shape[1]})
         return
     read: dict[str, Callable[[Path], Trace]] = {
         "csv": partial(convert.read_csv, unit=unit, bandwidth=bandwidth, time=time, time_unit=time_unit),
@@ -117,7 +111,9 @@ def data_import(
         traces, written = convert.import_traces(source, folder, read[form], name=name, split=split, replace=replace)
     means = traces.describe()["mean_mbps"]
     print(f"{written}: {len(traces)} traces, mean bandwidths from {means.min():.3f} to {means.max():.3f} Mbps")
-    _end({"folder": written, "traces": len(traces), "mean_mbps": dict(zip(traces.names, means, strict=True))}, as_json)
+    print_json(
+        as_json, {"folder": written, "traces": len(traces), "mean_mbps": dict(zip(traces.names, means, strict=True))}
+    )
 
 
 @app.command("export")
@@ -136,7 +132,7 @@ def data_export(
     with waiting("writing traces"):
         written = convert.export_traces(traces, folder, form)
     print(f"{written}: {len(traces)} files")
-    _end({"folder": written, "traces": len(traces)}, as_json)
+    print_json(as_json, {"folder": written, "traces": len(traces)})
 
 
 @app.command("generate")
@@ -153,4 +149,4 @@ def data_generate(
     with waiting("generating"):
         synthetic.write_sample(folder, train, test, seed)
     print(f"wrote {train} + {test} traces and a video to {folder}")
-    _end({"folder": folder, "trace_sets": ["sample-train", "sample-test"]}, as_json)
+    print_json(as_json, {"folder": folder, "trace_sets": ["sample-train", "sample-test"]})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import Annotated
 
 import typer
 
-from netllm_lib.cli.options import DataOption, JsonOption, waiting
+from netllm_lib.cli.options import DataOption, JsonOption, print_json, waiting
 
 
 def diagnose(
@@ -51,5 +50,4 @@ def diagnose(
     print(found)
     if found.waterfall is not None:
         print(f"\n{found.waterfall.round(3).to_string(index=False)}")
-    if as_json:
-        print(json.dumps(found.plain()))
+    print_json(as_json, found.plain())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from netllm_lib.cli.options import DataOption, JsonOption, waiting
+from netllm_lib.cli.options import DataOption, JsonOption, print_json, waiting
 
 
 def import_(
@@ -58,12 +57,5 @@ def import_(
         if texts or texts is lines:
             print("\n  ".join([title if texts is lines else f"{title}:", *texts]))
     print(f"run folder: {imported.folder}")
-    if as_json:
-        report = {
-            "name": about["name"],
-            "mean_reward": means,
-            "policy": has_policy,
-            **lists,
-            "run": str(imported.folder),
-        }
-        print(json.dumps(report | {"console_mean_reward": console and console["mean_reward"]}))
+    report = {"name": about["name"], "mean_reward": means, "policy": has_policy, **lists, "run": imported.folder}
+    print_json(as_json, report | {"console_mean_reward": console and console["mean_reward"]})

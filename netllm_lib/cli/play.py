@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from netllm_lib.cli.options import DataOption, JsonOption, Preset, counting
+from netllm_lib.cli.options import DataOption, JsonOption, Preset, counting, print_json
 
 
 def play(
@@ -59,9 +58,9 @@ def play(
     print(f"  bitrate       {quality.bitrate_mbps:.4f} Mbps")
     print(f"  rebuffering   {quality.rebuffer_s:.5f} s per chunk")
     print(f"  smoothness    {quality.smoothness_mbps:.4f} Mbps")
-    if as_json:
-        parts = quality._asdict()
-        result = {"mean_reward": parts.pop("reward"), "mean_all48": mean_all48, **parts}
-        result |= {"traces": len(episodes), "fixed": episodes.fixed, "seed": seed}
-        means = qoe.per_trace(table)["reward"]  # named as the original names its result files
-        print(json.dumps({**result, "per_trace": {f"{trace_set.name}_{name}": mean for name, mean in means.items()}}))
+    parts = quality._asdict()
+    result = {"mean_reward": parts.pop("reward"), "mean_all48": mean_all48, **parts}
+    result |= {"traces": len(episodes), "fixed": episodes.fixed, "seed": seed}
+    means = qoe.per_trace(table)["reward"]  # named as the original names its result files
+    named = {f"{trace_set.name}_{name}": mean for name, mean in means.items()}
+    print_json(as_json, {**result, "per_trace": named})

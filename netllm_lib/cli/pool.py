@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from netllm_lib.cli.options import DataOption, JsonOption
+from netllm_lib.cli.options import DataOption, JsonOption, print_json
 
 app = typer.Typer(help="Experience pools: show, and to and from Minari.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -58,6 +57,5 @@ def pool_import(dataset_id: DatasetId, folder: Folder, as_json: JsonOption = Fal
 
 
 def _end(found: Any, as_json: bool, **more: Any) -> None:
-    if as_json:
-        about = {"transitions": len(found), "episodes": len(found.episode_starts), "hash": found.content_hash()}
-        print(json.dumps(about | more, default=str))
+    about = {"transitions": len(found), "episodes": len(found.episode_starts), "hash": found.content_hash()}
+    print_json(as_json, about | more)

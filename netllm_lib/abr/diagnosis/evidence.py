@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from netllm_lib import stats
 from netllm_lib.abr import qoe
-from netllm_lib.abr.evaluate import Test, baselines, play_test
+from netllm_lib.abr.evaluate import SEED, Test, baselines, play_test
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.traces import Registry, TraceSet, Video
 from netllm_lib.findings import Severity
@@ -236,7 +237,7 @@ def with_baselines(evidence: Evidence) -> Evidence:
         return evidence
     table, traces, video = evidence.played
     names = set(table["trace"])
-    fixed, seed = test.setting.get("fixed", len(names) == len(traces)), test.setting.get("seed", 100003)
+    fixed, seed = test.setting.get("fixed", len(names) == len(traces)), test.setting.get("seed", SEED)
     how: dict[str, Any] = {"trace_num": len(names), "fixed": bool(fixed), "seed": int(seed)}
     played = {name: play_test(p, traces, video, **how) for name, p in baselines(video, registry).items()}
     same = {name: table for name, table in played.items() if set(table["trace"]) == names}
@@ -245,11 +246,7 @@ def with_baselines(evidence: Evidence) -> Evidence:
 
 def paired(ours: pd.DataFrame, other: pd.DataFrame) -> Interval:
     """Difference of mean reward, ours − other, with its bootstrap interval over the traces that both played."""
-    a, b = qoe.per_trace(ours)["reward"], qoe.per_trace(other)["reward"]
-    common = a.index.intersection(b.index)
-    if not len(common):
-        raise ValueError(f"the two tables share no trace ({a.index[0]!r} …, {b.index[0]!r} …)")
-    return bootstrap((a[common] - b[common]).to_numpy())
+    return stats.paired(qoe.per_trace(ours)["reward"], qoe.per_trace(other)["reward"])
 
 
 def behaviour_entropy(pool: ExperiencePool) -> tuple[float, float]:
