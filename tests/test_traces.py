@@ -113,6 +113,13 @@ def test_the_bundled_sample_is_what_the_generator_makes(tmp_path: Path) -> None:
     assert all((tmp_path / file).read_bytes() == (SAMPLE / file).read_bytes() for file in files)
 
 
+def test_traces_and_videos_show_themselves_in_a_line() -> None:
+    shown = repr(synthetic.generate_video("v", seed=1)), repr(synthetic.generate_trace("t", (1,)))
+    assert shown[0].startswith("Video('v', 49 chunks, mean Mbps by level [")
+    assert shown[1].startswith("Trace('t', 220 samples, 219 s, mean ")
+    assert max(map(len, shown)) < 120  # a notebook ends cells with them
+
+
 def test_overlap_is_by_content_not_by_name() -> None:
     traces = synthetic.generate_traces("a", 4, 1)
     first = traces.traces[0]

@@ -42,6 +42,10 @@ class Trace:
     time_s: np.ndarray  # [samples] float64, strictly increasing
     mbps: np.ndarray  # [samples] float64, >= 0
 
+    def __repr__(self) -> str:
+        samples = f"{len(self.mbps)} samples, {self.duration_s:.0f} s, mean {self.mean_mbps:.3f} Mbps"
+        return f"Trace({self.name!r}, {samples})"
+
     @property
     def duration_s(self) -> float:
         """From the first sample to the last."""
@@ -157,6 +161,10 @@ class Video:
 
     name: str
     sizes_bytes: np.ndarray  # [6, chunks >= 48] int64
+
+    def __repr__(self) -> str:
+        mbps = np.round(self.sizes_bytes[:, :CHUNKS].mean(axis=1) * 8 / 4e6, 3).tolist()
+        return f"Video({self.name!r}, {self.sizes_bytes.shape[1]} chunks, mean Mbps by level {mbps})"
 
     @cached_property
     def content_hash(self) -> str:
