@@ -35,10 +35,6 @@ class Effect:
     high: float
     how: str
 
-    @classmethod
-    def of(cls, interval: Interval, how: str) -> Effect:
-        return cls(*interval, how)
-
     @property
     def noise(self) -> bool:
         """True if the interval holds zero: then nothing was shown."""
@@ -113,12 +109,17 @@ class Finding(Verdict):
         return f"[{self.severity}] {self.id}: {self.title}{effect}\n    fix: {self.fix}"
 
 
-def judged(rules: Sequence[Rule], evidence: Any) -> tuple[Finding, ...]:
+def judged(rules: Sequence[Rule], evidence: Any, retrained: Effect | None = None) -> tuple[Finding, ...]:
     """What the rules find: causes before suspects before notes, among equals those first whose fix closes the gap, then in the
-    order of the rules. A symptom is a suspect at most where something else was found to be the cause."""
+    order of the rules. A symptom is a suspect at most where something else was found to be the cause. `retrained` is what a sound
+    training brought: the effect of what it mends."""
     found = [finding for rule in rules if (finding := rule(evidence)) is not None]
-    if any(f.severity == "cause" and not f.rule.symptom for f in found):
-        found = [replace(f, severity="suspect") if f.severity == "cause" and f.rule.symptom else f for f in found]
+    caused = any(f.severity == "cause" and not f.rule.symptom for f in found)
+    for place, finding in enumerate(found):
+        if caused and finding.severity == "cause" and finding.rule.symptom:
+            found[place] = replace(finding, severity="suspect")
+        if finding.rule.retraining and finding.effect is None:
+            found[place] = replace(finding, effect=retrained)
     return tuple(sorted(found, key=lambda f: (SEVERITIES.index(f.severity), not f.closes)))
 
 

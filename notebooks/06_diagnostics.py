@@ -41,7 +41,7 @@ from netllm_lib import runs
 from netllm_lib.abr import diagnosis, evaluate, plots, qoe
 from netllm_lib.abr.diagnosis import decisions, explorer, figures, words
 from netllm_lib.abr.diagnosis import replay as ablation
-from netllm_lib.abr.diagnosis.load import load
+from netllm_lib.abr.diagnosis.load import load, with_runs
 from netllm_lib.abr.diagnosis.timeline import timeline
 from netllm_lib.abr.optimum import best_plans, regret
 from netllm_lib.abr.play import play
@@ -77,7 +77,7 @@ def keep(axes, name):
 # and the mean on traces that share no content with the training traces.
 
 # %%
-compared = words.with_runs(loaded, more, data or None)
+compared = with_runs(loaded, more, data or None)
 tested = evaluate.Test(compared.tables, subject, {"clean": loaded.clean})
 tested.scores().save(out)
 league = tested.league()
@@ -135,7 +135,7 @@ for by in groups if reference is not None else []:
     keep(figures.parts(ours, theirs, (subject, reference)), f"parts_by_{by}")
 
 # %%
-gaps = None if reference is None else words.trace_gaps(run, tables[reference])
+gaps = None if reference is None else decisions.trace_gaps(run, tables[reference])
 if gaps is not None:
     keep(figures.concentration(-gaps["reward"]), "concentration")
     display(gaps.head(8).round(3))
@@ -171,13 +171,13 @@ if simulator is not None:
     keep(figures.divergence(firsts, levels.shape[1]), "divergence")
 
 # %% [markdown]
-# The decisions that cost most: each is swapped for the best one, the policy goes on from there (or, where it cannot be
+# The decision of each trace that cost most: it is swapped for the best one, the policy goes on from there (or, where it cannot be
 # played quickly, the recorded levels do), and the episode is simulated again.
 
 # %%
 quick = budget_s > 0 and ablation.can_replay(loaded) and loaded.subject.config.context_window == "cached"
 if simulator is not None:
-    policy = ablation.variant(loaded.subject, []) if quick else None
+    policy = ablation.policy_of(loaded.subject) if quick else None
     costly = decisions.costliest(run, simulator, instead["the optimum"], policy, gap=missing, confirm=2)
     costly.to_parquet(out / "costliest.parquet")
     if len(costly):
@@ -201,7 +201,7 @@ if loaded.pool is not None:
 
 # %%
 worst = missing if missing is not None else -gaps["reward"] if gaps is not None else -qoe.per_trace(run)["reward"]
-shown = {name: tables[name] for name in words.timeline_policies(tables, subject, reference or subject, 2)}
+shown = {name: tables[name] for name in dict.fromkeys([subject, reference or subject])}
 if plans is not None:
     shown["oracle"] = play(Replay(plans.levels, "oracle"), simulator)
 label = trace or worst.idxmax()

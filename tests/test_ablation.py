@@ -15,7 +15,8 @@ from netllm_lib.abr import qoe
 from netllm_lib.abr.batches import pool_returns
 from netllm_lib.abr.diagnosis import RULES, Evidence, Subject, diagnose
 from netllm_lib.abr.diagnosis import replay as ablation
-from netllm_lib.abr.diagnosis.replay import ALL_SOUND, AS_RUN, RETRAINED, SWITCHES
+from netllm_lib.abr.diagnosis.evidence import SWITCHES
+from netllm_lib.abr.diagnosis.replay import ALL_SOUND, AS_RUN, RETRAINED
 from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.evaluate import Test
 from netllm_lib.abr.model import PolicyNetwork, PolicySettings
@@ -65,7 +66,7 @@ def simulator(count: int = len(TRACES)) -> Simulator:
 def recorded(subject: Subject, told: EvalConfig | None = None, **given: Any) -> Evidence:
     """The subject's own test beside MPC, and what the records tell of it."""
     tables = {
-        "llm": ablation.replay(subject, [], simulator()),
+        "llm": ablation.replay(subject, simulator()),
         "mpc (original)": play(RobustMPC(VIDEO, MPCConfig.upstream()), simulator()),
     }
     said = replace(subject, config=told or subject.config, lora=True, played=None)
@@ -87,9 +88,11 @@ def test_each_switch_alone_and_all_together(subject: Subject) -> None:
     assert found.same_levels == 1
     assert list(found.tables) == [AS_RUN, "sampling", "window-mismatch", "target-return", ALL_SOUND]
     pd.testing.assert_frame_equal(found.tables[AS_RUN], evidence.tables["llm"])
-    by_hand = play(ablation.variant(off, ["sampling", "window-mismatch", "target-return"]), simulator())
+    by_hand = play(ablation.policy_of(off.sound("sampling", "window-mismatch", "target-return")), simulator())
     np.testing.assert_array_equal(found.tables[ALL_SOUND]["level"], by_hand["level"])
-    rows = found.table().set_index("switch")
+    waterfall = found.table()
+    assert waterfall is not None
+    rows = waterfall.set_index("switch")
     difference = qoe.summarise(found.tables["sampling"]).reward - qoe.summarise(found.tables[AS_RUN]).reward
     assert rows.loc["sampling", "effect"] == pytest.approx(difference)
     assert rows["effect"].isna().tolist() == [True, False, False, False, False]
@@ -104,7 +107,7 @@ def test_nothing_to_replay(subject: Subject) -> None:
     hurried = ablation.ablate(evidence, budget_s=1e-3)
     assert hurried is not None
     assert "--budget" in hurried.too_short
-    assert hurried.effects == {}
+    assert hurried.table() is None
     assert any("--budget" in line for line in diagnose(evidence, budget_s=1e-3).missing)
 
 
@@ -121,7 +124,7 @@ def test_how_a_test_was_really_played(subject: Subject, really: dict[str, Any], 
     found = ablation.ablate(evidence, budget_s=120)
     assert found is not None
     assert found.same_levels == 1
-    assert identity in ablation.switched(found.subject)
+    assert identity in found.subject.off
     assert identity in found_by(evidence, found)
 
 
@@ -133,8 +136,8 @@ def test_a_test_of_other_weights_is_identified(subject: Subject) -> None:
     evidence = replace(evidence, subject=subject, other_weights={"checkpoint/3": lambda: other})
     found = ablation.ablate(evidence, budget_s=120)
     assert found is not None
-    assert found.subject.played_from == "checkpoint/3"
-    assert "wrong-checkpoint" in ablation.switched(found.subject)
+    assert found.subject.played is other
+    assert "wrong-checkpoint" in found.subject.off
     # without that checkpoint at hand it is said that these weights do not give these results
     unknown = replace(evidence, other_weights={})
     found = ablation.ablate(unknown, budget_s=120)
@@ -167,8 +170,8 @@ def test_retraining_within_a_budget(subject: Subject, pool: ExperiencePool) -> N
     diagnosis = diagnose(evidence, budget_s=0, retrain_s=1)
     rows = diagnosis.waterfall.set_index("switch")
     assert list(rows.index) == [AS_RUN, RETRAINED]
-    again, with_ = ablation.retrain(subject, pool, 0.1)
-    assert with_["steps"] >= 1
+    again, training = ablation.retrain(subject, pool, 0.1)
+    assert training.steps
     assert again.meta.settings.pool_hash == pool.content_hash()
     assert again.network is not subject.network
 
@@ -177,7 +180,8 @@ def test_every_switch_is_a_finding_with_a_sound_value(subject: Subject) -> None:
     config = EvalConfig.upstream(in_training=True, w=3, target_return_scale=2.0)
     other = replace(subject.meta.settings.scale, max_reward=99.0)
     wrong = replace(subject, config=config, test_scale=other, lora=False, played=subject.network)
-    assert ablation.switched(wrong) == list(SWITCHES)
-    sound = ablation.variant(wrong, list(SWITCHES))
-    assert ablation.switched(replace(subject, config=sound.config)) == []
-    assert sound.scale == subject.meta.settings.scale
+    assert wrong.off == list(SWITCHES)
+    sound = wrong.sound(*SWITCHES)
+    assert sound.off == []
+    assert ablation.policy_of(sound).scale == subject.meta.settings.scale
+    assert ablation.policy_of(wrong).scale == other

@@ -285,7 +285,6 @@ def test_summary_and_findings_in_words(tables: dict) -> None:
 
 
 def test_gaps_by_trace_are_sums_of_their_parts(tables: dict) -> None:
-    gaps = wording.trace_gaps(tables["llm"], tables["mpc"])
+    gaps = decisions.trace_gaps(tables["llm"], tables["mpc"])
     np.testing.assert_allclose(gaps["reward"], gaps[["quality", "rebuffering", "smoothness"]].sum(axis=1))
     assert gaps["reward"].is_monotonic_increasing
-    assert wording.timeline_policies(tables, "llm", "mpc")[:2] == ["llm", "mpc"]

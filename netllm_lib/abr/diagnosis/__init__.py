@@ -52,7 +52,7 @@ _ORDER: tuple[tuple[Any, str], ...] = (
         "adapter_not_applied wrong_checkpoint sampling dropout_on context_leak window_mismatch target_return wrong_pool",
     ),
     (training_rules, "warmup_too_long diverged learning_rate undertrained clipping crossing_windows"),
-    (inputs, "weak_teacher pool_too_small video_shift trace_shift reward_outliers flat_returns"),
+    (inputs, "weak_teacher pool_too_small video_shift trace_shift flat_returns"),
     (testing, "level_collapse rare_bad_actions gap protocol_mismatch too_few_traces handicapped_baseline"),
     (testing, "test_leakage selected_on_test"),
 )
@@ -77,25 +77,24 @@ def diagnose(
     replayed = replay.ablate(evidence, budget_s, retrain_s, progress)
     evidence = replace(evidence, replayed=replayed)
     return Diagnosis(
-        _with_retraining(judged(tuple(RULES.values()), evidence), replayed),
+        judged(tuple(RULES.values()), evidence, _of_retraining(replayed)),
         score=evidence.reward,
         reference=evidence.reference or next(iter(evidence.published), None),
         gap=evidence.gap,
         regret=regret(evidence) if budget_s > 0 else None,
         over_seeds=evidence.gap_over_seeds,
         missing=(*evidence.missing, *([replayed.too_short] if replayed and replayed.too_short else [])),
-        waterfall=replayed.table() if replayed and replayed.effects else None,
+        waterfall=replayed and replayed.table(),
         measure=REWARD.name,
     )
 
 
-def _with_retraining(findings: tuple[Finding, ...], replayed: replay.Ablation | None) -> tuple[Finding, ...]:
-    """What a sound training brought, on the findings that it mends."""
-    if replayed is None or replay.RETRAINED not in replayed.effects:
-        return findings
-    how = "the same PLM and pool, trained by the sound defaults for {steps} steps ({seconds:.0f} s)"
-    effect = Effect.of(replayed.effects[replay.RETRAINED], how.format(**replayed.retrained_with or {}))
-    return tuple(replace(f, effect=effect) if f.rule.retraining and f.effect is None else f for f in findings)
+def _of_retraining(replayed: replay.Ablation | None) -> Effect | None:
+    """What a sound training brought, where one was done."""
+    if replayed is None or replayed.retrained is None or (change := replayed.effect(replay.RETRAINED)) is None:
+        return None
+    steps, seconds = replayed.retrained.steps, replayed.retrained.seconds
+    return Effect(*change, f"the same PLM and pool, trained by the sound defaults for {steps} steps ({seconds:.0f} s)")
 
 
 def regret(evidence: Evidence) -> Interval | None:

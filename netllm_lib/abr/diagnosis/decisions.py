@@ -27,7 +27,6 @@ from netllm_lib.abr.traces import TraceSet
 
 UNKNOWN = -1  # in an array of levels: not computed, or left to the policy
 REPLAY_TOLERANCE = 1e-3  # of a reward; files of the original's are rounded
-PER_TRACE = 3  # of one trace, so many of the costliest decisions are named
 
 
 # --- what others would have done ----------------------------------------------------------------------------------------
@@ -99,12 +98,11 @@ def costliest(
     gap: pd.Series | None = None,
     confirm: int = 5,
 ) -> pd.DataFrame:
-    """The `k` decisions that cost most: each is swapped for the reference's, and the rest of the episode is played anew.
+    """The decision of each trace that cost most, of the `k` traces where it cost most.
 
-    `reference` [N, 48] is what another would have chosen in the states of the run (`shadow`, or `optimum(…).levels`). Every swap is
-    first judged with the recorded levels behind it; the best `confirm` of a trace are then judged with the policy going on behind
-    them. Of a trace at most three decisions are taken, one after the other, each with the earlier ones in place: several ways
-    round the same stall count once, and the gains add up.
+    Decisions are swapped for the reference's, and the rest of the episode is played anew. `reference` [N, 48] is what another would
+    have chosen in the states of the run (`shadow`, or `optimum(…).levels`). Every swap is first judged with the recorded levels
+    behind it; the best `confirm` of a trace are then judged with the policy going on behind them.
 
     Columns, best first: trace, chunk, level (the run's), instead (the reference's), gain (summed reward of the episode), share (of
     the whole gap, where `gap` gives it in mean reward per trace, as `regret(table, plans)` does), continued ("policy"; "recorded"
@@ -115,78 +113,46 @@ def costliest(
         raise ValueError(f"the reference has levels of shape {reference.shape}, the run {levels.shape}")
     differ = (reference != levels) & (reference >= 0)
     differ[:, 0] = False
-    case = _Case(simulator, levels, reference, rewards[:, 1:].sum(axis=1))
-    swaps = pd.DataFrame(np.argwhere(differ), columns=["row", "chunk"])
+    row, chunk = np.nonzero(differ)
+    total = rewards[:, 1:].sum(axis=1)
+
+    def gains(row: np.ndarray, chunk: np.ndarray, follower: Policy | None) -> np.ndarray:
+        """What each episode gains by its swap; behind it the follower chooses, without one the recorded levels go on."""
+        given, swaps = levels[row], np.arange(len(row))
+        if follower is not None:
+            given[np.arange(CHUNKS) > chunk[:, None]] = UNKNOWN
+        given[swaps, chunk] = reference[row, chunk]
+        again = alone(simulator, row.tolist())
+        played = again.replay(given) if follower is None else rollout(Prefixed(follower, given, CHUNKS), again)
+        return played.reward[:, 1:].sum(axis=1) - total[row]
+
+    found = pd.DataFrame({"row": row, "chunk": chunk, "gain": gains(row, chunk, None) if len(row) else 0.0})
+    found = found.sort_values("gain", ascending=False, kind="stable")
     followed = np.zeros(len(levels), dtype=bool)
-    if policy is not None and not policy.carries_state and len(swaps):
-        swaps["gain"] = case.gains(swaps, {}, None)
-        swaps = swaps.sort_values("gain", ascending=False, kind="stable").groupby("row").head(confirm)
-        rows = np.unique(swaps["row"].head(confirm * k))
+    if policy is not None and not policy.carries_state and len(found):
+        rows = found["row"].drop_duplicates().head(confirm * k).to_numpy()
         # a policy that plays something else, with other random numbers for example, cannot say how the run would have gone on
         followed[rows] = (rollout(policy, alone(simulator, rows.tolist())).level == levels[rows]).all(axis=1)
-    by_policy = followed[swaps["row"].to_numpy(dtype=np.int64)]
-    picked = [*case.pick(swaps[~by_policy], None), *case.pick(swaps[by_policy], policy)]
-    found = pd.DataFrame(picked, columns=["row", "chunk", "gain"]).astype({"row": int, "chunk": int, "gain": float})
-    # of one trace in the order in which they were picked, as each gain counts on the picks before it
-    found = found.assign(rank=found.groupby("row")["gain"].cummin()).sort_values("rank", ascending=False, kind="stable")
-    found = found.head(k).reset_index(drop=True)
-    at = (found["row"].to_numpy(), found["chunk"].to_numpy())
-    whole = np.nan if gap is None else float(gap.sum()) * (levels.shape[1] - 1)
+        found = found.groupby("row").head(confirm)
+        judged = followed[found["row"]]
+        if judged.any():
+            swaps = found[judged]
+            found.loc[judged, "gain"] = gains(swaps["row"].to_numpy(), swaps["chunk"].to_numpy(), policy)
+            found = found.sort_values("gain", ascending=False, kind="stable")
+    found = found[found["gain"] > 1e-9].groupby("row").head(1).head(k)  # less is rounding
+    row, chunk = found["row"].to_numpy(), found["chunk"].to_numpy()
+    whole = np.nan if gap is None else float(gap.sum()) * (CHUNKS - 1)
     return pd.DataFrame(
         {
-            "trace": _names(table)[at[0]],
-            "chunk": at[1],
-            "level": levels[at],
-            "instead": reference[at],
-            "gain": found["gain"],
-            "share": found["gain"] / (whole if whole > 0 else np.nan),
-            "continued": np.where(followed[at[0]], "policy", "recorded"),
+            "trace": _names(table)[row],
+            "chunk": chunk,
+            "level": levels[row, chunk],
+            "instead": reference[row, chunk],
+            "gain": found["gain"].to_numpy(),
+            "share": found["gain"].to_numpy() / (whole if whole > 0 else np.nan),
+            "continued": np.where(followed[row], "policy", "recorded"),
         }
     )
-
-
-class _Case(NamedTuple):
-    """A run and what else it could have done."""
-
-    simulator: Simulator
-    levels: np.ndarray  # [N, chunks] of the run
-    reference: np.ndarray  # [N, chunks]
-    total: np.ndarray  # [N] summed reward of the run
-
-    def gains(self, swaps: pd.DataFrame, taken: dict[int, list[int]], policy: Policy | None) -> np.ndarray:
-        """[len(swaps)] what each row's episode gains on the run with this chunk swapped, and those already taken.
-
-        Behind the first swapped chunk the policy chooses; without one the recorded levels go on.
-        """
-        rows = swaps["row"].to_numpy()
-        given = self.levels[rows]
-        for i, (row, chunk) in enumerate(zip(rows, swaps["chunk"], strict=True)):
-            chunks = [*taken.get(row, []), chunk]
-            if policy is not None:
-                given[i, min(chunks) :] = UNKNOWN
-            given[i, chunks] = self.reference[row, chunks]
-        simulator = alone(self.simulator, rows.tolist())
-        played = simulator.replay(given) if policy is None else rollout(Prefixed(policy, given, CHUNKS), simulator)
-        return played.reward[:, 1:].sum(axis=1) - self.total[rows]
-
-    def pick(self, swaps: pd.DataFrame, policy: Policy | None) -> list[tuple[int, int, float]]:
-        """(row, chunk, gain) of the best swaps: of each row the best one, then the best one besides it, while they gain."""
-        picks: list[tuple[int, int, float]] = []
-        taken: dict[int, list[int]] = {}
-        reached = np.zeros(len(self.levels))
-        for _ in range(PER_TRACE):
-            if swaps.empty:
-                break
-            gains = self.gains(swaps, taken, policy) - reached[swaps["row"]]
-            ordered = swaps.assign(gain=gains).sort_values(["gain", "chunk"], ascending=[False, True], kind="stable")
-            best = ordered.groupby("row").head(1)
-            best = best[best["gain"] > 1e-9]  # less is rounding
-            for row, chunk, gain in best[["row", "chunk", "gain"]].itertuples(index=False):
-                picks.append((row, chunk, gain))
-                taken.setdefault(row, []).append(chunk)
-                reached[row] += gain
-            swaps = swaps[swaps["row"].isin(best["row"])].drop(best.index)
-        return picks
 
 
 def alone(simulator: Simulator, rows: list[int]) -> Simulator:
@@ -195,6 +161,13 @@ def alone(simulator: Simulator, rows: list[int]) -> Simulator:
 
 
 # --- where the reward goes ----------------------------------------------------------------------------------------------
+
+
+def trace_gaps(ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Per trace that both played, worst first: difference of the mean reward and what each part adds to it (reward per chunk)."""
+    gap = (qoe.per_trace(ours) - qoe.per_trace(other)).dropna()
+    gap[["rebuffering", "smoothness"]] *= -1
+    return gap.sort_values("reward")
 
 
 def breakdown(

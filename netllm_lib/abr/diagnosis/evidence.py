@@ -27,19 +27,17 @@ if TYPE_CHECKING:
     from netllm_lib.checkpoint import CheckpointMeta
     from netllm_lib.returns import ReturnScale
 
-AS_RUN, ALL_SOUND, RETRAINED = "as run", "all sound", "retrained"
-
 SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
-    "adapter-not-applied": ("the adapter applied", {}),
-    "wrong-checkpoint": ("the weights that the training chose", {}),
+    "adapter-not-applied": ("the adapter applied", {"lora": True}),
+    "wrong-checkpoint": ("the weights that the training chose", {"played": None}),
     "sampling": ("the most probable level chosen", {"choose": "argmax"}),
     "dropout-on": ("dropout off", {"dropout": False}),
     "context-leak": ("the context cleared between traces", {"context": "clear", "extra_step": False}),
     "window-mismatch": ("the window of the training", {"w": None}),
     "target-return": ("the training pool's largest return asked for", {"target_return_scale": 1.0}),
-    "wrong-pool": ("the training pool's range and target", {}),
+    "wrong-pool": ("the training pool's range and target", {"test_scale": None}),
 }
-"""Switches of a test by finding: what is sound, in words and as changes of EvalConfig."""
+"""Switches of a test by finding: what is sound, in words and as changes of a `Subject` or its `EvalConfig`."""
 
 CHANCE = math.log(qoe.LEVELS)
 """Cross-entropy in nats of a model that knows nothing."""
@@ -59,11 +57,25 @@ class Subject:
     network: PolicyNetwork
     meta: CheckpointMeta
     config: EvalConfig | None = None  # of the recorded test; None: not known
-    test_scale: ReturnScale | None = None
-    """Reward range and target return of the recorded test, where not those of `meta`."""
-    lora: bool = True  # whether the recorded test played with the adapter
+    test_scale: ReturnScale | None = None  # reward range and target return at test, where not those of `meta`
+    lora: bool = True  # the adapter was applied
     played: PolicyNetwork | None = None  # the weights that the recorded test played with, where not `network`
-    played_from: str = ""  # where those lie
+
+    def changed(self, **changes: Any) -> Subject:
+        """The subject with other fields of its own or of its `config`, which must be known."""
+        own = {name: changes.pop(name) for name in ("test_scale", "lora", "played") if name in changes}
+        assert self.config is not None
+        config = replace(self.config, **changes)
+        return replace(self, **own, config=replace(config, w=config.w or self.meta.settings.w))
+
+    def sound(self, *switches: str) -> Subject:
+        """The subject with some switches turned to what is sound."""
+        return self.changed(**{name: value for switch in switches for name, value in SWITCHES[switch][1].items()})
+
+    @property
+    def off(self) -> list[str]:
+        """Switches in which the recorded test was not sound; none where it is not known how it was made."""
+        return [] if self.config is None else [name for name in SWITCHES if self.sound(name) != self.changed()]
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,15 @@ class Evidence:
         if table is None or traces is None or video is None or not set(table["trace"]) <= set(traces.names):
             return None
         return table, traces, video
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """By which the test was made, as `play_test` takes it; the traces must be at hand."""
+        assert self.played is not None
+        table, traces, _ = self.played
+        count = table["trace"].nunique()
+        fixed, seed = self.setting.get("fixed", count == len(traces)), self.setting.get("seed", SEED)
+        return {"trace_num": count, "fixed": bool(fixed), "seed": int(seed)}
 
     # --- is it poor?
 
@@ -236,11 +257,9 @@ def with_baselines(evidence: Evidence) -> Evidence:
     if test is None or registry is None or evidence.played is None or len(test.tables) > 1:
         return evidence
     table, traces, video = evidence.played
-    names = set(table["trace"])
-    fixed, seed = test.setting.get("fixed", len(names) == len(traces)), test.setting.get("seed", SEED)
-    how: dict[str, Any] = {"trace_num": len(names), "fixed": bool(fixed), "seed": int(seed)}
-    played = {name: play_test(p, traces, video, **how) for name, p in baselines(video, registry).items()}
-    same = {name: table for name, table in played.items() if set(table["trace"]) == names}
+    players = baselines(video, registry)
+    played = {name: play_test(policy, traces, video, **evidence.protocol) for name, policy in players.items()}
+    same = {name: other for name, other in played.items() if set(other["trace"]) == set(table["trace"])}
     return replace(evidence, test=replace(test, tables={**test.tables, **same}))
 
 
@@ -255,10 +274,12 @@ def behaviour_entropy(pool: ExperiencePool) -> tuple[float, float]:
     A policy that has learnt nothing has a loss of ln 6 = 1.79; one that only knows how often each level occurs has H(a); one
     that only repeats what usually follows the previous level has H(a | previous).
     """
+    from scipy.stats import entropy
+
     joint = np.zeros((qoe.LEVELS, qoe.LEVELS))
     np.add.at(joint, (previous_levels(pool), np.asarray(pool.actions)), 1)
-    weights = joint.sum(axis=1) / max(joint.sum(), 1)
-    return _entropy(joint.sum(axis=0)), float(weights @ [_entropy(row) for row in joint])
+    met = joint[joint.any(axis=1)]
+    return float(entropy(joint.sum(axis=0))), float(met.sum(axis=1) / met.sum() @ entropy(met, axis=1))
 
 
 def previous_levels(pool: ExperiencePool) -> np.ndarray:
@@ -277,8 +298,3 @@ def throughputs_mbps(pool: ExperiencePool, table: pd.DataFrame) -> tuple[np.ndar
     rows = qoe.chosen(table)
     met = (rows["size_bytes"] / rows["delay_ms"] / 1000 * 8).to_numpy()
     return np.asarray(pool.states[:, 2, -1], dtype=np.float64) * 8, met
-
-
-def _entropy(counts: np.ndarray) -> float:
-    shares = counts[counts > 0] / max(counts.sum(), 1)
-    return float(-(shares * np.log(shares)).sum())

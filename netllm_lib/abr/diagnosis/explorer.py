@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import decisions
 from netllm_lib.abr.diagnosis.evidence import Evidence, Subject
-from netllm_lib.abr.diagnosis.replay import recorded, variant
+from netllm_lib.abr.diagnosis.replay import policy_of, recorded
 from netllm_lib.abr.diagnosis.timeline import PROBABILITIES, edges, of_trace, timeline
 from netllm_lib.abr.episodes import Episodes, Observation, Progress
 from netllm_lib.abr.optimum import Plans, best_plans, regret
@@ -168,7 +168,7 @@ class Explorer:
         Random numbers are those of the recorded test. A leaking context begins with the previous traces as recorded.
         """
         config, subject = self._subject()
-        policy = variant(replace(subject, config=config, played=None), [])
+        policy = policy_of(replace(subject, config=config, played=None))
         before = -(-policy.w // (CHUNKS - 1)) if config.context == "leak" else 0
         rows = list(range(max(0, self._row - before), self._row + 1))
         levels = decisions.levels_of(self.table[self.table["trace"].isin([self.labels[row] for row in rows])])

@@ -319,8 +319,6 @@ def figure_of(finding: Finding, evidence: Evidence, table: pd.DataFrame | None =
         case "pool-episodes" if pool is not None:
             reward = numbers.get("mpc_reward")
             return plots.plot_pool_episodes(pool, {} if reward is None else {"MPC as published": float(reward)})
-        case "pool-rewards" if pool is not None:
-            return plots.plot_pool_rewards(pool)
         case "returns" if pool is not None:
             return returns(pool)
         case "throughput" if pool is not None and run is not None:

@@ -23,14 +23,8 @@ RARE_LEVEL = 0.002  # share of transitions below which a level is as good as abs
     fix="generate the pool again: each state with the level chosen from it (notebook 03)",
     figure="labels",
 )
-def label_shift(evidence: Evidence) -> Verdict | None:
+def label_shift(evidence: Evidence, pool: ExperiencePool) -> Verdict | None:
     """The level of a transition is the last level in the state that follows it, in every episode."""
-    return _in_pool(evidence) or _in_weights(evidence)
-
-
-def _in_pool(evidence: Evidence) -> Verdict | None:
-    if (pool := evidence.pool) is None:
-        return None
     actions, before = np.asarray(pool.actions), previous_levels(pool)
     inside = ~np.asarray(pool.dones)[:-1]
     twice = inside[:-1] & inside[1:]
@@ -45,21 +39,6 @@ def _in_pool(evidence: Evidence) -> Verdict | None:
     )
     title = f"only {same:.0%} of the pool's levels are the ones that its next states show; {what}"
     return Verdict(evidence.broken, title, {"same": same, "the_level_before": earlier, "the_level_after": later})
-
-
-def _in_weights(evidence: Evidence) -> Verdict | None:
-    weights = evidence.weights
-    if weights is None or weights.loss is None or weights.loss <= evidence.loss_bar:
-        return None
-    loss, shift = min((weights.loss_before, "before"), (weights.loss_after, "after"))
-    if not loss < 0.5 * weights.loss:
-        return None
-    title = (
-        f"these weights predict the level {shift} the one that is asked for (loss {loss:.2f}; {weights.loss:.2f} on the pool's own "
-        "levels): the training paired states with the wrong levels"
-    )
-    numbers = {"checkpoint_loss": weights.loss, f"loss_level_{shift}": loss, "loss_bar": evidence.loss_bar}
-    return Verdict(evidence.broken, title, numbers, "pair each state with the level chosen from it, and train again")
 
 
 @rule(
@@ -158,20 +137,6 @@ def trace_shift(evidence: Evidence, pool: ExperiencePool, table: pd.DataFrame) -
         f"{numbers['train_median_mbps']:.2f}"
     )
     return Verdict(evidence.severity(strong=distance > 0.5), title, numbers)
-
-
-@rule(
-    "reward-outliers",
-    fix="nothing, while the target return is left alone; else clip the pool's rewards before they are normalised",
-    figure="pool-rewards",
-)
-def reward_outliers(evidence: Evidence, pool: ExperiencePool) -> Verdict | None:
-    """90 % of the rewards fill at least a quarter of the pool's range."""
-    lowest, low, high, highest = np.quantile(pool.rewards, [0, 0.05, 0.95, 1])
-    if lowest == highest or (band := float((high - low) / (highest - lowest))) >= 0.25:
-        return None
-    title = f"one reward of {lowest:.1f} sets the range: 90 % of the normalised rewards lie in a band {band:.2f} wide"
-    return Verdict("note", title, {"min": lowest, "max": highest, "band": band})
 
 
 @rule("flat-returns", fix="do not expect the target return to steer the policy; clone a better one", figure="returns")

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from netllm_lib.abr import evaluate
 from netllm_lib.abr.diagnosis.evidence import Evidence, Recipe, Subject
 from netllm_lib.abr.evaluate import Test
 from netllm_lib.abr.pool import ExperiencePool, load_pool
-from netllm_lib.abr.traces import find_registry
+from netllm_lib.abr.traces import Registry, find_registry
 from netllm_lib.abr.upstream.imports import IMPORT, import_run
 from netllm_lib.returns import pool_returns
 from netllm_lib.training_run import RESULT, TrainingRun
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from netllm_lib.abr.model import PolicyNetwork
     from netllm_lib.checkpoint import CheckpointMeta
 
-MODULES, POOL, POLICY, TEST_POOL = "modules.safetensors", "pool", "policy", "test_pool"
-OURS = (evaluate.SETTING, RESULT, MODULES, IMPORT, runs.MANIFEST, POOL, "pool.npz", "states.npy", f"{POLICY}/{MODULES}")
+T = TypeVar("T")
+MODULES, POOLS, POLICY, TEST_POOL = "modules.safetensors", ("pool", "pool.npz", "states.npy"), "policy", "test_pool"
+OURS = (evaluate.SETTING, RESULT, MODULES, IMPORT, runs.MANIFEST, *POOLS, f"{POLICY}/{MODULES}")
 """What shows that a folder is one of ours."""
 
 
@@ -46,7 +47,8 @@ def load(
     `imports.discover` knows. The first that holds a test is the run, further tests are the same recipe with other seeds, and the
     others add what they have; what is still lacking is looked for in the runs that these were made from. `pool` is the pool that
     the test was given (else the training pool), `plm` the PLM's folder, `data` as in `find_registry`; `run` and `results` choose
-    among several runs of the original and several result sets. Raises FileNotFoundError or ValueError naming the folder or file.
+    among several runs of the original and several result sets. A part that is broken is missing, and hides none of the others.
+    Raises FileNotFoundError or ValueError naming the folder or file where nothing can be read.
     """
     if not folders:
         raise ValueError("which run? give its folder")
@@ -54,25 +56,67 @@ def load(
     places = [_run_folder(folder, how) for folder in folders]
     tests = [place for place in places if (place / evaluate.SETTING).is_file()]
     family = list(_with_parents([place for place in places if place not in tests[1:]]))
-    trained, kept = _first(family, RESULT), _first(family, POOL, "pool.npz", "states.npy")
+    tests = tests[:1] + [
+        place for place in tests[1:] if place not in family
+    ]  # the training of the first may be an import
+    trained, kept = _first(family, RESULT), _first(family, *POOLS)
     weights, imported = _first(family, f"{POLICY}/{MODULES}", MODULES), _first(family, IMPORT)
-    about = {} if imported is None else runs.read_json(imported / IMPORT)
+    read, registry = _Reader(), find_registry(data)
     evidence = Evidence(
-        registry=find_registry(data),
-        seeds=tuple(_test(place) for place in tests[1:]),
-        training=None if trained is None else TrainingRun.read(trained),
-        pool=None if kept is None else load_pool(kept),
+        test=read(_test, *tests[:1]),
+        seeds=tuple(test for place in tests[1:] if (test := read(_test, place)) is not None),
+        training=read(TrainingRun.read, trained),
+        pool=read(load_pool, kept),
+        registry=registry,
     )
-    if tests:
-        evidence = _with_test(evidence, _test(tests[0]))
+    evidence = _with_data(evidence, registry, read)
     if weights is not None:
         evidence = _with_subject(evidence, weights / POLICY if (weights / POLICY).is_dir() else weights, plm)
-    evidence = replace(evidence, recipe=_recipe(evidence, about.get("settings", {})))
+    about = {} if imported is None else runs.read_json(imported / IMPORT)
+    evidence = replace(evidence, recipe=_recipe(evidence, registry, about.get("settings", {})))
     if imported is not None:
         evidence = _with_import(evidence, about, imported, tested=not tests or imported == tests[0])
     if pool is not None and evidence.test_pool is None:
         evidence = _with_pool(evidence, load_pool(Path(pool)))
-    return replace(evidence, missing=(*evidence.missing, *_missing(evidence, imported is not None)))
+    parts = (evidence.test, evidence.training, evidence.pool, evidence.subject)
+    if read.errors and all(part is None for part in parts) and not evidence.problems:
+        raise read.errors[0]
+    broken = [f"broken: {error}" for error in read.errors]
+    return replace(evidence, missing=(*evidence.missing, *broken, *_missing(evidence, imported is not None)))
+
+
+def with_runs(evidence: Evidence, folders: Sequence[str | Path], data: str | Path | None = None) -> Evidence:
+    """The evidence with the runs of other folders beside its own tables, named after their folders, for comparisons.
+
+    Raises ValueError for a run that was not tested on the same traces.
+    """
+    assert evidence.test is not None and evidence.table is not None  # noqa: PT018
+    tables = dict(evidence.tables)
+    for folder in map(Path, folders):
+        other = load(folder, data=data).table
+        if other is None or set(other["trace"]) != set(evidence.table["trace"]):
+            raise ValueError(
+                f"{folder}: it was not tested on the traces of {evidence.run}, there is nothing to compare"
+            )
+        tables[folder.name if folder.name not in tables else f"{folder.parent.name}/{folder.name}"] = other
+    return replace(evidence, test=replace(evidence.test, tables=tables))
+
+
+class _Reader:
+    """Reads parts of a run, and keeps the errors of those that are broken."""
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+
+    def __call__(self, read: Callable[..., T], place: Any = None) -> T | None:
+        """What `read` finds in a place; None where there is no place or what is in it is broken."""
+        if place is None:
+            return None
+        try:
+            return read(place)
+        except (ValueError, OSError) as error:
+            self.errors.append(error)
+            return None
 
 
 # --- folders ------------------------------------------------------------------------------------------------------------
@@ -114,15 +158,13 @@ def _test(place: Path) -> Test:
     return test if test.subject else replace(test, subject=next(iter(test.tables), ""))
 
 
-def _with_test(evidence: Evidence, test: Test) -> Evidence:
-    traces, video, clean = (test.setting.get(name) for name in ("traces", "video", "clean"))
-    registry = evidence.registry
-    assert registry is not None
+def _with_data(evidence: Evidence, registry: Registry, read: _Reader) -> Evidence:
+    """The evidence with the traces and the video of its test, where those are at hand."""
+    traces, video, clean = (evidence.setting.get(name) for name in ("traces", "video", "clean"))
     return replace(
         evidence,
-        test=test,
-        traces=registry.trace_set(traces) if traces in registry.trace_folders() else None,
-        video=registry.video(video) if video in registry.video_folders() else None,
+        traces=read(registry.trace_set, traces if traces in registry.trace_folders() else None),
+        video=read(registry.video, video if video in registry.video_folders() else None),
         clean=None if clean is None else np.array(clean, dtype=bool),
     )
 
@@ -135,7 +177,7 @@ def _with_subject(evidence: Evidence, folder: Path, plm: str | Path | None) -> E
     try:
         network, meta = load_policy(folder, None if plm is None else str(plm))
     except FileNotFoundError as error:
-        return replace(evidence, missing=(*evidence.missing, f"weights and PLM ({error}): what each switch changes"))
+        return replace(evidence, missing=(f"weights and PLM ({error}): what each switch changes",))
     except (ValueError, OSError) as error:
         return replace(evidence, problems={problem_of(error): str(error)})
     names = {field.name for field in dataclasses.fields(EvalConfig)} & evidence.setting.keys()
@@ -143,11 +185,9 @@ def _with_subject(evidence: Evidence, folder: Path, plm: str | Path | None) -> E
     return replace(evidence, subject=Subject(network, meta, config))
 
 
-def _recipe(evidence: Evidence, settings: Mapping[str, Any]) -> Recipe:
+def _recipe(evidence: Evidence, registry: Registry, settings: Mapping[str, Any]) -> Recipe:
     """From the pool, else from what the test says, else from the `settings` of an import; names that are known here first."""
     pool = {} if evidence.pool is None else {f"train_{name}": value for name, value in evidence.pool.source.items()}
-    registry = evidence.registry
-    assert registry is not None
 
     def named(key: str, known: Collection[str]) -> str | None:
         names = [source[key] for source in (pool, evidence.setting, settings) if source.get(key)]

@@ -9,8 +9,8 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,23 +21,23 @@ from torch.nn.functional import cross_entropy
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis import decisions
-from netllm_lib.abr.diagnosis.evidence import ALL_SOUND, AS_RUN, RETRAINED, SWITCHES, Evidence, Subject, paired
+from netllm_lib.abr.diagnosis.evidence import SWITCHES, Evidence, Subject, paired
 from netllm_lib.abr.episodes import upstream_episodes
-from netllm_lib.abr.evaluate import SEED
 from netllm_lib.abr.play import play
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.stats import Interval
+from netllm_lib.training_run import TrainingRun
 
 if TYPE_CHECKING:
     from netllm_lib.abr.policies.llm import LLMPolicy
-    from netllm_lib.checkpoint import CheckpointMeta
 
 Progress = Callable[[str], None]
 
+AS_RUN, ALL_SOUND, RETRAINED = "as run", "all sound", "retrained"
 FEWEST_TRACES = 8
 """A replay of fewer traces shows nothing."""
-CHECK_TRACES = 3
+CHECK_TRACES = 3  # on which other settings are tried
 REPRODUCED = 0.995  # share of same levels from which on a replay counts as the recorded test; rounding moves a few
 WINDOWS, TARGET_SCALES = (10, 20, 30, 5), (0.5, 2.0, 0.0, 10.0)  # that people try
 LOSS_WINDOWS = 48
@@ -45,89 +45,64 @@ LOSS_WINDOWS = 48
 
 @dataclass(frozen=True)
 class Ablation:
-    """What each switch changes for these weights."""
+    """What playing the test again showed. All its tables are of the same traces."""
 
-    tables: dict[str, pd.DataFrame]  # by name: "as run", an id of a switch, "all sound", "retrained"
-    effects: dict[str, Interval]  # of everything but "as run", against it
-    seconds: float
     subject: Subject  # as it was played: `identify` may have found other settings than were recorded
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    """By name: "as run", the switches that were off, "all sound", "retrained"."""
     same_levels: float | None = None  # share of the recorded levels that the replay as run chose too
     too_short: str = ""  # why nothing was replayed, where the budget was too small
-    retrained_with: dict[str, Any] | None = None  # how the retrained policy was trained
-    with_dropout: pd.DataFrame | None = None
-    """As run, but for dropout; played where the recorded test is unexplained and worse."""
+    retrained: TrainingRun | None = None  # of the retrained policy
+
+    def effect(self, name: str) -> Interval | None:
+        """What a variant changes against the run; None where it was not played."""
+        return paired(self.tables[name], self.tables[AS_RUN]) if name in self.tables else None
 
     @property
     def unexplained(self) -> bool:
         """Do these weights not give the recorded levels, whatever setting was tried?"""
         config = self.subject.config
-        if self.too_short or self.same_levels is None or self.same_levels >= REPRODUCED or config is None:
+        if self.same_levels is None or self.same_levels >= REPRODUCED or config is None:
             return False
         # a test in the process that trained begins with a context that no file holds: then only its beginning differs
         return not config.dropout and not (config.context == "leak" and self.same_levels > 0.7)
 
-    def table(self) -> pd.DataFrame:
-        """The waterfall as rows: switch, mean reward, effect with its interval (NaN for the first row), traces."""
+    def table(self) -> pd.DataFrame | None:
+        """The waterfall: switch, what, reward, effect with its interval (NaN for the first row), noise, traces."""
         rows = []
         for name, played in self.tables.items():
-            effect = self.effects.get(name)
-            row: dict[str, Any] = {"switch": name, "what": SWITCHES[name][0] if name in SWITCHES else ""}
-            row |= {"reward": qoe.summarise(played).reward, "noise": effect is not None and not effect.excludes_zero}
-            row |= dict(zip(("effect", "low", "high"), effect or (math.nan,) * 3, strict=True))
+            effect = Interval(*(math.nan,) * 3) if name == AS_RUN else paired(played, self.tables[AS_RUN])
+            what = SWITCHES[name][0] if name in SWITCHES else ""
+            row: dict[str, Any] = {"switch": name, "what": what, "reward": qoe.summarise(played).reward}
+            row |= {"noise": name != AS_RUN and not effect.excludes_zero, **effect._asdict()}
             rows.append({**row, "traces": played["trace"].nunique()})
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows).rename(columns={"mean": "effect"}) if len(rows) > 1 else None
 
 
-# --- variants ------------------------------------------------------------------------------------------------------------
+# --- playing -------------------------------------------------------------------------------------------------------------
 
 
-def switched(subject: Subject) -> list[str]:
-    """Ids of the switches in which the recorded test is not sound."""
-    config = subject.config
-    if config is None:
-        return []
-    is_off = {
-        "adapter-not-applied": not subject.lora,
-        "wrong-checkpoint": subject.played is not None,
-        "sampling": config.choose == "sample",
-        "dropout-on": config.dropout,
-        "context-leak": config.context == "leak",
-        "window-mismatch": config.w not in (None, subject.meta.settings.w),
-        "target-return": config.target_return_scale != 1,
-        "wrong-pool": subject.test_scale is not None,
-    }
-    return [name for name, wrong in is_off.items() if wrong]
-
-
-def replay(subject: Subject, sound: Sequence[str], simulator: Simulator, *, cached: bool = False) -> pd.DataFrame:
-    """Play the subject's policy as in the recorded test, but for the switches in `sound`. Returns the table of chunks.
+def policy_of(subject: Subject, *, cached: bool = False) -> LLMPolicy:
+    """The policy that the recorded test played (with the adapter).
 
     `cached` computes each token once where that is allowed (a cleared context, a causal PLM).
     """
-    lora = subject.lora or "adapter-not-applied" in sound
-    policy = variant(subject, sound, cached=cached and lora)
-    plm = policy.network.plm
-    with contextlib.nullcontext() if lora or not plm.has_lora else plm.model.disable_adapter():
-        return play(policy, simulator)
-
-
-def variant(subject: Subject, sound: Sequence[str], *, cached: bool = False) -> LLMPolicy:
-    """The policy that `replay` plays (with the adapter)."""
     from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 
-    config = subject.config or EvalConfig()
-    for name in sound:
-        config = replace(config, **SWITCHES[name][1])
+    config, meta = subject.config or EvalConfig(), subject.meta
     if cached and subject.network.plm.causal and config.context == "clear" and not config.dropout:
         config = replace(config, context_window="cached", merge_lora=True)
-    network = subject.network if subject.played is None or "wrong-checkpoint" in sound else subject.played
-    return LLMPolicy(network, subject.meta if "wrong-pool" in sound else tested_meta(subject), config, name="run")
+    if subject.test_scale is not None:
+        meta = replace(meta, settings=replace(meta.settings, scale=subject.test_scale))
+    return LLMPolicy(subject.played or subject.network, meta, config, name="run")
 
 
-def tested_meta(subject: Subject) -> CheckpointMeta:
-    """The weights' meta data with the reward range and target return of the recorded test."""
-    scale = subject.test_scale or subject.meta.settings.scale
-    return replace(subject.meta, settings=replace(subject.meta.settings, scale=scale))
+def replay(subject: Subject, simulator: Simulator, *, cached: bool = False) -> pd.DataFrame:
+    """Play the subject's policy as in the recorded test. Returns the table of chunks; `cached` as in `policy_of`."""
+    policy = policy_of(subject, cached=cached and subject.lora)
+    plm = policy.network.plm
+    with contextlib.nullcontext() if subject.lora or not plm.has_lora else plm.model.disable_adapter():
+        return play(policy, simulator)
 
 
 def can_replay(evidence: Evidence) -> bool:
@@ -138,11 +113,10 @@ def can_replay(evidence: Evidence) -> bool:
 def simulator_of(evidence: Evidence, count: int | None = None) -> Simulator:
     """The test's episodes in the order of its table, or the first `count` of them; traces and video must be at hand."""
     assert evidence.played is not None
-    table, traces, video = evidence.played
-    traces_played = table["trace"].nunique()
-    fixed, seed = evidence.setting.get("fixed", traces_played == len(traces)), evidence.setting.get("seed", SEED)
-    how: dict[str, Any] = {"fixed_order": bool(fixed), "seed": int(seed), "clock": "episode"}
-    episodes = upstream_episodes(traces, trace_num=traces_played, **how)
+    _, traces, video = evidence.played
+    how = evidence.protocol
+    how["fixed_order"] = how.pop("fixed")
+    episodes = upstream_episodes(traces, **how, clock="episode")
     return Simulator(traces, video, episodes.rows(range(len(episodes))[:count]))
 
 
@@ -161,7 +135,13 @@ def recorded(evidence: Evidence) -> Simulator | None:
     return simulator
 
 
-# --- the replay ----------------------------------------------------------------------------------------------------------
+def same_levels(a: pd.DataFrame, b: pd.DataFrame) -> float:
+    """Share of the chunks in both tables that have the same level in both."""
+    both = a[["trace", "chunk", "level"]].merge(b[["trace", "chunk", "level"]], on=["trace", "chunk"])
+    return float((both["level_x"] == both["level_y"]).mean()) if len(both) else 0.0
+
+
+# --- the ablation --------------------------------------------------------------------------------------------------------
 
 
 def ablate(
@@ -174,101 +154,93 @@ def ablate(
     """
     if not can_replay(evidence) or (budget_s <= 0 and retrain_s <= 0):
         return None
-    subject, recorded = evidence.subject, evidence.table
-    assert subject is not None
-    assert recorded is not None
-    started = time.perf_counter()
-    simulator, found = simulator_of(evidence), Ablation({AS_RUN: recorded}, {}, 0.0, subject)
+    assert evidence.subject is not None
+    assert evidence.table is not None
+    found = Ablation(evidence.subject)
     if budget_s > 0:
-        found, simulator = _switches(evidence, found, budget_s, progress or (lambda line: None))
+        found = _switches(evidence, evidence.subject, budget_s, progress or (lambda line: None))
     if retrain_s > 0 and evidence.pool is not None:
-        again, how = retrain(found.subject, evidence.pool, retrain_s)
-        tables = found.tables | {RETRAINED: replay(again, [], simulator, cached=True)}
-        found = replace(found, tables=tables, retrained_with=how)
-    effects = {name: paired(table, found.tables[AS_RUN]) for name, table in found.tables.items() if name != AS_RUN}
-    config = found.subject.config
-    if found.unexplained and config is not None and paired(found.tables[AS_RUN], recorded).low > 0:
-        noisy = replace(found.subject, config=replace(config, dropout=True, merge_lora=False))
-        found = replace(found, with_dropout=replay(noisy, [], simulator))
-    return replace(found, effects=effects, seconds=time.perf_counter() - started)
+        tables = found.tables or {AS_RUN: evidence.table}
+        again, training = retrain(found.subject, evidence.pool, retrain_s)
+        played = replay(again, simulator_of(evidence, tables[AS_RUN]["trace"].nunique()), cached=True)
+        found = replace(found, tables=tables | {RETRAINED: played}, retrained=training)
+    return found
 
 
-def _switches(evidence: Evidence, found: Ablation, budget_s: float, say: Progress) -> tuple[Ablation, Simulator]:
-    """The ablation with every switch played, within the budget, and the simulator of the traces that were played."""
-    subject, recorded, started = found.subject, found.tables[AS_RUN], time.perf_counter()
-    check = simulator_of(evidence, CHECK_TRACES)
-    same = same_levels(replay(subject, [], check), recorded)
+def _switches(evidence: Evidence, subject: Subject, budget_s: float, say: Progress) -> Ablation:
+    """The ablation with every switch played, within the budget."""
+    table, started = evidence.table, time.perf_counter()
+    assert table is not None
+    check, everything = simulator_of(evidence, CHECK_TRACES), simulator_of(evidence)
+    same = same_levels(replay(subject, check), table)
     per_trace_s = (time.perf_counter() - started) / len(check)
-    # masks of dropout depend on what is played beside: such a test cannot be told by its levels
-    if same < REPRODUCED and not (subject.config and subject.config.dropout):
-        subject, same = identify(evidence, subject, check, same)
-    names = switched(subject)
-    # as run and every switch alone, each takes about as long; all sound is cached and takes next to nothing
-    alone = names if len(names) > 1 else []
-    plays = len(alone) + (0 if same == 1 else 1) + 0.3
+    if same < REPRODUCED:
+        subject = identify(evidence, subject, check, until=started + budget_s / 2)
+    off = subject.off
+    # as run and every switch alone, each takes about as long, and so may dropout; all sound is cached and takes next to nothing
+    alone = off if len(off) > 1 else []
+    plays = 1 + len(alone) + (same < REPRODUCED) + 0.3
     spent_s = time.perf_counter() - started
-    simulator = simulator_of(evidence)
-    count = min(len(simulator), int((budget_s - spent_s) / per_trace_s / plays))
-    found = replace(found, subject=subject, same_levels=same)
-    if count < min(FEWEST_TRACES, len(simulator)):
-        needed_s = FEWEST_TRACES * plays * per_trace_s + spent_s
-        why = (
-            f"time to replay the test, {per_trace_s:.1f} s a trace: what each switch changes (--budget {needed_s:.0f})"
-        )
-        return replace(found, too_short=why), simulator
-    simulator = simulator_of(evidence, count)
-
-    def played(name: str, sound: Sequence[str], cached: bool = False) -> pd.DataFrame:
+    count = min(len(everything), int((budget_s - spent_s) / per_trace_s / plays))
+    if count < min(FEWEST_TRACES, len(everything)):
+        needed = f"--budget {FEWEST_TRACES * plays * per_trace_s + spent_s:.0f}"
+        why = f"time to replay the test, {per_trace_s:.1f} s a trace: what each switch changes ({needed})"
+        return Ablation(subject, too_short=why)
+    simulator, tables = simulator_of(evidence, count), {}
+    for name, variant in {AS_RUN: subject, **{name: subject.sound(name) for name in alone}}.items():
         say(f"{name}: {count} traces")
-        return replay(subject, sound, simulator, cached=cached)
-
-    traces = {simulator.traces.names[i] for i in simulator.episodes.trace_index}
-    as_run = recorded[recorded["trace"].isin(traces)] if same == 1 else played(AS_RUN, [])
-    tables = {AS_RUN: as_run} | {name: played(name, [name]) for name in alone}
-    if names:
-        together = played(ALL_SOUND, names, cached=True)
-        tables |= dict.fromkeys([*([] if alone else names), ALL_SOUND], together)
-    return replace(found, tables=tables), simulator
+        tables[name] = replay(variant, simulator)
+    if off:
+        say(f"{ALL_SOUND}: {count} traces")
+        tables[ALL_SOUND] = replay(subject.sound(*off), simulator, cached=True)
+        tables |= {name: tables[ALL_SOUND] for name in off if name not in alone}
+    return _with_dropout(Ablation(subject, tables, same_levels(tables[AS_RUN], table)), table, simulator)
 
 
-def identify(evidence: Evidence, subject: Subject, simulator: Simulator, same: float) -> tuple[Subject, float]:
-    """How the recorded test was really played, where it was not as its settings say: (the subject so played, share of same levels).
+def identify(evidence: Evidence, subject: Subject, simulator: Simulator, until: float) -> Subject:
+    """The subject as the recorded test really played it, where that is not as its settings say; else the subject itself.
 
-    Tries a handful of other settings on a few traces, and takes one that gives the recorded levels.
+    Tries a handful of other settings on a few traces until the clock says `until`, and takes one that gives the recorded levels.
     """
-    config, recorded = subject.config, evidence.table
+    config, table = subject.config, evidence.table
     assert config is not None
-    assert recorded is not None
-    changes: list[dict[str, Any]] = [{"choose": "argmax" if config.choose == "sample" else "sample"}]
-    changes += [{"context": "clear", "extra_step": False}] if config.context == "leak" else []
-    changes += [{"w": w} for w in WINDOWS if w != (config.w or subject.meta.settings.w)]
-    changes += [{"target_return_scale": scale} for scale in TARGET_SCALES if scale != config.target_return_scale]
+    assert table is not None
 
     def tries() -> Iterator[Subject]:
         if subject.test_scale is not None:
-            yield replace(subject, test_scale=None)
+            yield subject.changed(test_scale=None)
         if subject.network.plm.has_lora:
-            yield replace(subject, lora=False)
-        yield from (replace(subject, config=replace(config, **change)) for change in changes)
-        yield from (replace(subject, played=make(), played_from=at) for at, make in evidence.other_weights.items())
+            yield subject.changed(lora=False)
+        yield subject.changed(choose="argmax" if config.choose == "sample" else "sample")
+        if config.context == "leak":
+            yield subject.sound("context-leak")
+        yield from (subject.changed(w=w) for w in WINDOWS)
+        yield from (subject.changed(target_return_scale=scale) for scale in TARGET_SCALES)
+        yield from (subject.changed(played=load()) for load in evidence.other_weights.values())
 
-    for other in tries():
-        if (share := same_levels(replay(other, [], simulator), recorded)) >= REPRODUCED:
-            return other, share
-    return subject, same
+    # masks of dropout depend on what is played beside: such a test cannot be told by its levels
+    for other in () if config.dropout else tries():
+        if time.perf_counter() > until:
+            break
+        if same_levels(replay(other, simulator), table) >= REPRODUCED:
+            return other
+    return subject
 
 
-def same_levels(a: pd.DataFrame, b: pd.DataFrame) -> float:
-    """Share of the chunks in both tables that have the same level in both."""
-    both = a[["trace", "chunk", "level"]].merge(b[["trace", "chunk", "level"]], on=["trace", "chunk"])
-    return float((both["level_x"] == both["level_y"]).mean()) if len(both) else 0.0
+def _with_dropout(found: Ablation, table: pd.DataFrame, simulator: Simulator) -> Ablation:
+    """The ablation of a test with dropout, where these weights only give the recorded rewards, on the whole, with dropout on."""
+    if not found.unexplained or not (better := paired(found.tables[AS_RUN], table)).low > 0:
+        return found
+    noisy = found.subject.changed(dropout=True, merge_lora=False)
+    if abs(paired(replay(noisy, simulator), table).mean) >= 0.5 * better.mean:
+        return found
+    as_run = table[table["trace"].isin(set(found.tables[AS_RUN]["trace"]))]
+    sound = found.tables[AS_RUN]
+    return replace(found, subject=noisy, tables={AS_RUN: as_run, "dropout-on": sound})
 
 
-def retrain(subject: Subject, pool: ExperiencePool, budget_s: float) -> tuple[Subject, dict[str, Any]]:
-    """The same PLM trained on the same pool with the sound defaults, for about `budget_s` seconds.
-
-    Returns what to play and how it was trained (epochs, steps, final loss, seconds).
-    """
+def retrain(subject: Subject, pool: ExperiencePool, budget_s: float) -> tuple[Subject, TrainingRun]:
+    """The same PLM trained on the same pool with the sound defaults, for about `budget_s` seconds: what to play, the training."""
     from netllm_lib.abr.batches import WindowConfig, make_windows
     from netllm_lib.abr.model import PolicyNetwork
     from netllm_lib.abr.policies.llm import EvalConfig
@@ -282,9 +254,8 @@ def retrain(subject: Subject, pool: ExperiencePool, budget_s: float) -> tuple[Su
     config = TrainConfig(epochs=max(1, int(budget_s / max(one_epoch_s, 1e-3))))
     with tempfile.TemporaryDirectory() as folder:
         run = train(network, windows, config, folder=Path(folder) / "retrained", settings=windows.settings)
-    how = {"epochs": config.epochs, "steps": run.steps, "final_loss": run.final_loss, "seconds": run.seconds}
     sound = EvalConfig() if network.plm.causal else EvalConfig(context_window="rolling")
-    return Subject(network.eval(), describe(network, windows.settings), sound), how
+    return Subject(network.eval(), describe(network, windows.settings), sound), run
 
 
 # --- what the weights know ------------------------------------------------------------------------------------------------
@@ -297,33 +268,26 @@ class Weights:
     not_finite: tuple[str, ...]  # tensors that hold NaN or infinity
     no_adapter: bool  # LoRA's B matrices are there and all zero
     loss: float | None = None  # cross-entropy in nats on training windows, without dropout
-    loss_before: float = math.nan  # the same against the levels one step before those that are to be predicted
-    loss_after: float = math.nan  # the same against those one step after
 
 
 @torch.no_grad()
 def look_at(subject: Subject, pool: ExperiencePool | None, windows: int = LOSS_WINDOWS) -> Weights:
     """The weights' state, and, if they can be used and there is a pool, their loss on evenly spaced training windows of it."""
+    from netllm_lib.abr.batches import WindowConfig, make_windows
+
     named = list(subject.network.named_parameters())
     bad = tuple(name for name, p in named if not bool(torch.isfinite(p).all()))
     lora_b = [p for name, p in named if "lora_B" in name]
     found = Weights(bad, bool(lora_b) and not any(bool(p.any()) for p in lora_b))
     if pool is None or found.not_finite or found.no_adapter:
         return found
-    from netllm_lib.abr.batches import WindowConfig, make_windows
-
-    settings = subject.meta.settings
-    scale = settings.scale
-    cut = make_windows(pool, WindowConfig("stride", settings.w, gamma=scale.gamma, scale=scale.scale), like=scale)
-    whole = np.flatnonzero(cut.lengths == cut.config.w)
+    w, scale = subject.meta.settings.w, subject.meta.settings.scale
+    cut = make_windows(pool, WindowConfig("stride", w, gamma=scale.gamma, scale=scale.scale), like=scale)
+    whole = np.flatnonzero(cut.lengths == w)
     spread = np.unique(np.linspace(0, len(whole) - 1, windows).astype(int))
     numbers = whole[spread] if len(whole) else np.arange(len(cut))
     network, losses = subject.network.eval(), []
     for part in np.array_split(numbers, -(-len(numbers) // 8)):
         batch = cut.batch(part).to(network.device)
-        logits = network(batch).float()
-        a = batch.actions
-        pairs = ((logits, a), (logits[:, 1:], a[:, :-1]), (logits[:, :-1], a[:, 1:]))
-        losses.append([float(cross_entropy(x.flatten(0, 1), y.flatten())) for x, y in pairs])
-    own, before, after = np.mean(losses, axis=0).tolist()
-    return replace(found, loss=own, loss_before=before, loss_after=after)
+        losses.append(float(cross_entropy(network(batch).float().flatten(0, 1), batch.actions.flatten())))
+    return replace(found, loss=float(np.mean(losses)))

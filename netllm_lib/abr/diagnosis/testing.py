@@ -10,6 +10,7 @@ import pandas as pd
 
 from netllm_lib import training_rules
 from netllm_lib.abr import qoe
+from netllm_lib.abr.diagnosis.decisions import trace_gaps
 from netllm_lib.abr.diagnosis.evidence import ORIGINAL, Evidence, paired
 from netllm_lib.abr.episodes import FIRST_LEVEL, Episodes
 from netllm_lib.abr.qoe import CHUNKS
@@ -49,10 +50,10 @@ def protocol_mismatch(evidence: Evidence) -> Verdict | None:
     """Run and baselines are means over the same traces, chunks and conditions."""
     if (problem := evidence.problems.get("protocol-mismatch")) is not None:
         return Verdict(evidence.broken, problem)
-    if evidence.table is None:
+    if (table := evidence.table) is None:
         return None
-    mixed, other = list(_mixed(evidence, evidence.table)), list(_other_conditions(evidence, evidence.table))
-    found = [*mixed, *other] or list(_other_outcomes(evidence, evidence.table))
+    mixed, other = list(_mixed(evidence, table)), list(_other_conditions(evidence, table))
+    found = [*mixed, *other] or list(_other_outcomes(evidence, table))
     if not found:
         return None
     strong = (evidence.failing or mixed) and evidence.learned is not False
@@ -179,10 +180,9 @@ def gap(evidence: Evidence, table: pd.DataFrame, reference: str, gap: Interval) 
     """The paired interval of run − reference does not lie below zero."""
     if not evidence.failing:
         return None
-    parts = (qoe.per_trace(table) - qoe.per_trace(evidence.tables[reference])).dropna()
-    lost = {name: float(parts[name].mean()) for name in ("quality", "rebuffering", "smoothness")}
-    lost["quality"] *= -1
-    largest, worst = max(lost, key=lambda name: lost[name]), parts["reward"].sort_values()
+    parts = trace_gaps(table, evidence.tables[reference])
+    lost = {name: float(-parts[name].mean()) for name in ("quality", "rebuffering", "smoothness")}
+    largest, worst = max(lost, key=lambda name: lost[name]), parts["reward"]
     title = (
         f"{-gap.mean:.3f} below {reference}, mostly {largest} ({lost[largest]:.3f}); the five worst traces hold "
         f"{worst.head(5).sum() / worst.sum():.0%} of it"

@@ -6,36 +6,39 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
+
 from netllm_lib.abr import qoe
-from netllm_lib.abr.diagnosis.evidence import AS_RUN, SWITCHES, Evidence, paired
+from netllm_lib.abr.diagnosis.evidence import SWITCHES, Evidence, paired
+from netllm_lib.abr.diagnosis.replay import AS_RUN
 from netllm_lib.findings import SEVERITIES, Effect, Rule, Severity, Verdict, rule
 
 
 def switched(evidence: Evidence, name: str, fix: str = "") -> Verdict | None:
     """What turning the switch `name` alone changed when the test was played again; None where that was not measured."""
     replayed = evidence.replayed
-    if replayed is None or name not in replayed.effects:
+    if replayed is None or (change := replayed.effect(name)) is None:
         return None
     as_run, sound = replayed.tables[AS_RUN], replayed.tables[name]
-    effect = Effect.of(replayed.effects[name], f"replayed on {sound['trace'].nunique()} traces")
+    effect = Effect(*change, f"replayed on {sound['trace'].nunique()} traces")
     noise = " (noise: the interval holds zero)" if effect.noise else ""
     numbers = {"as_run": qoe.summarise(as_run).reward, "switched": qoe.summarise(sound).reward}
     title = f"with {SWITCHES[name][0]}, the same weights get {numbers['switched']:.3f} instead of {numbers['as_run']:.3f}{noise}"
     closes = closes_gap(evidence, as_run, sound)
-    return Verdict(judged_by(evidence, effect, closes), title, numbers, fix, effect, closes)
+    return Verdict(_judged_by(evidence, effect, closes), title, numbers, fix, effect, closes)
 
 
-def judged_by(evidence: Evidence, effect: Effect, closes: bool) -> Severity:
+def _judged_by(evidence: Evidence, effect: Effect, closes: bool) -> Severity:
     """The severity of a mistake whose effect was measured."""
     if effect.noise or effect.mean < 0:
         return "note"
     if not evidence.failing:
         return "suspect" if effect.mean > 0.02 else "note"
-    gap = abs(evidence.gap.mean) if evidence.gap is not None else float("inf")
-    return "cause" if closes or (evidence.learned is not False and effect.mean > 0.25 * gap) else "suspect"
+    large = evidence.gap is not None and effect.mean > 0.25 * abs(evidence.gap.mean)
+    return "cause" if closes or (large and evidence.learned is not False) else "suspect"
 
 
-def closes_gap(evidence: Evidence, before: Any, after: Any) -> bool:
+def closes_gap(evidence: Evidence, before: pd.DataFrame, after: pd.DataFrame) -> bool:
     """Does a change from one table to the other bring the run to its reference, or nearly (nine tenths of the gap)?"""
     if not evidence.failing or evidence.reference is None:
         return False
@@ -85,7 +88,7 @@ def _of_another_loss(evidence: Evidence) -> Verdict | None:
 def _not_replayed(evidence: Evidence) -> Verdict | None:
     """A recorded test that these weights do not give again, whatever the settings."""
     replayed, table = evidence.replayed, evidence.table
-    if replayed is None or table is None or not replayed.unexplained or _by_dropout(evidence) is not None:
+    if replayed is None or table is None or not replayed.unexplained:
         return None
     again = replayed.tables[AS_RUN]
     recorded = table[table["trace"].isin(set(again["trace"]))]
@@ -95,30 +98,10 @@ def _not_replayed(evidence: Evidence) -> Verdict | None:
         f"{numbers['replayed']:.3f}, not {qoe.summarise(recorded).reward:.3f}: the results come from other weights or another test"
     )
     how = f"these weights, tested as recorded, on {again['trace'].nunique()} traces"
-    effect, closes = Effect.of(paired(again, recorded), how), closes_gap(evidence, recorded, again)
+    effect, closes = Effect(*paired(again, recorded), how), closes_gap(evidence, recorded, again)
     severity: Severity = "cause" if evidence.failing and closes else "note" if effect.noise else "suspect"
     fix = "test again with these weights, in a process of its own and with an empty result folder"
     return Verdict(severity, title, numbers, fix, effect, closes)
-
-
-def _by_dropout(evidence: Evidence) -> Verdict | None:
-    """A recorded test that these weights only give again, on the whole, with dropout on."""
-    replayed, table = evidence.replayed, evidence.table
-    if replayed is None or table is None or replayed.with_dropout is None:
-        return None
-    without, noisy = replayed.tables[AS_RUN], replayed.with_dropout
-    effect = Effect.of(paired(without, table), f"replayed without dropout on {without['trace'].nunique()} traces")
-    if abs(paired(noisy, table).mean) >= 0.5 * effect.mean:
-        return None
-    plays = {"replayed": without, "with_dropout": noisy}
-    numbers: dict[str, Any] = {name: qoe.summarise(play).reward for name, play in plays.items()}
-    title = (
-        f"the recorded levels look like those of a test with dropout: it gets {numbers['with_dropout']:.3f} on the same traces, "
-        f"without {numbers['replayed']:.3f}"
-    )
-    closes = closes_gap(evidence, noisy, without)
-    numbers["same_levels"] = replayed.same_levels
-    return Verdict(judged_by(evidence, effect, closes), title, numbers, effect=effect, closes=closes)
 
 
 # --- settings of the test -----------------------------------------------------------------------------------------------
@@ -133,7 +116,7 @@ def switch(id: str, fix: str, habit: bool = False) -> Callable[[Callable[[Eviden
     def made(off: Callable[[Evidence], Off]) -> Rule:
         @functools.wraps(off)
         def judge(evidence: Evidence) -> Verdict | None:
-            measured = (_by_dropout(evidence) if id == "dropout-on" else None) or switched(evidence, id)
+            measured = switched(evidence, id)
             if measured is not None or (found := off(evidence)) is None:
                 return measured
             costs = evidence.failing and not (habit and evidence.setting.get("original"))
@@ -144,11 +127,15 @@ def switch(id: str, fix: str, habit: bool = False) -> Callable[[Callable[[Eviden
     return made
 
 
+def setting_is(evidence: Evidence, name: str, value: object, title: str) -> Off:
+    """Off where the setting `name` of the test has that value."""
+    return (title, {name: value}) if evidence.setting.get(name) == value else None
+
+
 @switch("sampling", fix='choose the most probable level (EvalConfig.choose = "argmax")', habit=True)
 def sampling(evidence: Evidence) -> Off:
     """Levels are the most probable ones, not drawn at random."""
-    off = evidence.setting.get("choose") == "sample"
-    return ("the levels were drawn from the policy's probabilities", {"choose": "sample"}) if off else None
+    return setting_is(evidence, "choose", "sample", "the levels were drawn from the policy's probabilities")
 
 
 @switch(
@@ -157,14 +144,13 @@ def sampling(evidence: Evidence) -> Off:
 )
 def dropout_on(evidence: Evidence) -> Off:
     """Dropout is off in a test."""
-    return ("dropout was on in the test", {"dropout": True}) if evidence.setting.get("dropout") else None
+    return setting_is(evidence, "dropout", True, "dropout was on in the test")
 
 
 @switch("context-leak", fix='clear the context between traces (EvalConfig.context = "clear")', habit=True)
 def context_leak(evidence: Evidence) -> Off:
     """The context is cleared between traces."""
-    off = evidence.setting.get("context") == "leak"
-    return ("each trace began with the end of the previous one in its context", {"context": "leak"}) if off else None
+    return setting_is(evidence, "context", "leak", "each trace began with the end of the previous one in its context")
 
 
 @switch("window-mismatch", fix="test with the window of the training (EvalConfig.w = None; in the original --w)")
@@ -190,7 +176,6 @@ def wrong_pool(evidence: Evidence) -> Off:
     trained, tested = evidence.pool, evidence.test_pool
     if trained is None or tested is None or trained.content_hash() == tested.content_hash():
         return None
-    ranges = {
-        f"{name}_range": [p.rewards.min(), p.rewards.max()] for name, p in (("training", trained), ("test", tested))
-    }
-    return "the test took target return and reward range from another pool than the training's", ranges
+    pools = {"training_range": trained, "test_range": tested}
+    numbers = {name: [pool.rewards.min(), pool.rewards.max()] for name, pool in pools.items()}
+    return "the test took target return and reward range from another pool than the training's", numbers
