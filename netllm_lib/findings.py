@@ -3,8 +3,7 @@
     @rule("too-few", fix="take more", figure="counts")
     def too_few(evidence, count):
         "There are at least ten."
-        if count < 10:
-            return Verdict("cause", f"there are only {count}", {"count": count})
+        return verdict("cause", "there are only {count}", count=count) if count < 10 else None
 
 What such a function takes besides the evidence are parts of it by name; it is not asked where one of them is None.
 A task lists its rules in the order of root causes: an earlier one makes what later ones see unreadable.
@@ -58,6 +57,11 @@ class Verdict:
     fix: str = ""  # a concrete setting or command; empty: the one of the rule
     effect: Effect | None = None  # None where it was not measured
     closes: bool = False  # the fix alone brings the run to its reference (measured)
+
+
+def verdict(severity: Severity, title: str, /, **numbers: Any) -> Verdict:
+    """A verdict of the numbers that were judged; its title names them in braces."""
+    return Verdict(severity, title.format(**numbers), numbers)
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,13 @@ class Diagnosis:
         rows += [(f"{against} over all seeds:", self.over_seeds), ("difference to the best possible:", self.regret)]
         return "\n".join(f"{what} {interval}" for what, interval in rows if interval is not None)
 
+    def text(self, top: int | None = None) -> str:
+        """The headline and the findings, or the first `top` of them."""
+        shown = [f"{number}. {finding}" for number, finding in enumerate(self.findings[:top], 1)] or ["nothing found"]
+        left = len(self.findings) - len(shown)
+        more = [f"… and {left} more"] if left > 0 else []
+        return "\n".join([*filter(None, [self.headline()]), *shown, *more])
+
     def __str__(self) -> str:
-        findings = [f"{number}. {finding}" for number, finding in enumerate(self.findings, 1)] or ["nothing found"]
         missing = ["", "not there:", *(f"  {text}" for text in self.missing)] if self.missing else []
-        return "\n".join([*filter(None, [self.headline()]), *findings, *missing])
+        return "\n".join([self.text(), *missing])

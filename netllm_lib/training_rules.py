@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from netllm_lib.findings import Severity, Verdict, rule
+from netllm_lib.findings import Severity, Verdict, rule, verdict
 
 if TYPE_CHECKING:
     from netllm_lib.training_run import TrainingRun
@@ -52,17 +53,11 @@ def _past_plateau(run: TrainingRun) -> bool:
     return run.steps is not None and run.steps > PLATEAU_STEPS
 
 
-def _peak_share(run: TrainingRun) -> float | None:
-    """The part of the learning rate that was reached."""
-    if run.lr is None or run.lr_peak is None or run.steps is None:
-        return None
-    return run.lr_peak / run.lr if run.lr else 1.0
-
-
-def _numbers(case: Trained, **more: Any) -> dict[str, Any]:
+def _numbers(case: Trained, run: TrainingRun) -> dict[str, Any]:
     names = ("lr", "lr_peak", "lr_around", "steps", "warmup_steps", "accumulation", "accumulation_assumed")
-    found = {name: getattr(case.training, name) for name in names}
-    return found | {"final_loss": case.end_loss, "loss_bar": case.loss_bar} | more
+    share = None if run.lr is None or run.lr_peak is None else run.lr_peak / run.lr if run.lr else 1.0
+    found = {name: getattr(run, name) for name in names} | {"peak_share": share}
+    return found | {"final_loss": case.end_loss, "loss_bar": case.loss_bar}
 
 
 @rule(
@@ -75,25 +70,22 @@ def non_finite(case: Trained, training: TrainingRun) -> Verdict | None:
     bad = ~np.isfinite(np.empty(0) if training.losses is None else training.losses)
     if not bad.any() and (training.final_loss is None or math.isfinite(training.final_loss)):
         return None
-    first = int(bad.argmax()) if bad.any() else None
-    where = "" if first is None else f", the first at micro-step {first + 1}"
-    numbers = {"not_finite": int(bad.sum()), "first": first, "final_loss": training.final_loss}
-    return Verdict("cause", f"the training loss is not a number any more{where}", numbers)
+    first = int(bad.argmax()) + 1 if bad.any() else None
+    title = "the training loss is not a number any more" + (", the first at micro-step {first}" if first else "")
+    return verdict("cause", title, not_finite=int(bad.sum()), first=first, final_loss=training.final_loss)
 
 
 @rule("warmup-too-long", fix=WARMUP_FIX, figure="learning-rate", retraining=True)
 def warmup_too_long(case: Trained, training: TrainingRun) -> Verdict | None:
     """The warm-up ends within the steps taken: the rate reaches at least 90 % of its value."""
-    share, steps = _peak_share(training), training.steps
-    if share is None or steps is None or share >= 0.9:
+    numbers, steps = _numbers(case, training), training.steps
+    if numbers["peak_share"] is None or steps is None or numbers["peak_share"] >= 0.9:
         return None
-    assumed = f" (with {training.accumulation} windows a step, as documented)" if training.accumulation_assumed else ""
-    title = (
-        f"the warm-up of {training.warmup_steps} steps outlasts the {steps} steps taken{assumed}: the learning rate never "
-        f"passed {share:.0%} of its value, {training.lr_peak:.2g}"
-    )
+    assumed = " (with {accumulation} windows a step, as documented)" if training.accumulation_assumed else ""
+    title = f"the warm-up of {{warmup_steps}} steps outlasts the {{steps}} steps taken{assumed}: the learning rate never passed "
+    title += "{peak_share:.0%} of its value, {lr_peak:.2g}"
     fix = f"{WARMUP_FIX} (TrainConfig.warmup = 0.1; in the original --warmup-steps {max(1, steps // 10)})"
-    return Verdict(blame(case, strong=_past_plateau(training)), title, _numbers(case, peak_share=share), fix)
+    return replace(verdict(blame(case, strong=_past_plateau(training)), title, **numbers), fix=fix)
 
 
 @rule(
@@ -110,12 +102,12 @@ def diverged(case: Trained, training: TrainingRun) -> Verdict | None:
     parts = np.array_split(losses, min(BINS, len(losses) // 8))
     means = np.array([part.mean() for part in parts])
     errors = np.array([part.std() / math.sqrt(len(part)) for part in parts])
-    lowest = int(means.argmin())
-    if means[-1] - means[lowest] < max(0.15 * means[lowest], 0.1, 4 * math.hypot(errors[-1], errors[lowest])):
+    place, end = int(means.argmin()), float(means[-1])
+    lowest = float(means[place])
+    if end - lowest < max(0.15 * lowest, 0.1, 4 * math.hypot(errors[-1], errors[place])):
         return None
-    at = (lowest + 1) / len(means)
-    title = f"the loss fell to {means[lowest]:.2f} after {at:.0%} of the training and rose to {means[-1]:.2f} again"
-    return Verdict(blame(case), title, {"lowest": float(means[lowest]), "end": float(means[-1]), "at": at})
+    title = "the loss fell to {lowest:.2f} after {at:.0%} of the training and rose to {end:.2f} again"
+    return verdict(blame(case), title, lowest=lowest, end=end, at=(place + 1) / len(means))
 
 
 @rule(
@@ -126,19 +118,20 @@ def diverged(case: Trained, training: TrainingRun) -> Verdict | None:
 )
 def learning_rate(case: Trained, training: TrainingRun, end_loss: float) -> Verdict | None:
     """The rate moves the loss: LoRA learns between 3e-4 and 3e-3 here."""
-    share, lr, around, peak = _peak_share(training), training.lr, training.lr_around, training.lr_peak
-    if share is None or lr is None or peak is None or case.learned or not _past_plateau(training):
+    numbers, lr, peak = _numbers(case, training), training.lr, training.lr_peak
+    if lr is None or peak is None or training.steps is None or case.learned or not _past_plateau(training):
         return None
+    around = lr if training.lr_around is None else training.lr_around
     if lr < SLOW_LR:
-        rate, what = lr, f"too low for {training.steps} steps"
-    elif around is not None and around < SLOW_LR:
+        rate, what = lr, "too low for {steps} steps"
+    elif around < SLOW_LR:
         rate, what = around, "too low for the modules around the PLM"
     elif peak > FAST_LR:
         rate, what = peak, "too high"
     else:
         return None
-    title = f"a learning rate of {rate:.2g} is {what}: the loss ended at {end_loss:.2f}, above {case.loss_bar:.2f}"
-    return Verdict(blame(case, strong=share >= 0.9 or what == "too high"), title, _numbers(case))
+    title = f"a learning rate of {rate:.2g} is {what}: the loss ended at {{final_loss:.2f}}, above {{loss_bar:.2f}}"
+    return verdict(blame(case, strong=numbers["peak_share"] >= 0.9 or what == "too high"), title, **numbers)
 
 
 @rule(
@@ -152,10 +145,10 @@ def undertrained(case: Trained, end_loss: float) -> Verdict | None:
     if not math.isfinite(end_loss) or end_loss < case.loss_bar:
         return None
     steps = case.training and case.training.steps
-    after = "" if steps is None else f" after {steps} steps"
+    after = "" if steps is None else " after {steps} steps"
+    title = f"the loss ended at {{final_loss:.2f}}{after}, where a trained model ends below {{loss_bar:.2f}}"
     numbers = {"final_loss": end_loss, "loss_bar": case.loss_bar, "steps": steps} | case.reference_losses
-    title = f"the loss ended at {end_loss:.2f}{after}, where a trained model ends below {case.loss_bar:.2f}"
-    return Verdict(blame(case), title, numbers)
+    return verdict(blame(case), title, **numbers)
 
 
 @rule("clipping", fix='clip once a step (TrainConfig.clip = "step")')
@@ -164,9 +157,9 @@ def clipping(case: Trained, training: TrainingRun) -> Verdict | None:
     count, clipped = training.accumulation or 1, training.clipped
     if training.clip != "micro" or count <= 1:
         return None
-    share = "" if clipped is None else f"; {clipped:.0%} of them were clipped"
-    title = f"the gradient is clipped after each of the {count} windows of a step: the last count far more than the first{share}"
-    return Verdict(habit(case), title, {"accumulation": count, "clipped": clipped})
+    title = "the gradient is clipped after each of the {accumulation} windows of a step: the last count far more than the first"
+    title += "" if clipped is None else "; {clipped:.0%} of them were clipped"
+    return verdict(habit(case), title, accumulation=count, clipped=clipped)
 
 
 @rule("crossing-windows", fix='cut windows inside episodes (WindowConfig.windows = "episode")')
@@ -174,5 +167,7 @@ def crossing_windows(case: Trained, training: TrainingRun) -> Verdict | None:
     """No training window spans two episodes."""
     if not (crossing := training.facts.get("crossing")) or not training.samples:
         return None
-    numbers = {"share": crossing / training.samples, "windows": training.samples}
-    return Verdict(habit(case), f"{numbers['share']:.0%} of the training windows span two episodes", numbers)
+    share = crossing / training.samples
+    return verdict(
+        habit(case), "{share:.0%} of the training windows span two episodes", share=share, windows=training.samples
+    )

@@ -34,12 +34,11 @@ run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
 import matplotlib.pyplot as plt
-import pandas as pd
 from IPython.display import display
 
 from netllm_lib import runs
 from netllm_lib.abr import diagnosis, evaluate, plots, qoe
-from netllm_lib.abr.diagnosis import decisions, explorer, figures, words
+from netllm_lib.abr.diagnosis import decisions, explorer, figures
 from netllm_lib.abr.diagnosis import replay as ablation
 from netllm_lib.abr.diagnosis.load import load, with_runs
 from netllm_lib.abr.diagnosis.timeline import timeline
@@ -86,18 +85,13 @@ league.round(4)
 
 # %% [markdown]
 # ## Findings, most important first
-# A *cause* explains a gap, a *suspect* may contribute, a *note* is worth knowing. Each says what should be the case (the rule),
-# what to change, and, where it was measured, what that is worth; an effect whose interval holds zero is noise.
+# A *cause* explains a gap, a *suspect* may contribute, a *note* is worth knowing. Each says what to change, and, where it was
+# measured, what that brings; an effect whose interval holds zero is noise. `findings.json` has the numbers that were judged.
 
 # %%
 found = diagnosis.diagnose(loaded, budget_s, retrain_s, print)
 found.save(out)
-print(found.headline(), *found.missing, sep="\n")
-
-# %%
-with pd.option_context("display.max_colwidth", None):
-    shown = words.findings_table(found).style.format(escape="html")  # foreign names are no markup
-    display(shown.set_properties(**{"text-align": "left", "vertical-align": "top"}))
+print(found)
 
 # %%
 elsewhere = ("waterfall", "differences", "losses")  # these have a section below
@@ -218,8 +212,11 @@ if not runs.headless():
     display(explorer.explore(compared, plans))
 
 # %%
-summary = words.summary(league, found, loaded.setting)
-(out / "summary.txt").write_text(summary + "\n")
+where = (
+    f"{loaded.setting.get('traces')}, {loaded.setting.get('video')}: mean reward per chunk, 95 % interval over traces"
+)
+parts = [where, league.to_string(float_format="{:.4f}".format), found.text(top=3)]
+(out / "summary.txt").write_text("\n\n".join(parts) + "\n")
 metrics = {"findings": [finding.id for finding in found.findings], "baseline": reference}
 metrics |= {"run": subject, "interval": league.loc[subject, ["low", "high"]].tolist()}
 metrics |= {"reward": league["reward"].to_dict(), "gap": found.gap, "over_seeds": found.over_seeds}

@@ -20,7 +20,6 @@ from matplotlib.colors import to_rgb
 
 from netllm_lib.abr import evaluate, qoe
 from netllm_lib.abr.diagnosis import RULES, Evidence, Finding, decisions, figures
-from netllm_lib.abr.diagnosis import words as wording
 from netllm_lib.abr.diagnosis.timeline import edges, of_trace, timeline, unrolled
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
@@ -32,8 +31,7 @@ from netllm_lib.abr.pool import ExperiencePool, generate_pool
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import Trace
-from netllm_lib.findings import Diagnosis, Effect
-from netllm_lib.stats import Interval
+from netllm_lib.findings import Diagnosis
 from netllm_lib.training_run import TrainingRun
 
 TRACES, VIDEO = generate_traces("t", 8, 8), generate_video("v", 1)
@@ -257,31 +255,6 @@ def test_gallery_draws_shared_figures_once(tables: dict, pool: ExperiencePool) -
 
 
 # --- words --------------------------------------------------------------------------------------------------------------
-
-
-def test_summary_and_findings_in_words(tables: dict) -> None:
-    numbers = {"share": 0.51234, "means": [0.1, 0.25]}
-    effect = Effect(0.2, 0.1, 0.3, "replayed")
-    found = Finding("cause", "drawn at random", numbers, "argmax", effect, rule=RULES["sampling"])
-    intervals = Interval(0.5, 0.4, 0.6), "mpc", Interval(-0.2, -0.3, -0.1)
-    diagnosis = Diagnosis((found, finding("undertrained")), *intervals, measure="reward")
-    text = wording.summary(
-        evaluate.Test(tables, "llm", {"clean": np.ones(8, bool)}).league(),
-        diagnosis,
-        {"traces": "t", "video": "v"},
-        top=1,
-    )
-    assert text.startswith("t, v: mean reward")
-    assert "worst_5%" in text
-    assert "clean" in text
-    assert "1. [cause] sampling: drawn at random" in text
-    assert "… and 1 more" in text
-    table = wording.findings_table(diagnosis)
-    assert table.loc[1, "evidence"] == "share 0.512; means [0.1, 0.25]"
-    assert table.loc[1, "rule"] == RULES["sampling"].should
-    assert table["effect of the fix"].iloc[0].startswith("+0.200")
-    assert diagnosis.headline() == "mean reward 0.500 [0.400, 0.600]\ndifference to mpc: -0.200 [-0.300, -0.100]"
-    assert "nothing found" in str(replace(diagnosis, findings=()))
 
 
 def test_gaps_by_trace_are_sums_of_their_parts(tables: dict) -> None:

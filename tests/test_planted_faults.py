@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from netllm_lib.abr.diagnosis import RULES, paired
-from planted import FAULTS, Fault, examine
+from planted import Fault, examine
+from planted_plants import FAULTS
 from planted_runs import Bench
 
 QUICK = (

@@ -23,7 +23,8 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measured import publish  # noqa: E402
 
-from planted import FAULTS, Fault, examine  # noqa: E402
+from planted import Fault, examine  # noqa: E402
+from planted_plants import FAULTS  # noqa: E402
 from planted_runs import Bench  # noqa: E402
 
 

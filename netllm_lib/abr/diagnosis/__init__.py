@@ -79,7 +79,7 @@ def diagnose(
     return Diagnosis(
         judged(tuple(RULES.values()), evidence, _of_retraining(replayed)),
         score=evidence.reward,
-        reference=evidence.reference or next(iter(evidence.published), None),
+        reference=evidence.reference,
         gap=evidence.gap,
         regret=regret(evidence) if budget_s > 0 else None,
         over_seeds=evidence.gap_over_seeds,

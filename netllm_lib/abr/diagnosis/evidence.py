@@ -46,8 +46,6 @@ USUAL_LOSS_BAR = 0.9
 """Stands for H(a | previous) where the pool is not at hand: that of the known pools lies between .46 and 1.13."""
 
 ORIGINAL = " (original)"  # the end of a baseline's name that plays with the original's mistakes
-PUBLISHED = {("fcc-test", "video1"): {"mpc (published)": 0.8484549686275232, "genet (published)": 0.847871379604513}}
-"""Mean rewards that the original publishes, for runs whose traces are not at hand."""
 
 
 @dataclass(frozen=True)
@@ -164,23 +162,12 @@ class Evidence:
         values = qoe.per_trace(self.table)["reward"].to_numpy()
         return bootstrap(values) if np.isfinite(values).all() else None
 
-    @property
-    def published(self) -> dict[str, float]:
-        """The original's published means for the test's traces and video, if it published any."""
-        if self.setting.get("trace_num") not in (None, -1, 100):
-            return {}
-        return PUBLISHED.get((str(self.setting.get("traces")), str(self.setting.get("video"))), {})
-
     @functools.cached_property
     def gap(self) -> Interval | None:
-        """Run − reference, paired over traces; against a published mean, where the traces are not at hand."""
-        if self.table is None or self.reward is None:
+        """Run − reference, paired over traces."""
+        if self.table is None or self.reward is None or self.reference is None:
             return None
-        if self.reference is not None:
-            return paired(self.table, self.tables[self.reference])
-        if not self.published:
-            return None
-        return Interval(*(value - max(self.published.values()) for value in self.reward))
+        return paired(self.table, self.tables[self.reference])
 
     @functools.cached_property
     def gap_over_seeds(self) -> Interval | None:
@@ -201,7 +188,7 @@ class Evidence:
             return self.gap.high < 0
         if self.reward is not None:
             return self.reward.mean < 0
-        return self.printed_reward is not None and self.printed_reward < 0.9 * max(self.published.values(), default=0.0)
+        return self.printed_reward is not None and self.printed_reward < 0
 
     @property
     def poor(self) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis.evidence import Evidence, pool_sizes_mb, previous_levels, throughputs_mbps
+from netllm_lib.abr.episodes import sound_episodes
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.pool import ExperiencePool
-from netllm_lib.findings import Verdict, rule
+from netllm_lib.abr.simulator import Simulator
+from netllm_lib.findings import Verdict, rule, verdict
 from netllm_lib.returns import pool_returns
 from netllm_lib.stats import bootstrap
 
@@ -33,12 +35,11 @@ def label_shift(evidence: Evidence, pool: ExperiencePool) -> Verdict | None:
         return None
     earlier = float((actions == before).mean())
     later = float((actions[:-2] == before[2:])[twice].mean()) if twice.any() else 0.0
-    share, which = max((earlier, "the level before"), (later, "the level after"))
-    what = (
-        f"{share:.0%} of them are {which}" if share > max(0.9, same) else "they belong to no neighbouring state either"
-    )
-    title = f"only {same:.0%} of the pool's levels are the ones that its next states show; {what}"
-    return Verdict(evidence.broken, title, {"same": same, "the_level_before": earlier, "the_level_after": later})
+    what = "they belong to no neighbouring state either"
+    if max(earlier, later) > max(0.9, same):
+        what = f"{max(earlier, later):.0%} of them are the level {'before' if earlier >= later else 'after'}"
+    title = f"only {{same:.0%}} of the pool's levels are the ones that its next states show; {what}"
+    return verdict(evidence.broken, title, same=same, the_level_before=earlier, the_level_after=later)
 
 
 @rule(
@@ -53,20 +54,14 @@ def weak_teacher(evidence: Evidence, pool: ExperiencePool) -> Verdict | None:
     if reference is None or own.high >= reference - 0.1:
         return None
     title = (
-        f"the pool's own mean reward is {own.mean:.2f}, where MPC as published gets {reference:.2f} on the training traces: a "
-        "policy that clones it is no better"
+        "the pool's own mean reward is {pool_reward[0]:.2f}, where MPC as published gets {mpc_reward:.2f} on the training traces: "
+        "a policy that clones it is no better"
     )
-    numbers = {"pool_reward": list(own), "mpc_reward": reference, "difference": own.mean - reference}
-    return Verdict(evidence.severity(), title, numbers)
+    return verdict(evidence.severity(), title, pool_reward=list(own), mpc_reward=reference)
 
 
 def _mpc_on_training(evidence: Evidence) -> float | None:
     """Mean reward of MPC as published over the training traces, if they are at hand."""
-    from netllm_lib.abr.episodes import sound_episodes
-    from netllm_lib.abr.play import play
-    from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
-    from netllm_lib.abr.simulator import Simulator
-
     registry, recipe = evidence.registry, evidence.recipe
     if registry is None:
         return None
@@ -89,12 +84,12 @@ def pool_too_small(evidence: Evidence, pool: ExperiencePool) -> Verdict | None:
     """The pool holds at least 40 episodes and every level more than a few times."""
     episodes, shares = len(pool.episode_starts), np.bincount(pool.actions, minlength=qoe.LEVELS) / len(pool)
     absent = np.flatnonzero(shares < RARE_LEVEL).tolist()
-    words = [f"it holds {episodes} episodes"] if episodes < FEW_EPISODES else []
-    words += [f"levels {absent} hardly occur in it"] if len(absent) > 1 else []
+    words = ["it holds {episodes} episodes"] if episodes < FEW_EPISODES else []
+    words += ["levels {absent} hardly occur in it"] if len(absent) > 1 else []
     if not words:
         return None
-    numbers = {"episodes": episodes, "transitions": len(pool), "shares": shares.tolist(), "absent": absent}
-    return Verdict(evidence.severity(), f"the pool is too small or one-sided: {' and '.join(words)}", numbers)
+    title = f"the pool is too small or one-sided: {' and '.join(words)}"
+    return verdict(evidence.severity(), title, episodes=episodes, shares=shares.tolist(), absent=absent)
 
 
 @rule(
@@ -104,19 +99,23 @@ def pool_too_small(evidence: Evidence, pool: ExperiencePool) -> Verdict | None:
 )
 def video_shift(evidence: Evidence) -> Verdict | None:
     """Training and test stream the same video."""
-    trained, tested, larger = evidence.recipe.video, evidence.setting.get("video"), ""
-    numbers: dict[str, Any] = {"train_video": trained, "video": tested}
+    trained, tested, ratio, larger = evidence.recipe.video, evidence.setting.get("video"), None, ""
     if evidence.pool is not None and evidence.video is not None:
         seen, there = pool_sizes_mb(evidence.pool), evidence.video.sizes_bytes.T[1:] / 1e6
         rows = min(len(seen), len(there))
         if np.allclose(seen[:rows], there[:rows], rtol=1e-5):
             return None
-        numbers["size_ratio"] = there.mean() / seen.mean()
-        larger = f", whose chunks are {numbers['size_ratio']:.2f} times as large"
+        ratio, larger = there.mean() / seen.mean(), ", whose chunks are {size_ratio:.2f} times as large"
     elif not (trained and tested) or trained == tested:
         return None
-    title = f"the policy was trained on {trained or 'another video'} and tested on {tested}{larger}"
-    return Verdict("cause" if evidence.severity() == "cause" else "note", title, numbers)
+    title = "the policy was trained on {train_video} and tested on {video}" + larger
+    return verdict(
+        "cause" if evidence.severity() == "cause" else "note",
+        title,
+        train_video=trained or "another video",
+        video=tested,
+        size_ratio=ratio,
+    )
 
 
 @rule(
@@ -131,12 +130,11 @@ def trace_shift(evidence: Evidence, pool: ExperiencePool, table: pd.DataFrame) -
     distance = float(ks_2samp(seen, met).statistic)
     if not distance > 0.35:
         return None
-    numbers = {"distance": distance, "train_median_mbps": np.median(seen), "test_median_mbps": np.median(met)}
     title = (
-        f"the test meets other bandwidths than the pool: median throughput {numbers['test_median_mbps']:.2f} Mbps against "
-        f"{numbers['train_median_mbps']:.2f}"
+        "the test meets other bandwidths than the pool: median throughput {test_mbps:.2f} Mbps against {train_mbps:.2f}"
     )
-    return Verdict(evidence.severity(strong=distance > 0.5), title, numbers)
+    medians = {"train_mbps": float(np.median(seen)), "test_mbps": float(np.median(met))}
+    return verdict(evidence.severity(strong=distance > 0.5), title, distance=distance, **medians)
 
 
 @rule("flat-returns", fix="do not expect the target return to steer the policy; clone a better one", figure="returns")
@@ -146,7 +144,5 @@ def flat_returns(evidence: Evidence, pool: ExperiencePool) -> Verdict | None:
         return None
     returns = pool_returns(pool)[0][pool.episode_starts]
     ratio = float(returns.max() / returns.mean()) if returns.mean() > 0 else 1.0
-    if ratio >= 1.1:
-        return None
-    title = f"the largest return-to-go is {ratio:.3f} times the mean one: the target return carries almost no signal"
-    return Verdict("note", title, {"max": float(returns.max()), "mean": float(returns.mean()), "ratio": ratio})
+    title = "the largest return-to-go is {ratio:.3f} times the mean one: the target return carries almost no signal"
+    return None if ratio >= 1.1 else verdict("note", title, ratio=ratio)
