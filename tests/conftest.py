@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,22 @@ if REAL_DATA.is_dir():  # commands that tests start find the data where the test
     os.environ["NETLLM_DATA"] = str(REAL_DATA)
 
 
-def _require(folder: Path, variable: str, what: str) -> Path:
-    if not folder.is_dir():
-        reason = f"{what} not found at {folder}: comparison with the original NOT run (set ${variable})"
+def _require(path: Path, variable: str, what: str) -> Path:
+    if not path.exists():
+        reason = f"{what} not found at {path}: comparison with the original NOT run (set ${variable})"
         warnings.warn(reason, stacklevel=2)
         pytest.skip(reason)
-    return folder
+    return path
+
+
+Golden = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def golden() -> Path:
-    """Folder of the original's golden outputs; skips loudly when it is absent."""
-    return _require(GOLDEN, "NETLLM_GOLDEN", "golden outputs")
+def golden() -> Golden:
+    """`golden("plm", "gpt2")`: a file or folder of the original's golden outputs; where just that one is absent, the test that
+    needs it skips loudly."""
+    return lambda *parts: _require(GOLDEN.joinpath(*parts), "NETLLM_GOLDEN", "golden outputs")
 
 
 @pytest.fixture(scope="session")

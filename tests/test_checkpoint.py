@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import Golden
 from llm_fixtures import FAMILIES, stir, tiny_network, toy_pool, write_plm
 from netllm_lib import checkpoint
 from netllm_lib.abr.batches import make_windows
@@ -218,9 +219,9 @@ def test_adapters_of_other_plms_pools_and_kinds(tmp_path: Path) -> None:
 
 
 @pytest.mark.golden
-def test_adapters_of_the_original_are_written_back(golden: Path, tmp_path: Path) -> None:
+def test_adapters_of_the_original_are_written_back(golden: Golden, tmp_path: Path) -> None:
     """Reading and writing gives the same files: keys, shapes, numbers, and the adapter's settings."""
-    folders = sorted(golden.glob("plm/*/adapter"))
+    folders = sorted(golden("plm").glob("*/adapter"))
     assert folders
     for folder in folders:
         network, _ = load_upstream_checkpoint(folder, PLMConfig.upstream(str(folder.parent / "plm")), SCALE)

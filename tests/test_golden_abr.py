@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import GOLDEN
+from conftest import GOLDEN, Golden
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.play import rollout
@@ -43,7 +43,7 @@ POOLS = list(recorded("pools")) or ["absent"]
 
 
 @pytest.fixture(scope="module")
-def registry(golden: Path, real_data: Path) -> Registry:
+def registry(golden: Golden, real_data: Path) -> Registry:
     return Registry(real_data)
 
 
@@ -57,9 +57,9 @@ def need_actor(policy: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "policy"), RUNS)
-def test_run_is_bit_equal(golden: Path, registry: Registry, key: str, policy: str) -> None:
+def test_run_is_bit_equal(golden: Golden, registry: Registry, key: str, policy: str) -> None:
+    arrays, expected = np.load(golden("abr", "results", f"{key}_{policy}.npz")), recorded("results")[key][policy]
     need_actor(policy)
-    expected, arrays = recorded("results")[key][policy], np.load(golden / "abr" / "results" / f"{key}_{policy}.npz")
     traces, video = registry.trace_set(key.split("_")[0]), registry.video(key.split("_")[1])
     player = make_policy(policy, video, registry, "upstream")
     episodes = upstream_episodes(traces, **asked(expected), draws_actions=player.draws_actions)
@@ -83,8 +83,8 @@ def test_run_is_bit_equal(golden: Path, registry: Registry, key: str, policy: st
 
 
 @pytest.mark.parametrize("name", POOLS)
-def test_pool_is_bit_equal(golden: Path, registry: Registry, tmp_path: Path, name: str) -> None:
-    made, arrays = recorded("pools")[name], np.load(golden / "abr" / "pools" / f"{name}.npz")
+def test_pool_is_bit_equal(golden: Golden, registry: Registry, tmp_path: Path, name: str) -> None:
+    arrays, made = np.load(golden("abr", "pools", f"{name}.npz")), recorded("pools")[name]
     need_actor(made["policy"])
     traces, video = registry.trace_set(made["traces"]), registry.video(made["video"])
     player = make_policy(made["policy"], video, registry, "upstream", pool=True)
@@ -93,14 +93,14 @@ def test_pool_is_bit_equal(golden: Path, registry: Registry, tmp_path: Path, nam
     assert len(pool) == made["transitions"]
     for field in ("states", "actions", "rewards", "dones"):
         np.testing.assert_array_equal(getattr(pool, field), arrays[field], err_msg=field)
-    pickled = golden / "abr" / "pools" / f"{name}.pkl"
+    pickled = GOLDEN / "abr" / "pools" / f"{name}.pkl"
     if pickled.exists():
         assert load_pool(pickled).content_hash() == pool.content_hash()
     assert load_pool(write_pool(pool, tmp_path / "exp_pool.pkl")).content_hash() == pool.content_hash()
 
 
-def test_actors_equal_tensorflow(golden: Path, registry: Registry) -> None:
-    recording = np.load(golden / "abr" / "genet_actor_io.npz")
+def test_actors_equal_tensorflow(golden: Golden, registry: Registry) -> None:
+    recording = np.load(golden("abr", "genet_actor_io.npz"))
     names = [key.removesuffix("_probs_batch") for key in recording if key.endswith("_probs_batch")]
     assert names
     for name in names:
@@ -121,20 +121,20 @@ def test_actors_equal_tensorflow(golden: Path, registry: Registry) -> None:
         ({"robust": False}, 0.5475),
     ],
 )
-def test_what_each_handicap_of_mpc_costs(golden: Path, registry: Registry, changes: dict, mean: float) -> None:
+def test_what_each_handicap_of_mpc_costs(golden: Golden, registry: Registry, changes: dict, mean: float) -> None:
     traces, video = registry.trace_set("fcc-test"), registry.video("video1")
     policy = RobustMPC(video, replace(MPCConfig.upstream(), **changes))
     played = rollout(policy, Simulator(traces, video, upstream_episodes(traces)))
     assert qoe.summarise(played.table()).reward == pytest.approx(mean, abs=5e-5)
 
 
-def test_command_line_prints_the_published_mean(golden: Path, real_data: Path, capsys: pytest.CaptureFixture) -> None:
+def test_command_line_prints_the_published_mean(golden: Golden, real_data: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["play", "--policy", "mpc", "--traces", "fcc-test", "--video", "video1", "--preset", "upstream", "--json"]
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--data", os.fspath(real_data)])
     assert not stopped.value.code
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    expected = recorded("results")["fcc-test_video1"]["mpc"]
+    expected = read_json(golden("abr", "results", "summary.json"))["fcc-test_video1"]["mpc"]
     assert result["mean_reward"] == pytest.approx(expected["upstream_mean"], abs=1e-12)
     assert result["traces"] == 100
     assert result["fixed"] is True

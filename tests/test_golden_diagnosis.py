@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import Golden
 from netllm_lib.abr.diagnosis import diagnose
 from netllm_lib.abr.diagnosis.load import load
 from netllm_lib.abr.diagnosis.replay import AS_RUN, RETRAINED
@@ -18,13 +19,13 @@ LOG, LOSSES = "*console.log", "train_losses.txt"
 
 
 @pytest.fixture
-def failed(golden: Path, real_data: Path) -> Path:
-    return golden / "upstream_run" / "mistral_genet100"
+def failed(golden: Golden, real_data: Path) -> Path:
+    return golden("upstream_run", "mistral_genet100")
 
 
 @pytest.fixture
-def sound(golden: Path, real_data: Path) -> Path:
-    return golden / "upstream_run" / "llama_mpc100"
+def sound(golden: Golden, real_data: Path) -> Path:
+    return golden("upstream_run", "llama_mpc100")
 
 
 def training_folder(run: Path) -> Path:
@@ -45,8 +46,8 @@ def test_the_failed_run(failed: Path, real_data: Path) -> None:
     assert {"undertrained", "selected-on-test", "test-leakage", "flat-returns"} <= {f.id for f in diagnosis.findings}
 
 
-def test_the_sound_run_has_no_cause(sound: Path, golden: Path, real_data: Path) -> None:
-    evidence = load(sound, pool=golden / "plm" / "mpc100_exp_pool.pkl", data=real_data)
+def test_the_sound_run_has_no_cause(sound: Path, golden: Golden, real_data: Path) -> None:
+    evidence = load(sound, pool=golden("plm", "mpc100_exp_pool.pkl"), data=real_data)
     assert evidence.test_pool is None, "the pool that is given is the one that its name describes"
     assert diagnose(evidence).causes == ()
 

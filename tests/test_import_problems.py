@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import Golden
 from llm_fixtures import toy_pool
 from netllm_lib.abr.model import PolicyNetwork
 from netllm_lib.abr.pool import ExperiencePool, concatenate, load_pool
@@ -95,11 +96,11 @@ def test_remaking_pools_of_several_policies() -> None:
 
 
 @pytest.mark.golden
-def test_pools_of_the_original_are_made_anew(golden: Path, real_data: Path) -> None:
+def test_pools_of_the_original_are_made_anew(golden: Golden, real_data: Path) -> None:
     registry = Registry(real_data)
     made = remake_pool(names.settings_of("fcc-train_video1_mpc_seed_1_trace_num_100_fixed_False_ss_5"), registry)
-    assert made.content_hash() == load_pool(golden / "plm" / "mpc100_exp_pool.pkl").content_hash()
-    for name, how in read_json(golden / "abr" / "pools" / "summary.json").items():
+    assert made.content_hash() == load_pool(golden("plm", "mpc100_exp_pool.pkl")).content_hash()
+    for name, how in read_json(golden("abr", "pools", "summary.json")).items():
         settings = {
             "train_traces": how["traces"], "train_video": how["video"], "pool_models": (how["policy"],),
             "pool_trace_num": how["trace_num"], "pool_fixed": how["fixed"], "pool_seed": how["seed"],
@@ -108,7 +109,7 @@ def test_pools_of_the_original_are_made_anew(golden: Path, real_data: Path) -> N
             made = remake_pool(settings, registry)
         except OSError as error:
             pytest.skip(str(error))
-        np.testing.assert_array_equal(made.actions, np.load(golden / "abr" / "pools" / f"{name}.npz")["actions"])
+        np.testing.assert_array_equal(made.actions, np.load(golden("abr", "pools", f"{name}.npz"))["actions"])
 
 
 # --- broken files ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import GOLDEN
+from conftest import GOLDEN, Golden
 from netllm_lib import runs
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import upstream_episodes
@@ -374,8 +374,8 @@ def test_command_line(tree: Tree, reports: Path, tmp_path: Path, capsys: pytest.
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", RUNS)
-def test_complete_runs_of_the_original(golden: Path, reports: Path, tmp_path: Path, nowhere: Path, name: str) -> None:
-    folder = golden / "upstream_run" / name
+def test_complete_runs_of_the_original(golden: Golden, reports: Path, tmp_path: Path, nowhere: Path, name: str) -> None:
+    folder = golden("upstream_run", name)
     described = read_json(folder / "run.json")
     run = import_run(folder, pool=folder / described["pool"], data=nowhere)
     told = about(run)
@@ -402,10 +402,10 @@ def test_complete_runs_of_the_original(golden: Path, reports: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_the_originals_test_is_reproduced_through_the_import(
-    golden: Path, real_data: Path, reports: Path, name: str
+    golden: Golden, real_data: Path, reports: Path, name: str
 ) -> None:
     """The pool made anew or given, the weights converted: the same level on every chunk of every trace, the same mean."""
-    folder = golden / "upstream_run" / name
+    folder = golden("upstream_run", name)
     described = read_json(folder / "run.json")
     run = import_run(folder, pool=folder / described["pool"], data=real_data)
     assert about(run)["pool"]["test_hash"] is None

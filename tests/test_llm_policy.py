@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import GOLDEN
+from conftest import GOLDEN, Golden
 from llm_fixtures import episodes_of, observe, replay, tiny_network, toy_pool, train_on, write_plm
 from netllm_lib.abr import qoe
 from netllm_lib.abr.batches import pool_returns
@@ -204,11 +204,11 @@ EPISODES = sorted(p.relative_to(GOLDEN) for p in GOLDEN.glob("plm/*/episode_*.np
 
 @pytest.mark.golden
 @pytest.mark.parametrize("path", EPISODES, ids=str)
-def test_greedy_episodes_of_the_original(golden: Path, real_data: Path, path: Path) -> None:
+def test_greedy_episodes_of_the_original(golden: Golden, real_data: Path, path: Path) -> None:
     """Two traces: every level and reward equal, probabilities within 1e-5."""
-    recorded, folder = np.load(golden / path), (golden / path).parent
+    recorded, folder = np.load(golden(path)), golden(path).parent
     meta_file, layer = read_json(folder / "meta.json"), int(path.stem.rpartition("layer")[2])
-    _, scale = pool_returns(load_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta_file["scale"])
+    _, scale = pool_returns(load_pool(golden("plm", "mpc100_exp_pool.pkl")), scale=meta_file["scale"])
     plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1)
     network, meta = load_upstream_checkpoint(folder / "adapter", plm, scale, meta_file["w"])
     config = EvalConfig.upstream(choose="argmax", context="leak" if "noclear" in path.stem else "clear")
@@ -238,9 +238,9 @@ def setting(name: str, key: str) -> float:
 @pytest.mark.golden
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RUNS, ids=str)
-def test_complete_run_of_the_original(golden: Path, real_data: Path, path: Path) -> None:
+def test_complete_run_of_the_original(golden: Golden, real_data: Path, path: Path) -> None:
     """Its separate test, reproduced from its checkpoint: the same level on every chunk of every trace, the same mean."""
-    folder = golden / path
+    folder = golden(path)
     run_file = read_json(folder / "run.json")
     (best,) = folder.glob("ft_plm/*/*/early_stop_*_best_model")
     results = {p.name: p for p in folder.glob("results_test_alone/**/result_sim_abr_*")}

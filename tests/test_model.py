@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import GOLDEN
+from conftest import GOLDEN, Golden
 from llm_fixtures import batch_loss, stir, tiny_network, toy_pool, write_plm
 from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.model import TOKENS_PER_STEP, Batch, NetworkConfig, PolicyNetwork
@@ -162,10 +162,10 @@ FORWARDS = sorted(p.relative_to(GOLDEN) for p in GOLDEN.glob("plm/*/forward_laye
 
 @pytest.mark.golden
 @pytest.mark.parametrize("path", FORWARDS, ids=str)
-def test_logits_of_the_original(golden: Path, path: Path) -> None:
-    recorded, folder = np.load(golden / path), (golden / path).parent
+def test_logits_of_the_original(golden: Golden, path: Path) -> None:
+    recorded, folder = np.load(golden(path)), golden(path).parent
     meta, layer = read_json(folder / "meta.json"), int(path.stem.removeprefix("forward_layer"))
-    _, scale = pool_returns(load_pool(golden / "plm" / "mpc100_exp_pool.pkl"), scale=meta["scale"])
+    _, scale = pool_returns(load_pool(golden("plm", "mpc100_exp_pool.pkl")), scale=meta["scale"])
     plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1)
     network, _ = load_upstream_checkpoint(folder / "adapter", plm, scale, meta["w"])
     assert network.plm.layers == (meta["layers"] if layer < 0 or not meta["which_layer_effective"] else layer + 1)

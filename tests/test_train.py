@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import GOLDEN
+from conftest import GOLDEN, Golden
 from llm_fixtures import batch_loss, tiny_network, toy_pool, train_on
 from netllm_lib.abr.batches import WindowConfig, Windows, make_windows, pool_returns
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, load_policy
@@ -295,9 +295,9 @@ LOGS = sorted(p.relative_to(GOLDEN) for p in GOLDEN.glob("upstream_run/*/ft_plm/
 
 @pytest.mark.golden
 @pytest.mark.parametrize("path", LOGS, ids=lambda path: path.parts[1] if len(path.parts) > 1 else "absent")
-def test_validations_of_a_recorded_run(golden: Path, path: Path) -> None:
+def test_validations_of_a_recorded_run(golden: Golden, path: Path) -> None:
     """The epochs after which its log has an evaluation are those of the preset, and of no other spacing."""
-    sections = re.split(r"=+ Training Iteration #(\d+) =+", (golden / path).read_text())[1:]
+    sections = re.split(r"=+ Training Iteration #(\d+) =+", golden(path).read_text())[1:]
     numbers = [int(number) for number in sections[::2]]
     evaluated = [number + 1 for number, text in zip(numbers, sections[1::2], strict=True) if "time/evaluation" in text]
     assert numbers == list(range(len(numbers)))
@@ -333,11 +333,11 @@ TRAINED = sorted(p.relative_to(GOLDEN) for p in GOLDEN.glob("plm/*/train_layer*.
 
 @pytest.mark.golden
 @pytest.mark.parametrize("path", TRAINED, ids=str)
-def test_steps_of_the_original(golden: Path, tmp_path: Path, path: Path) -> None:
+def test_steps_of_the_original(golden: Golden, tmp_path: Path, path: Path) -> None:
     """Losses, gradient norms and rates of 12 micro-batches, and the weights after three optimizer steps."""
-    recorded, folder = np.load(golden / path), (golden / path).parent
+    recorded, folder = np.load(golden(path)), golden(path).parent
     meta, layer = read_json(folder / "meta.json"), int(path.stem.removeprefix("train_layer"))
-    pool = load_pool(golden / "plm" / "mpc100_exp_pool.pkl")
+    pool = load_pool(golden("plm", "mpc100_exp_pool.pkl"))
     _, scale = pool_returns(pool, scale=meta["scale"])
     plm = PLMConfig.upstream(str(folder / "plm"), layers=None if layer < 0 else layer + 1, plm_dropout=0.0)
     network, _ = load_upstream_checkpoint(folder / "adapter", plm, scale, meta["w"])

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import GOLDEN
+from conftest import GOLDEN, Golden
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.play import play
@@ -172,8 +172,8 @@ def test_results_are_the_table_that_was_played(table: pd.DataFrame, traces: Trac
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", RUNS)
-def test_result_files_of_the_original(golden: Path, tmp_path: Path, name: str) -> None:
-    folder = golden / "upstream_run" / name
+def test_result_files_of_the_original(golden: Golden, tmp_path: Path, name: str) -> None:
+    folder = golden("upstream_run", name)
     expected, compared = read_json(folder / "run.json"), 0
     for part, mean in (("results", "mean"), ("results_test_alone", "mean_alone")):
         leaf = next((folder / part).rglob("result_sim_abr_*")).parent
@@ -228,10 +228,10 @@ def test_broken_losses(tmp_path: Path, text: str, reason: str) -> None:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", RUNS)
-def test_losses_of_the_original(golden: Path, name: str) -> None:
+def test_losses_of_the_original(golden: Golden, name: str) -> None:
     """Epoch by epoch they have the mean that the console log prints."""
-    (path,) = (golden / "upstream_run" / name).rglob("train_losses.txt")
-    console = logs.read_console(next((golden / "upstream_run" / name).rglob("*console.log")))
+    (path,) = golden("upstream_run", name).rglob("train_losses.txt")
+    console = logs.read_console(next(golden("upstream_run", name).rglob("*console.log")))
     losses = logs.train_losses(path)
     assert not losses.truncated
     means = losses.values.reshape(len(console.epochs), -1).mean(axis=1)
@@ -341,8 +341,8 @@ def test_the_time_is_in_proportion_to_the_text(piece: str) -> None:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", RUNS)
-def test_logs_of_the_original(golden: Path, name: str) -> None:
-    folder = golden / "upstream_run" / name
+def test_logs_of_the_original(golden: Golden, name: str) -> None:
+    folder = golden("upstream_run", name)
     (path,) = folder.rglob("*console.log")
     console = logs.read_console(path)
     assert [epoch.epoch for epoch in console.epochs] == list(range(names.settings_of(path)["epochs"]))

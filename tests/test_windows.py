@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import Golden
 from llm_fixtures import toy_pool
 from netllm_lib.abr.batches import WindowConfig, Windows, make_windows
 from netllm_lib.abr.pool import ExperiencePool, load_pool
@@ -138,10 +139,10 @@ def test_impossible_windows(change: dict) -> None:
 
 
 @pytest.mark.golden
-def test_windows_of_the_original(golden: Path) -> None:
-    pool = load_pool(golden / "plm" / "mpc100_exp_pool.pkl")
+def test_windows_of_the_original(golden: Golden) -> None:
+    pool = load_pool(golden("plm", "mpc100_exp_pool.pkl"))
     compared = 0
-    for path in sorted(golden.glob("plm/*/forward_layer*.npz")):
+    for path in sorted(golden("plm").glob("*/forward_layer*.npz")):
         recorded, meta = np.load(path), read_json(path.parent / "meta.json")
         windows = make_windows(pool, WindowConfig.upstream(w=meta["w"], stride=1, scale=meta["scale"]))
         scale = windows.scale
