@@ -7,6 +7,7 @@ ever overwritten by a different run. Its manifest names its parents: the runs th
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import errno
 import hashlib
@@ -17,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import time
 import uuid
@@ -34,6 +36,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 """The checkout: bundled data, notebooks and the default reports folder are found from here."""
 
 MANIFEST, METRICS = "manifest.json", "metrics.json"
+MOST_BYTES = 200_000_000  # of a file that is read at once
 VERSIONED = ("numpy", "pandas", "numba", "torch", "transformers", "peft", "papermill", "tensorflow-cpu", "tensorflow")
 
 
@@ -71,10 +74,35 @@ def write_json(path: Path, value: Any) -> None:
         aside.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a file. Raises ValueError for a pipe or device, which may never end, and for more than `most` bytes."""
+    found = Path(path).stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path}: not a file")
+    if found.st_size > most:
+        raise ValueError(f"{path}: {found.st_size} bytes, more than such a file can have")
+    return Path(path).read_bytes()
+
+
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
+    """The text of a file, see `decoded`. Errors as of `read_bytes`."""
+    return decoded(read_bytes(path, most))
+
+
+def decoded(data: bytes) -> str:
+    """Text with single line ends, from UTF-8, or from UTF-16 with its mark, as PowerShell's `>` writes it.
+
+    Bytes of other encodings become marks of replacement, which no reader takes for a number.
+    """
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if marked else "utf-8-sig", errors="replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_json(path: Path) -> Any:
     """The JSON value in `path`. Raises FileNotFoundError or ValueError (with the file's name)."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:  # not text, not JSON, nested without end
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 

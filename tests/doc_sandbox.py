@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 
 from llm_fixtures import write_plm
 from netllm_lib import runs
-from netllm_lib.abr import convert, fetch, synthetic
+from netllm_lib.abr import fetch, synthetic
 from netllm_lib.abr.policies.pensieve import SHAPES
-from netllm_lib.abr.traces import SAMPLE, Registry, TraceSet
+from netllm_lib.abr.traces import SAMPLE, Registry
 from run_fixtures import SmallRun, make_runs
 from upstream_tree import write_tree
 
@@ -101,7 +101,6 @@ class Sandbox:
             "NETLLM_DATA": str(data / "netllm"),
             "NETLLM_REPORTS": str(self.checkout / "reports"),
             "NETLLM_CACHE": str(data / "cache"),
-            "MINARI_DATASETS_PATH": str(self.home / ".minari" / "datasets"),
             "PATH": f"{self.checkout / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
         }
 
@@ -211,10 +210,15 @@ def _commit(folder: Path) -> str:
 
 
 def _write_other_tools_files(checkout: Path) -> None:
-    """Traces and a video as other tools write them, for `netllm data import`."""
+    """Traces as other tools write them, for `netllm data import`, and chunks of a video."""
     whole, video = Registry(SAMPLE).trace_set("sample-test"), Registry(SAMPLE).video("sample")
-    for form, name in (("mahimahi", "lte_logs"), ("sabre", "sabre_traces")):
-        convert.export_traces(TraceSet("sample-test", whole.traces[:3]), checkout / name, form)
+    for name in ("lte_logs", "sabre_traces"):
+        (checkout / name).mkdir()
+    for trace in whole.traces[:3]:
+        stamps = np.arange(1, 100_000, int(12 / trace.mean_mbps))  # packets at an even pace
+        (checkout / "lte_logs" / trace.name).write_text("\n".join(map(str, stamps)) + "\n")
+        periods = [{"duration_ms": 1000, "bandwidth_kbps": 1000 * rate} for rate in trace.mbps[1:].tolist()]
+        (checkout / "sabre_traces" / f"{trace.name}.json").write_text(json.dumps(periods))
     trace = whole.traces[0]
     rows = [f"{time_s:g},{mbps * 1000:.0f}" for time_s, mbps in zip(trace.time_s, trace.mbps, strict=True)]
     (checkout / "log.csv").write_text("\n".join(["t,down", *rows]) + "\n")
@@ -223,6 +227,3 @@ def _write_other_tools_files(checkout: Path) -> None:
         (checkout / "encoded" / str(bitrate)).mkdir(parents=True)
         for number, size in enumerate(sizes):
             (checkout / "encoded" / str(bitrate) / f"chunk{number:03}.m4s").write_bytes(bytes(size // 100))
-    movie = {"segment_duration_ms": 4000, "bitrates_kbps": kbps}
-    movie["segment_sizes_bits"] = (video.sizes_bytes.T * 8).tolist()
-    (checkout / "movie.json").write_text(json.dumps(movie))

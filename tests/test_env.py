@@ -196,5 +196,5 @@ def test_optional_packages_are_imported_only_where_they_are_used() -> None:
                 names = [part.module or ""] if isinstance(part, ast.ImportFrom) else []
                 names += [alias.name for alias in part.names] if isinstance(part, ast.Import) else []
                 packages = {name.split(".")[0] for name in names}
-                found |= {(path.name, name) for name in packages & {"gymnasium", "minari", "mlflow", "tensorboard"}}
+                found |= {(path.name, name) for name in packages & {"gymnasium", "mlflow", "tensorboard"}}
     assert found == {("env.py", "gymnasium")}

@@ -15,7 +15,7 @@ from netllm_lib.cli.options import DataOption, JsonOption, print_json, waiting
 if TYPE_CHECKING:
     from netllm_lib.abr.traces import Trace
 
-HELP = "Trace sets and videos: list, fetch, import, export, generate."
+HELP = "Trace sets and videos: list, fetch, check, import, generate."
 app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
 SumsOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Sums as of sha256sum, for a fork with other data [NetLLM's].")
@@ -83,8 +83,8 @@ def data_check(folder: FolderArgument = FETCHED, sums: SumsOption = None, as_jso
 def data_import(
     source: Annotated[Path, typer.Argument(help="A file, or a folder of files that become one trace set.")],
     folder: Annotated[Path, typer.Argument(help="Root folder to write to; name it with --data later.")],
-    form: Annotated[Literal["mahimahi", "csv", "sabre", "movie"], typer.Option("--format", help="movie: a video.")],
-    name: Annotated[str | None, typer.Option(help="Of the trace set or video [the source's].")] = None,
+    form: Annotated[Literal["mahimahi", "csv", "sabre"], typer.Option("--format", help="What the files are.")],
+    name: Annotated[str | None, typer.Option(help="Of the trace set [the source's].")] = None,
     split: Annotated[str, typer.Option(help="train, test, or any other.")] = "train",
     time: Annotated[str, typer.Option(metavar="COLUMN", help="CSV: the column of times.")] = "time_s",
     bandwidth: Annotated[str, typer.Option(metavar="COLUMN", help="CSV: the column of bandwidths.")] = "mbps",
@@ -94,14 +94,9 @@ def data_import(
     replace: Annotated[bool, typer.Option("--replace", help="Replace what is there under that name.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn other tools' files into a trace set or video: mahimahi packet timestamps, CSV with a header, sabre's JSON."""
+    """Turn other tools' files into a trace set: mahimahi packet timestamps, CSV with a header, sabre's JSON."""
     from netllm_lib.abr import convert
 
-    if form == "movie":
-        video, written = convert.import_movie(source, folder, name, replace)
-        print(f"{written}: {video.sizes_bytes.shape[1]} chunks in {len(video.sizes_bytes)} levels")
-        print_json(as_json, {"folder": written, "chunks": video.sizes_bytes.shape[1]})
-        return
     read: dict[str, Callable[[Path], Trace]] = {
         "csv": partial(convert.read_csv, unit=unit, bandwidth=bandwidth, time=time, time_unit=time_unit),
         "mahimahi": partial(convert.read_mahimahi, interval_s=interval),
@@ -114,25 +109,6 @@ def data_import(
     print_json(
         as_json, {"folder": written, "traces": len(traces), "mean_mbps": dict(zip(traces.names, means, strict=True))}
     )
-
-
-@app.command("export")
-def data_export(
-    trace_set: Annotated[str, typer.Argument(help="Name of a trace set, as `netllm data list` shows it.")],
-    folder: Annotated[Path, typer.Argument(help="New folder, one file per trace.")],
-    form: Annotated[Literal["mahimahi", "csv", "sabre"], typer.Option("--format", help="What to write.")],
-    data: DataOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a trace set for other tools."""
-    from netllm_lib.abr import convert
-    from netllm_lib.abr.traces import find_registry
-
-    traces = find_registry(data).trace_set(trace_set)
-    with waiting("writing traces"):
-        written = convert.export_traces(traces, folder, form)
-    print(f"{written}: {len(traces)} files")
-    print_json(as_json, {"folder": written, "traces": len(traces)})
 
 
 @app.command("generate")
