@@ -33,8 +33,8 @@ from upstream_tree import PARTS, SETTINGS, Tree, remove, write_tree
 def test_a_pool_is_made_anew_where_the_data_are(tree: Tree, reports: Path, tmp_path: Path) -> None:
     run = import_run(tree.copy(tmp_path / "some", [part for part in PARTS if part != "pool"]).root, data=SAMPLE)
     digest = load_pool(tree.pool).content_hash()
-    expected = {"origin": "made anew", "path": None, "named": tree.settings["pool"], "test_hash": None}
-    assert about(run)["pool"] == expected | {"hash": digest, "named_hash": digest}
+    expected = {"origin": "made anew", "named": tree.settings["pool"], "test_hash": None}
+    assert about(run)["pool"] == expected | {"hash": digest}
     assert load_pool(run.folder).content_hash() == digest
     assert (run.folder / "policy" / "config.json").is_file()
 
@@ -43,14 +43,14 @@ def test_another_pool_than_the_one_named(tree: Tree, reports: Path, tmp_path: Pa
     """The training's is the one that the run's folder names; the test was given the other one."""
     pool, short = (toy_pool(length=length).save(tmp_path / str(length)) for length in (47, 30))
     digest = load_pool(pool).content_hash()
-    for data, origin in ((SAMPLE, "made anew"), (nowhere, "found")):  # or it lies in the tree
-        run = import_run(tree.root, data=data, pool=pool)
+    some = tree.copy(tmp_path / "some", [part for part in PARTS if part != "pool"])
+    for root, data, origin in ((some.root, SAMPLE, "made anew"), (tree.root, nowhere, "found")):
+        run = import_run(root, data=data, pool=pool)
         told = about(run)["pool"]
         assert (told["origin"], told["test_hash"]) == (origin, digest)
         assert told["hash"] == load_pool(tree.pool).content_hash()
         assert load_pool(run.folder / "test_pool").content_hash() == digest
         assert read_meta(run.folder / "policy", PolicyNetwork).settings.pool_hash == told["hash"]
-    some = tree.copy(tmp_path / "some", [part for part in PARTS if part != "pool"])
     run = import_run(some.root, data=nowhere, pool=pool)
     assert any("it is not the training pool" in note for note in about(run)["notes"])
     run = import_run(some.root, data=nowhere, pool=short)
@@ -175,14 +175,12 @@ def test_what_is_asked_for_must_be_there_and_sound(tree: Tree, reports: Path, tm
         import_run(some.root, data=SAMPLE, plm=some.plm)
     with pytest.raises(FileNotFoundError, match="no PLM"):
         import_run(some.root, data=SAMPLE, plm=str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match=r"no result set 'other' in it; there are results"):
-        import_run(some.root, data=SAMPLE, results="other")
     with pytest.raises(FileNotFoundError, match="no such experience pool"):
         import_run(some.root, data=SAMPLE, pool=tmp_path / "nothing.pkl")
     (some.best_model / "modules_except_plm.bin").unlink()
     found = discover(some.root)
     assert found.best is not None
-    assert found.best.kind == "checkpoint"
+    assert found.best.epoch == 2
     shutil.rmtree(some.checkpoint)
     assert ["modules_except_plm.bin is missing" in text for text in problems(import_run(some.root))] == [True]
 

@@ -112,11 +112,10 @@ def test_a_whole_tree(tree: Tree, reports: Path) -> None:
     assert told["settings"]["lora_alpha"] == 32
     assert told["contradictions"] == told["problems"] == []
     assert (told["pool"]["origin"], told["pool"]["test_hash"]) == ("found", None)
-    assert told["pool"]["hash"] == told["pool"]["named_hash"] == load_pool(run.folder).content_hash()
-    best = {"folder": str(tree.best_model), "kind": "best_model", "epoch": 2, "problem": None}
-    assert told["weights"][0] == best
+    assert told["pool"]["hash"] == load_pool(run.folder).content_hash()
+    assert told["weights"][0] == {"folder": str(tree.best_model), "epoch": None, "problem": None}
     assert [line.split(" (")[0] for line in told["missing"]] == [TERMINAL]
-    assert told["console"]["epochs"] == 3
+    assert (told["console"]["epochs"], told["console"]["best_epoch"]) == (3, 2)
     assert told["results"]["results"]["mean_reward"] == pytest.approx(tree.mean_reward)
     inputs = run.manifest["inputs"]
     assert {"files", "plm", "pool", "traces sample-test"} == inputs.keys()
@@ -243,14 +242,13 @@ def test_baselines_come_along(tree: Tree, reports: Path, tmp_path: Path) -> None
         write_results(test / name, table, "sample-test", blank_line=True)
     found = discover(some.root)
     assert {(r.name, r.baseline) for r in found.results} == {
-        *(("results", None), ("results-mpc", "mpc"), ("results-udr_1", "udr_1"), ("results-udr_1-2", "udr_1"))
+        *(("results", None), ("results-mpc", "mpc"), ("results-udr_1", "udr_1"), ("results-udr_1-4", "udr_1"))
     }
     run = import_run(some.root, data=SAMPLE)
     tables = Test.read(run.folder).tables
-    assert set(tables) == {"llm", "mpc (original)", "udr_1 (original)", "udr_1 (original) results-udr_1-2"}
-    only = import_run(test / "mpc", data=SAMPLE)
-    assert Test.read(only.folder).subject == ""
-    assert any(line.startswith("result files") for line in about(only)["missing"])
+    assert set(tables) == {"llm", "mpc (original)", "udr_1 (original)", "udr_1 (original) results-udr_1-4"}
+    with pytest.raises(FileNotFoundError, match="nothing that the original leaves behind"):
+        discover(test / "mpc")
 
 
 # --- several runs ---------------------------------------------------------------------------------------------------
@@ -271,7 +269,7 @@ def test_several_runs_are_listed_and_chosen_from(tree: Tree, reports: Path, tmp_
     both = second_run(tree, tmp_path / "both", lr=0.001)
     with pytest.raises(ValueError, match=r"2 runs in it, choose one.*_lr_0\.0001_.*; .*_lr_0\.001_"):
         discover(both.root)
-    with pytest.raises(ValueError, match=r"no run 'lr_0\.1' in it, there are: .*lr_0\.0001"):
+    with pytest.raises(ValueError, match=r"0 runs in it with 'lr_0\.1' in their place, .*lr_0\.0001"):
         discover(both.root, "lr_0.1")
     found = discover(both.root, "_lr_0.001_")
     assert found.settings["lr"] == 0.001
@@ -291,12 +289,11 @@ def test_several_logs_and_several_results_alone(tree: Tree, reports: Path, tmp_p
         discover(tmp_path / "logs")
     assert discover(tmp_path / "logs", "a.log").console_file == tmp_path / "logs" / "a.log"
     some = tree.copy(tmp_path / "some", ["results"])
-    for old, new in (("rank_4", "rank_64"), ("seed_1", "seed_2")):
-        shutil.copytree(some.results, some.results.with_name(some.results.name.replace(old, new)))
+    shutil.copytree(some.results, some.results.with_name(some.results.name.replace("rank_4", "rank_64")))
     with pytest.raises(ValueError, match="2 runs in it"):
         discover(some.root)
     assert discover(some.root, "rank_64").settings["rank"] == 64
-    assert [r.name for r in discover(some.root, "rank_4").results] == ["results", "results-2"]
+    assert [r.name for r in discover(some.root, "rank_4").results] == ["results"]
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -305,7 +302,7 @@ def test_several_logs_and_several_results_alone(tree: Tree, reports: Path, tmp_p
 def test_contradictions_are_reported(tree: Tree, reports: Path, tmp_path: Path) -> None:
     odd = tree.copy(tmp_path / "odd", ["console", "results", "best_model"])
     path = odd.best_model / "adapter_config.json"
-    told = json.loads(path.read_text()) | {"r": 8, "base_model_name_or_path": "../downloaded_plms/opt/xs"}
+    told = json.loads(path.read_text()) | {"r": 8}
     path.write_text(json.dumps(told))
     line = arguments_line({**tree.settings, "lr": 0.5}, "artifacts/exp_pools/exp_pool.pkl")
     other = arguments_line(tree.settings, tree.pool, adapt=False)
@@ -315,8 +312,7 @@ def test_contradictions_are_reported(tree: Tree, reports: Path, tmp_path: Path) 
     assert [settings[key] for key in ("rank", "grad_accum_steps", "scale")] == [4, 32, 1000]
     assert "rank: 4 (folder names), 8 (adapter_config.json)" in said
     assert "lr: 0.0001 (folder names), 0.5 (arguments in the console log)" in said
-    for begin in ("plm_type: llama (folder names), opt", "pool: sample-train_sample"):
-        assert any(line.startswith(begin) for line in said)
+    assert any(line.startswith("pool: sample-train_sample") for line in said)
     assert not any(line.startswith(TERMINAL) for line in about(run)["missing"])
 
 

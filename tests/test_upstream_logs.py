@@ -362,8 +362,8 @@ def test_logs_of_the_original(golden: Golden, name: str) -> None:
 # --- folder names ---------------------------------------------------------------------------------------------------
 
 POOL_KEYS = {"pool", *(key for key in SETTINGS if key.startswith(("pool_", "train_")))}
-TEST_KEYS = {key for key in SETTINGS if key.startswith(("test_", "target_"))} | {*IDENTITY}
-TRAIN_KEYS = SETTINGS.keys() - TEST_KEYS | POOL_KEYS | {*IDENTITY} - {"early_stop"}
+TEST_KEYS = {key for key in SETTINGS if key.startswith(("test_", "target_"))} | {*IDENTITY, "w"}
+TRAIN_KEYS = SETTINGS.keys() - TEST_KEYS | POOL_KEYS | {*IDENTITY, "w"} - {"early_stop"}
 ODD: dict[str, Any] = {
     "pool_models": ("genet", "udr_1", "udr_real"), "train_traces": "4G_lte_2", "train_video": "my-video.2", "pool_trace_num": -1,
     "pool_fixed": True, "plm_type": "t5-lm", "plm_size": "my_own", "sample_step": 7, "rank": -1, "gamma": 0.1 + 0.2, "lr": 1e-05,

@@ -22,9 +22,6 @@ def diagnose(
         str | None, typer.Option(metavar="POOL", help="The pool that the test was given [the training's].")
     ] = None,
     plm: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the PLM [where the run found it].")] = None,
-    results: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which result folder, if there are several.")
-    ] = None,
     run: Annotated[
         str | None, typer.Option(metavar="PART", help="Which run, by a part of its place, if there are several.")
     ] = None,
@@ -44,7 +41,7 @@ def diagnose(
     from netllm_lib.abr.diagnosis.load import load
 
     with waiting("diagnosing"):
-        evidence = load(*folders, pool=pool, plm=plm, data=data, results=results, run=run)
+        evidence = load(*folders, pool=pool, plm=plm, data=data, run=run)
         progress = (lambda line: print(line, file=sys.stderr, flush=True)) if sys.stderr.isatty() else None
         found = diagnosis.diagnose(evidence, budget, retrain, progress)
     print(found)

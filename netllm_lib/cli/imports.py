@@ -44,9 +44,7 @@ def import_(
         lines.append(f"console log: {console['epochs']} epochs{printed}")
     for weights in about["weights"]:
         epoch = "" if weights["epoch"] is None else f" of epoch {weights['epoch']}"
-        lines.append(
-            f"weights: {weights['kind']}{epoch}" + (f", unusable: {weights['problem']}" if weights["problem"] else "")
-        )
+        lines.append(f"weights{epoch}: {Path(weights['folder']).name}, {weights['problem'] or 'complete'}")
     if about["pool"]["origin"] is not None:
         lines.append(f"pool: {about['pool']['origin']}, {about['pool']['hash']}")
     if has_policy:

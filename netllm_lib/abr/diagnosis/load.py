@@ -38,7 +38,6 @@ def load(
     pool: str | Path | None = None,
     plm: str | Path | None = None,
     data: str | Path | None = None,
-    results: str | None = None,
     run: str | None = None,
 ) -> Evidence:
     """What is known of the run in `folders`.
@@ -46,13 +45,13 @@ def load(
     Each may be a run folder of a notebook (03, 04, 05), an import, a pool, a checkpoint, or anything of the original's that
     `imports.discover` knows. The first that holds a test is the run, further tests are the same recipe with other seeds, and the
     others add what they have; what is still lacking is looked for in the runs that these were made from. `pool` is the pool that
-    the test was given (else the training pool), `plm` the PLM's folder, `data` as in `find_registry`; `run` and `results` choose
-    among several runs of the original and several result sets. A part that is broken is missing, and hides none of the others.
-    Raises FileNotFoundError or ValueError naming the folder or file where nothing can be read.
+    the test was given (else the training pool), `plm` the PLM's folder, `data` as in `find_registry`; `run` chooses among several
+    runs of the original. A part that is broken is missing, and hides none of the others. Raises FileNotFoundError or ValueError
+    naming the folder or file where nothing can be read.
     """
     if not folders:
         raise ValueError("which run? give its folder")
-    how = {"pool": pool, "plm": plm, "data": data, "results": results, "run": run}
+    how = {"pool": pool, "plm": plm, "data": data, "run": run}
     places = [_run_folder(folder, how) for folder in folders]
     tests = [place for place in places if (place / evaluate.SETTING).is_file()]
     family = list(_with_parents([place for place in places if place not in tests[1:]]))

@@ -16,7 +16,6 @@ Each of them is there if the run had what it takes. Nothing in foreign files is 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from netllm_lib.abr.upstream.remake import remake_pool
 from netllm_lib.abr.upstream.training import training_run
 from netllm_lib.plm_files import find_plm, problems_in
 
-FORMAT = 2  # of the run folder; a new number makes new folders
+FORMAT = 3  # of the run folder; a new number makes new folders
 IMPORT = "import.json"
 SUBJECT = "llm"
 
@@ -51,9 +50,8 @@ class _Import:
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)  # by result set
     losses: logs.Losses | None = None
     pool: ExperiencePool | None = None  # of the training
-    origin: tuple[str, Path | None] | None = None  # of that pool: given, found or made anew, and its path
+    origin: str | None = None  # of that pool: found, made anew, given
     test_pool: ExperiencePool | None = None  # of the test, if it is another one
-    named_hash: str | None = None  # of the pool that the run's folder names, made anew
     plm: Path | None = None
     reasons: dict[str, str] = field(default_factory=dict)  # why there is no pool or PLM
 
@@ -69,37 +67,34 @@ def import_run(
     data: str | Path | None = None,
     root: Path | None = None,
     run: str | None = None,
-    results: str | None = None,
 ) -> runs.Run:
     """Turn what `discover(folder, run)` finds into a run folder, below `root` or `reports/`. The same content leads to the same
     folder, which is then returned as it is.
 
-    `pool` is the pool that the run was given (else the one in the folder, else it is made anew if folder names tell how and the
-    data are at hand). If the run's folder names another pool that can be made anew, that one is the training's, and `pool` the
-    test's. `plm` is the PLM (else the one in the folder or in `downloaded_plms`), `data` as in `find_registry`, and `results` the
-    result set that is the run's test (else one that can be reproduced).
+    The training's pool is the one that the run's folder names, found below `folder` or made anew; else `pool`, which is the test's.
+    `plm` is the PLM (else the one in the folder or in `downloaded_plms`), `data` as in `find_registry`.
 
     A file in the folder that is broken, or does not fit the others, is left out and named in import.json, which holds
 
         folder, run, name, plm
         settings, sources    of each setting, where it was read; contradictions, notes and missing are lists of text
         problems             [{finding, text}]; finding: the id of the diagnosis that the problem amounts to, or null
-        console              {file, epochs, last_loss, mean_reward, best_epoch, evaluations, cut, earlier_runs}, or null
-        weights              [{folder, kind, epoch, problem}], first the one that policy/ is made of
-        pool                 {origin, path, hash, named, named_hash, test_hash}
+        console              {file, epochs, mean_reward, best_epoch, cut, earlier_runs}, or null
+        weights              [{folder, epoch, problem}], first the one that policy/ is made of
+        pool                 {origin, hash, named, test_hash}
         results              {name: {folder, baseline, settings, files, mean_reward}}; chosen: the name of the run's test
 
     Raises FileNotFoundError or ValueError, naming the file, for a `folder` with nothing in it or with several runs, and for a
-    pool, PLM or result set that was asked for and is not there or is broken.
+    pool or PLM that was asked for and is not there or is broken.
     """
     found = discover(Path(folder), run)
     work = _Import(found, find_registry(data), [{"finding": None, "text": text} for text in found.problems])
-    _read_results(work, results)
+    _read_results(work)
     try:
         work.losses = None if found.losses is None else logs.train_losses(found.losses)
     except ValueError as error:
         work.problem(error)
-    _find_pools(work, pool)
+    _find_pools(work, None if pool is None else load_pool(Path(pool)))
     _find_plm(work, plm)
     config = {"format": FORMAT, "settings": found.settings, "chosen": work.chosen}
     config["results"] = {result.name: result.settings for result in found.results}
@@ -126,60 +121,55 @@ def _trace_set(result: ResultSet, registry: Registry) -> TraceSet | str | None:
     return registry.trace_set(name) if name in known else name
 
 
-def _read_results(work: _Import, asked: str | None) -> None:
-    """The tables of all result sets, and which of them is the run's test."""
+def _read_results(work: _Import) -> None:
+    """The tables of all result sets, and which of them is the run's test: if possible one by a process of its own, which can be
+    reproduced."""
+    console, ours = work.found.console, []
     for result in work.found.results:
         traces = _trace_set(result, work.registry)
         try:
-            table = work.tables[result.name] = logs.read_results(result.folder, traces)
+            table = logs.read_results(result.folder, traces)
         except ValueError as error:
             work.problem(error, "protocol-mismatch")
             continue
+        work.tables[result.name] = table
         if isinstance(traces, TraceSet) and (unknown := sorted(set(table["trace"]) - set(traces.names))):
             said = f"{len(unknown)} traces are not in {traces.name} here, {unknown[0]} first"
             work.found.notes.append(f"{result.name}: {said}")
-    own = [result.name for result in work.found.results if result.baseline is None and result.name in work.tables]
-    if asked is not None and asked not in own:
-        raise ValueError(f"{work.found.folder}: no result set {asked!r} in it; there are {', '.join(own) or 'none'}")
-    console, alone = work.found.console or logs.Console(), []  # alone: by a process of its own, which can be reproduced
-    for name in own if console.mean_reward is not None else ():
-        printed = console.mean_reward or 0.0
-        mean = qoe.summarise(work.tables[name]).reward
-        if abs(mean - printed) < 1e-9:
-            said = "the test in the console log"
-            said += ", in the process that trained: its first decisions saw a leaked context" if console.epochs else ""
-        else:
-            alone.append(name)
+        if result.baseline is not None:
+            continue
+        printed, mean = None if console is None else console.mean_reward, qoe.summarise(table).reward
+        in_console = printed is not None and abs(mean - printed) < 1e-9
+        ours.append((in_console, result.name))
+        if console is not None and printed is not None:
             said = f"mean {mean:.6f}, not the {printed:.6f} of the console log, so another test than that one"
-        work.found.notes.append(f"{name}: {said}")
-    work.chosen = asked or next(iter(alone + own), None)
+            if in_console:
+                leaked = ", in the process that trained: its first decisions saw a leaked context"
+                said = "the test in the console log" + (leaked if console.epochs else "")
+            work.found.notes.append(f"{result.name}: {said}")
+    work.chosen = next((name for _, name in sorted(ours, key=lambda one: one[0])), None)
 
 
-def _find_pools(work: _Import, given: str | Path | None) -> None:
-    """The training pool and the test's: `given`, or the one in the folder, is both unless the run's folder names another one."""
-    found, named, there = work.found, None, next(iter(work.found.pools), None)
-    exact = there is not None and "pool" in names.settings_of(there)
-    if given is not None:
-        work.pool, work.origin = load_pool(Path(given)), ("given", Path(given))
-    elif there is not None and (exact or len(found.pools) == 1):
+def _find_pools(work: _Import, given: ExperiencePool | None) -> None:
+    """The training's pool and the test's."""
+    pools = work.found.pools
+    exact = [path for path in pools if "pool" in names.settings_of(path)]
+    if exact or (given is None and len(pools) == 1):
         try:
-            work.pool, work.origin = load_pool(there), ("found", there)
+            work.pool, work.origin = load_pool((exact or pools)[0]), "found"
         except (ValueError, OSError) as error:
             work.problem(error)
-    elif found.pools:
-        work.reasons["pool"] = f"{len(found.pools)} pools here, name one with --pool"
-    origin: tuple[str, Path | None] = ("made anew", None)
-    try:
-        named = remake_pool(found.settings, work.registry)
-        work.named_hash = named.content_hash()
-    except (ValueError, OSError, RuntimeError) as error:
-        work.reasons.setdefault("pool", str(error))
-        if given is not None and there is not None and exact:  # it cannot be made anew, but lies where the folder says
-            named, origin = load_pool(there), ("found", there)
-    if named is None or (work.pool is not None and work.pool.content_hash() == named.content_hash()):
-        return
-    if work.pool is None or given is not None or exact:
-        work.test_pool, work.pool, work.origin = work.pool, named, origin
+    elif given is None and pools:
+        work.reasons["pool"] = f"{len(pools)} pools here, name one with --pool"
+    if work.pool is None:
+        try:
+            work.pool, work.origin = remake_pool(work.found.settings, work.registry), "made anew"
+        except (ValueError, OSError, RuntimeError) as error:
+            work.reasons.setdefault("pool", str(error))
+    if work.pool is None and given is not None:
+        work.pool, work.origin = given, "given"
+    elif work.pool is not None and given is not None and given.content_hash() != work.pool.content_hash():
+        work.test_pool = given
 
 
 def _find_plm(work: _Import, asked: str | Path | None) -> None:
@@ -187,21 +177,19 @@ def _find_plm(work: _Import, asked: str | Path | None) -> None:
     plms, settings = work.found.plms, work.found.settings
     if len(plms) > 1 and asked is None:
         work.reasons["plm"] = f"{len(plms)} PLMs here, name one with --plm"
-        return
-    if not (asked or plms or "plm_type" in settings):
-        return
-    name = str(asked or next(iter(plms), "") or f"{settings['plm_type']}/{settings['plm_size']}")
-    try:
-        place = find_plm(name)
-        if not isinstance(place, Path):
-            raise FileNotFoundError(f"no PLM {name!r} on this machine: give its folder")
-        if problems := problems_in(place):
-            raise ValueError("; ".join(problems))
-        work.plm = place
-    except (ValueError, OSError) as error:
-        if asked is not None:
-            raise
-        work.reasons["plm"] = str(error)
+    elif asked or plms or "plm_type" in settings:
+        name = str(asked or next(iter(plms), "") or f"{settings['plm_type']}/{settings['plm_size']}")
+        try:
+            place = find_plm(name)
+            if not isinstance(place, Path):
+                raise FileNotFoundError(f"no PLM {name!r} on this machine: give its folder")
+            if problems := problems_in(place):
+                raise ValueError("; ".join(problems))
+            work.plm = place
+        except (ValueError, OSError) as error:
+            if asked is not None:
+                raise
+            work.reasons["plm"] = str(error)
 
 
 def _inputs(work: _Import) -> dict[str, str]:
@@ -228,7 +216,7 @@ def _inputs(work: _Import) -> dict[str, str]:
 
 
 def _write(work: _Import, folder: Path) -> None:
-    found = work.found
+    found, console = work.found, work.found.console
     _write_tests(work, folder)
     for name, pool in (("pool", work.pool), ("test_pool", work.test_pool)):
         if pool is not None:
@@ -237,23 +225,22 @@ def _write(work: _Import, folder: Path) -> None:
     training, notes = training_run(found, work.losses, work.pool)
     if training is not None:
         training.save(folder)
-    console, best = found.console, found.best
-    weights = [
-        dataclasses.replace(saved, epoch=console.best_epoch) if console and saved.kind == "best_model" else saved
-        for saved in sorted(found.weights, key=lambda saved: saved is not best)
-    ]
     about: dict[str, Any] = {
         **{name: getattr(found, name) for name in ("folder", "run", "name", "settings", "sources", "contradictions")},
         "notes": [*found.notes, *notes],
         "missing": list(_missing(work)),
         "problems": work.problems,
-        "console": None if console is None else _printed(console, found.console_file),
-        "weights": weights,
+        "console": console
+        and {
+            **{name: getattr(console, name) for name in ("mean_reward", "best_epoch", "cut", "earlier_runs")},
+            "file": found.console_file,
+            "epochs": len(console.epochs),
+        },
+        "weights": sorted(found.weights, key=lambda saved: saved is not found.best),
         "pool": {
-            **dict(zip(("origin", "path"), work.origin or (None, None), strict=True)),
+            "origin": work.origin,
             "hash": work.pool and work.pool.content_hash(),
             "named": found.settings.get("pool"),
-            "named_hash": work.named_hash,
             "test_hash": work.test_pool and work.test_pool.content_hash(),
         },
         "plm": work.plm,
@@ -271,23 +258,12 @@ def _write(work: _Import, folder: Path) -> None:
     runs.write_json(folder / IMPORT, about)
 
 
-def _printed(console: logs.Console, file: Path | None) -> dict[str, Any]:
-    last = console.epochs[-1:]
-    return {
-        "file": file,
-        "epochs": len(console.epochs),
-        "last_loss": [last[0].loss_mean, last[0].loss_std] if last else None,
-        "evaluations": sum(epoch.episodes_return is not None for epoch in console.epochs),
-        **{name: getattr(console, name) for name in ("mean_reward", "best_epoch", "cut", "earlier_runs")},
-    }
-
-
 def _write_tests(work: _Import, folder: Path) -> None:
-    """Every result set on its own, and the chosen one with the baselines' as the run's test."""
+    """Every result set on its own, with the baselines', and the chosen one also as the run's test."""
     from netllm_lib.abr.policies.llm import EvalConfig  # PyTorch
 
-    baselines: dict[str, pd.DataFrame] = {}
     readable = [result for result in work.found.results if result.name in work.tables]
+    baselines: dict[str, pd.DataFrame] = {}
     for result in readable:
         if result.baseline is not None:
             name = f"{result.baseline} (original)"
@@ -297,10 +273,9 @@ def _write_tests(work: _Import, folder: Path) -> None:
             asked = {key: result.settings[key] for key in ("w", "target_return_scale") if key in result.settings}
             setting = runs.plain(EvalConfig.upstream(**asked)) | _setting(result, work)
             test = Test({SUBJECT: work.tables[result.name]} | baselines, SUBJECT, setting)
-            for place in (folder / "results" / result.name, *([folder] if result.name == work.chosen else [])):
-                test.save(place)
-    if work.chosen is None and baselines:
-        Test(baselines, "", {"original": True}).save(folder)
+            test.save(folder / "results" / result.name)
+            if result.name == work.chosen:
+                test.save(folder)
 
 
 def _setting(result: ResultSet, work: _Import) -> dict[str, Any]:
@@ -349,13 +324,15 @@ def _write_policy(work: _Import, folder: Path) -> None:
     save_checkpoint(folder, network, meta)
     if assumed := [f"{key} {value}" for key, value in defaults.items() if key not in settings]:
         found.notes.append(f"policy/: {' and '.join(assumed)}, the original's default, because nothing tells it")
-    if best.kind == "checkpoint":
+    if best.epoch is not None:
         found.notes.append(f"policy/: the checkpoint of epoch {best.epoch}, because the best model is not there")
 
 
 def _missing(work: _Import) -> Iterator[str]:
     """What is not there, and what it would add."""
     found, settings, console = work.found, work.found.settings, work.found.console
+    pool, plm = (f" {settings[key]}" if key in settings else "" for key in ("pool", "plm_type"))
+    no_pool, no_plm = (f" ({work.reasons[key]})" if key in work.reasons else "" for key in ("pool", "plm"))
     wanted = {
         "result files (artifacts/results/…/result_sim_abr_*): reward by trace, its parts, levels, stalls": work.chosen,
         "console log (early_stop_*_console.log): losses by epoch, evaluations, which epoch's model is the best": console,
@@ -363,12 +340,7 @@ def _missing(work: _Import) -> Iterator[str]:
         f"{LOSSES} (written when training ends): the loss of every window, so how it moved within an epoch": work.losses,
         "fine-tuned weights (early_stop_*_best_model): whether they took effect, replay, ablation": found.best,
         "the original's folder names: hyperparameters": settings,
+        f"training pool{pool}: its target return and reward range, its teacher's reward; policy/{no_pool}": work.pool,
+        f"PLM{plm}: replay and ablation of the test; policy/{no_plm}": work.plm,
     }
     yield from (line for line, there in wanted.items() if not there)
-    said = {name: f" ({reason})" for name, reason in work.reasons.items()}
-    if work.pool is None:
-        pool = "training pool" + (f" {settings['pool']}" if "pool" in settings else "")
-        yield f"{pool}: its target return and reward range, its teacher's reward; policy/{said.get('pool', '')}"
-    if work.plm is None:
-        plm = "PLM" + (f" {settings['plm_type']}" if "plm_type" in settings else "")
-        yield f"{plm}: replay and ablation of the test; policy/{said.get('plm', '')}"

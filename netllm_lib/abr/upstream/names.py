@@ -114,11 +114,16 @@ def _pair(name: str, first: str, second: str) -> dict[str, str]:
     return {first: one, second: other} if one and other else {}
 
 
+def family(plm_type: Any) -> Any:
+    """One name for each family of PLMs: the original calls some by two."""
+    return ALIASES.get(str(plm_type), plm_type)
+
+
 def _plm_of(name: str, certain: bool) -> dict[str, str]:
     """`<type>_<size>`; of an unknown type only where the place in the path leaves no doubt."""
-    if match := _PLM.fullmatch(name):
-        return match.groupdict()
-    return _pair(name, "plm_type", "plm_size") if certain else {}
+    match = _PLM.fullmatch(name)
+    found = match.groupdict() if match else _pair(name, "plm_type", "plm_size") if certain else {}
+    return found | ({"plm_type": family(found["plm_type"])} if found else {})
 
 
 def _pool_of(name: str) -> dict[str, Any]:
