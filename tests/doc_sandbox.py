@@ -35,6 +35,7 @@ from netllm_lib import cli, runs
 from netllm_lib.abr import fetch
 runs.PROJECT = Path({checkout!r})
 fetch.REPOSITORY, fetch.COMMIT, fetch.SUMS = {repository!r}, {commit!r}, runs.PROJECT.with_name("sums")
+fetch.PROTOCOLS = "file"
 cli.main()
 """
 TOP = ("traces", "videos", "all_models")

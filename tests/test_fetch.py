@@ -6,8 +6,11 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -34,9 +37,27 @@ class Upstream:
     def __init__(self, folder: Path, commit: str, sums: dict[str, str]):
         self.folder, self.commit, self.sums, self.data = folder, commit, sums, folder / fetch.INSIDE
 
-    def bring(self, to: Path, **changes: object) -> int:
-        given = {"repository": self.folder.as_uri(), "commit": self.commit, "sums": self.sums} | changes
-        return fetch.fetch_data(to, **given)  # type: ignore[arg-type]
+    @contextmanager
+    def as_netllm(self, **changes: object) -> Iterator[None]:
+        """What the library takes for NetLLM's repository is this one."""
+        sums = self.folder.with_name("sums")
+        sums.write_text("".join(f"{digest}  {name}\n" for name, digest in self.sums.items()))
+        known: Any = {
+            "COMMIT": self.commit,
+            "SUMS": sums,
+            "PROTOCOLS": "file",
+            "REPOSITORY": self.folder.as_uri(),
+        } | changes
+        with mock.patch.multiple(fetch, **known):
+            yield
+
+    def bring(self, to: Path, commit: str = "", **how: Any) -> int:
+        with self.as_netllm(**({"COMMIT": commit} if commit else {})):
+            return fetch.fetch_data(to, **({"repository": self.folder.as_uri()} | how))
+
+    def check(self, folder: Path) -> dict[str, list[str]]:
+        with self.as_netllm():
+            return fetch.check_data(folder)
 
     def commit_change(self, change: Callable[[Path], object]) -> str:
         """A commit on top whose data was changed."""
@@ -86,14 +107,15 @@ def test_a_fetch_is_complete_byte_exact_and_leaves_nothing_else(
     config.write_text('[core]\nautocrlf = true\neol = crlf\n[filter "broken"]\nsmudge = false\nrequired = true\n')
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "of a hook"))
-    to, listings, move = tmp_path / "to", [], fetch._move
+    to, listings, checkout = tmp_path / "to", [], fetch._checkout
 
-    def look_and_move(files: Path, folder: Path, names: list[str]) -> None:
+    def checkout_and_look(repository: str, clone: Path) -> Path:
+        tree = checkout(repository, clone)
         monkeypatch.delenv("GIT_DIR", raising=False)
-        listings.append(git(files.parent / "clone", "cat-file", "--batch-all-objects", "--batch-check"))
-        move(files, folder, names)
+        listings.append(git(clone, "cat-file", "--batch-all-objects", "--batch-check"))
+        return tree
 
-    monkeypatch.setattr(fetch, "_move", look_and_move)
+    monkeypatch.setattr(fetch, "_checkout", checkout_and_look)
     assert upstream.bring(to) == len(upstream.sums)
     big = git(upstream.folder, "rev-parse", f"{upstream.commit}:viewport_prediction/big.bin")
     assert big not in listings[0], "the rest of the repository never reaches the disk"
@@ -102,12 +124,12 @@ def test_a_fetch_is_complete_byte_exact_and_leaves_nothing_else(
     assert upstream.bring(to, repository="file:///nowhere") == 0, "complete: no git at all"
     git(upstream.folder, "config", "uploadpack.allowFilter", "false")
     monkeypatch.chdir(tmp_path)
-    upstream.bring(Path("beside"), repository="upstream")  # both relative, and a server without filters
+    upstream.bring(Path("beside"))  # relative, and a server without filters
     assert sums_of(tmp_path / "beside") == upstream.sums
 
 
 def test_what_an_interrupted_fetch_left_does_no_harm(upstream: Upstream, tmp_path: Path) -> None:
-    (tmp_path / "to" / fetch.STAGING / "clone" / ".git").mkdir(parents=True)
+    (tmp_path / "to" / fetch.STAGING / "clone" / ".git" / "info").mkdir(parents=True)
     (tmp_path / "to" / fetch.STAGING / "data").mkdir()
     with runs.lock(tmp_path / "to" / fetch.STAGING), pytest.raises(runs.Busy):
         upstream.bring(tmp_path / "to")
@@ -143,24 +165,105 @@ def test_from_a_folder(upstream: Upstream, tmp_path: Path) -> None:
         upstream.bring(tmp_path / "other", source=tmp_path / "0" / "videos")
 
 
-def test_a_clone_s_configuration_runs_nothing(upstream: Upstream, tmp_path: Path) -> None:
-    """A partial clone whose configuration names commands, for every occasion that git knows."""
-    clone, ran = tmp_path / "clone", tmp_path / "ran"
+COMMANDS = """
+[core]
+fsmonitor = {evil}
+sshCommand = {evil}
+hooksPath = {hooks}
+pager = {evil}
+attributesFile = {hooks}/attributes
+[remote "origin"]
+url = {url}
+promisor = true
+partialclonefilter = blob:none
+uploadpack = {evil}
+[filter "broken"]
+smudge = {evil}
+clean = {evil}
+process = {evil}
+required = true
+[diff]
+external = {evil}
+[uploadpack]
+packObjectsHook = {evil}
+[submodule "inner"]
+url = {url}
+update = !{evil}
+active = true
+[credential]
+helper = !{evil}
+[include]
+path = {hooks}/included
+"""
+
+
+@pytest.fixture
+def hostile(upstream: Upstream, tmp_path: Path) -> tuple[Path, Path]:
+    """(a partial clone that names a command for every occasion that git knows, the file that this command would make)."""
+    clone, hooks, ran = tmp_path / "clone", tmp_path / "hooks", tmp_path / "ran"
     shutil.copytree(upstream.folder, clone)
-    (tmp_path / "evil").write_text(f"#!/bin/sh\ntouch {ran}\n")
-    (tmp_path / "evil").chmod(0o755)
-    command = str(tmp_path / "evil")
+    hooks.mkdir()
+    for name in (
+        "evil",
+        "post-checkout",
+        "reference-transaction",
+        "post-index-change",
+        "pre-auto-gc",
+        "fsmonitor-watchman",
+    ):
+        (hooks / name).write_text(f"#!/bin/sh\necho {name} >> {ran}\n")
+        (hooks / name).chmod(0o755)
+    shutil.copytree(hooks, clone / ".git" / "hooks", dirs_exist_ok=True)
+    (hooks / "attributes").write_text("* filter=broken\n")
+    (hooks / "included").write_text(f"[core]\neditor = {hooks / 'evil'}\n")
+    (clone / ".git" / "info" / "attributes").write_text("* filter=broken diff=broken\n")
+    (clone / ".gitmodules").write_text(f'[submodule "inner"]\npath = inner\nurl = {upstream.folder}\n')
     with open(clone / ".git" / "config", "a") as config:
-        config.write(
-            f"[core]\nfsmonitor = {command}\nsshCommand = {command}\nhooksPath = {tmp_path}\npager = {command}\n"
-        )
-        config.write(f'[remote "origin"]\nurl = {upstream.folder}\npromisor = true\nuploadpack = {command}\n')
-        config.write(f'[filter "broken"]\nsmudge = {command}\nclean = {command}\n')
+        config.write(COMMANDS.format(evil=hooks / "evil", hooks=hooks, url=upstream.folder))
+    replaced = clone / ".git" / "refs" / "replace"
+    replaced.mkdir(parents=True)
+    (replaced / upstream.commit).write_text(f"{'1' * 40}\n")
     shutil.rmtree(clone / ".git" / "objects")
-    (clone / ".git" / "objects").mkdir()
+    (clone / ".git" / "objects" / "info").mkdir(parents=True)
+    (clone / ".git" / "objects" / "info" / "alternates").write_text(f"{upstream.folder}/.git/objects\n")
+    return clone, ran
+
+
+def test_a_clone_s_configuration_runs_nothing(
+    hostile: tuple[Path, Path], upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither as the source, nor as the repository, nor where a link in the destination leads to it, nor from inside it."""
+    clone, ran = hostile
+    monkeypatch.chdir(clone)
     upstream.bring(tmp_path / "to", source=clone)
     assert sums_of(tmp_path / "to") == upstream.sums
+    protocols = fetch.PROTOCOLS
+    for repository in (str(clone), ".", clone.as_uri(), f"ext::{tmp_path / 'hooks' / 'evil'}", f"--upload-pack={ran}"):
+        with upstream.as_netllm(PROTOCOLS=protocols), pytest.raises(OSError, match="git [a-z]+ failed"):
+            fetch.fetch_data(tmp_path / "other", repository=repository)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / fetch.STAGING).symlink_to(tmp_path)
+    with pytest.raises(FileExistsError):
+        upstream.bring(tmp_path / "linked")
+    assert (clone / ".git" / "config").is_file()
     assert not ran.exists()
+    subprocess.run(["git", "-C", str(clone), "status"], capture_output=True)
+    assert ran.exists(), "the trap works"
+
+
+def test_pipes_devices_and_huge_files_in_a_source(upstream: Upstream, tmp_path: Path) -> None:
+    path = upstream.data / "traces" / "test" / "sample-test" / "sample-test_004"
+    path.unlink()
+    for make, message in (
+        (lambda: os.mkfifo(path), "1 files are not there"),
+        (lambda: path.symlink_to("/dev/zero"), "1 files are not there"),
+        (lambda: path.write_bytes(bytes(fetch.MOST_BYTES + 1)), "50000001 bytes"),
+    ):
+        make()
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            upstream.bring(tmp_path / "to", source=upstream.data)
+        path.unlink()
+    assert not sums_of(tmp_path / "to")
 
 
 def test_a_changed_file_in_the_destination_is_not_overwritten_unasked(upstream: Upstream, tmp_path: Path) -> None:
@@ -170,7 +273,7 @@ def test_a_changed_file_in_the_destination_is_not_overwritten_unasked(upstream: 
     (to / names[5]).unlink()
     stray = to / "traces" / "test" / "sample-test" / "stray"
     stray.write_text("0 1\n1 2\n")
-    found = fetch.check_data(to, upstream.sums)
+    found = upstream.check(to)
     assert (found["wrong"], found["missing"]) == ([names[3]], [names[5]])
     assert found["foreign"] == ["traces/test/sample-test/stray"]
     with pytest.raises(ValueError, match=rf"1 of its files are not what the sums say: {names[3]}.*--replace"):
@@ -183,12 +286,10 @@ def test_a_changed_file_in_the_destination_is_not_overwritten_unasked(upstream: 
 
 
 def test_errors_are_one_line_with_advice(upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for changes in ({"repository": "file:///nowhere"}, {"repository": "http://127.0.0.1:9/x"}, {"commit": "0" * 40}):
+    for changes in ({"repository": "file:///nowhere"}, {"repository": "https://127.0.0.1:9/x"}, {"commit": "0" * 40}):
         with pytest.raises(OSError, match=r"git fetch failed: .*--from$") as caught:
             upstream.bring(tmp_path / "to", **changes)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="40 hexadecimal digits"):
-        upstream.bring(tmp_path / "to", commit="main")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"git is not installed.*--from"):
         upstream.bring(tmp_path / "to")
@@ -203,13 +304,6 @@ def test_a_full_disk_is_named(upstream: Upstream, small_disk: Path) -> None:
     assert upstream.bring(small_disk / "to", source=upstream.data) == len(upstream.sums)
 
 
-@pytest.mark.parametrize("line", ["abc  x", "0" * 64 + "  ../x", "0" * 64 + "  /etc/x", "0" * 64 + "  a\\b", ""])
-def test_broken_sums(tmp_path: Path, line: str) -> None:
-    (tmp_path / "sums").write_text(f"{line}\n")
-    with pytest.raises(ValueError, match=r"sums:1: expected"):
-        fetch.read_sums(tmp_path / "sums")
-
-
 def test_committed_sums_are_those_of_the_real_data(real_data: Path) -> None:
     sums = fetch.read_sums()
     assert len(sums) == 516
@@ -222,16 +316,15 @@ def test_the_commands(upstream: Upstream, tmp_path: Path, capsys: pytest.Capture
             main(["data", *words])
         return int(stopped.value.code or 0)
 
-    to, sums = str(tmp_path / "to"), str(tmp_path / "sums")
-    Path(sums).write_text("".join(f"{digest}  {name}\n" for name, digest in upstream.sums.items()))
-    where = ["--repository", upstream.folder.as_uri(), "--commit", upstream.commit, "--sums", sums]
-    count, name = len(upstream.sums), next(iter(upstream.sums))
-    assert netllm("fetch", to, *where, "--json") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"folder": to, "files": count, "brought": count}
-    assert netllm("check", to, "--sums", sums) == 0
-    flip(tmp_path / "to" / name)
-    assert netllm("check", to, "--sums", sums) == 1
-    assert f"1 wrong: {name}" in capsys.readouterr().out
-    assert netllm("fetch", to, "--from", str(upstream.folder), *where) == 2
-    assert netllm("fetch", to, "--from", str(upstream.folder), *where, "--replace") == 0
+    to, name, count = str(tmp_path / "to"), next(iter(upstream.sums)), len(upstream.sums)
+    with upstream.as_netllm():
+        assert netllm("fetch", to, "--json") == 0
+        last = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert last == {"folder": to, "files": count, "brought": count}
+        assert netllm("check", to) == 0
+        flip(tmp_path / "to" / name)
+        assert netllm("check", to) == 1
+        assert f"1 wrong: {name}" in capsys.readouterr().out
+        assert netllm("fetch", to, "--from", str(upstream.folder)) == 2
+        assert netllm("fetch", to, "--from", str(upstream.folder), "--replace") == 0
     assert sums_of(tmp_path / "to") == upstream.sums

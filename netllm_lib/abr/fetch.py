@@ -7,7 +7,6 @@ appears in the destination before all of it is there and right, so that nobody t
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -22,30 +21,34 @@ SUMS = Path(__file__).with_name("netllm_data.sha256")
 STAGING = ".fetch"  # in the destination, while a fetch is at work
 
 # Files arrive byte for byte (a link becomes a small file, which then has the wrong sum), and a dead connection ends after a minute.
-# The user's other settings stay: proxies, certificates and mirrors are among them.
+# The user's other settings stay: proxies, certificates and mirrors are among them. From a folder on this machine git takes nothing,
+# because it would follow that folder's configuration, which can name commands.
 GIT_SETTINGS = (
     f"core.autocrlf=false core.eol=lf core.symlinks=false core.hooksPath={os.devnull} core.sparseCheckout=true "
     "core.sparseCheckoutCone=false http.lowSpeedLimit=100 http.lowSpeedTime=60"
 )
 GIT_NEVER_ASKS = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true", "SSH_ASKPASS_REQUIRE": "never", "LC_ALL": "C"}
+PROTOCOLS = "https:http:ssh:git"
 ELSEWHERE = "or clone it elsewhere and name the clone with --from"
-GIT_OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
+GIT_OF_A_HOOK = (
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+)
+MOST_BYTES = 50_000_000  # of one file
 
 
-def read_sums(path: Path = SUMS) -> dict[str, str]:
-    """Relative path -> SHA-256, of a file in the format of sha256sum. Raises ValueError by file and line."""
-    sums: dict[str, str] = {}
-    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
-        match = re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?([^\\:]+)", line)
-        if match is None or any(part in ("", ".", "..") for part in match[2].split("/")):
-            raise ValueError(f'{path}:{number}: expected "SHA-256  path inside a folder", found {line[:100]!r}')
-        sums[match[2]] = match[1]
-    return dict(sorted(sums.items()))
+def read_sums(path: Path | None = None) -> dict[str, str]:
+    """Relative path -> SHA-256."""
+    pairs = (line.split("  ", 1) for line in (path or SUMS).read_text().splitlines())
+    return {name: digest for digest, name in pairs}
 
 
 def check_data(folder: Path, sums: Mapping[str, str] | None = None) -> dict[str, list[str]]:
-    """Names of files that are "right", "wrong" (other bytes than the sums say) or "missing", relative to `folder`; and "foreign"
-    ones beside them, which the sums do not know and which change a trace set or video."""
+    """Names of files that are "right", "wrong" (other bytes) or "missing", relative to `folder`, and "foreign" ones beside them,
+    which change a trace set or video."""
     sums = read_sums() if sums is None else sums
     found: dict[str, list[str]] = {"right": [], "wrong": [], "missing": []}
     for name, digest in sums.items():
@@ -57,27 +60,16 @@ def check_data(folder: Path, sums: Mapping[str, str] | None = None) -> dict[str,
     return found | {"foreign": sorted({path.relative_to(folder).as_posix() for path in beside} - sums.keys())}
 
 
-def fetch_data(
-    folder: Path,
-    *,
-    source: Path | None = None,
-    repository: str = REPOSITORY,
-    commit: str = COMMIT,
-    sums: Mapping[str, str] | None = None,
-    replace: bool = False,
-) -> int:
-    """Bring the files of `sums` that `folder` lacks, from `repository` at `commit`, or from `source`; returns how many.
+def fetch_data(folder: Path, *, source: Path | None = None, repository: str = REPOSITORY, replace: bool = False) -> int:
+    """Bring the files that `folder` lacks, from `repository`, or from `source`; returns how many.
 
     `source` is an unpacked archive or a clone, of which the work tree is read: git never runs there, because a clone's
     configuration can name commands that git would run. Files that are there and right stay. Raises ValueError naming files
     that are wrong, in the source or (unless `replace`) in `folder`; OSError if files are missing or git fails; runs.Busy.
     """
-    sums, origin = read_sums() if sums is None else sums, source or repository
-    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", commit):
-        raise ValueError(f"commit {commit!r}: give the whole hash, 40 hexadecimal digits")
-    staging = folder / STAGING
+    sums, origin, staging = read_sums(), source or repository, folder / STAGING
     with runs.storage_errors(folder), runs.lock(staging):
-        found = check_data(folder, sums)
+        found = check_data(folder)
         if found["wrong"] and not replace:
             raise ValueError(f"{folder}: {_wrong(found['wrong'])}; move them away, or fetch them anew with --replace")
         wanted = {name: sums[name] for name in (*found["wrong"], *found["missing"])}
@@ -85,15 +77,19 @@ def fetch_data(
         if not wanted:
             return 0
         try:
-            tree = _checkout(repository, commit, staging / "clone") if source is None else _data_in(source)
+            staging.mkdir()  # new: a link that lies there leads to somebody else's clone
+            tree = _checkout(repository, staging / "clone") if source is None else _data_in(source)
             if missing := [name for name in wanted if not (tree / name).is_file()]:
                 raise FileNotFoundError(f"{origin}: {len(missing)} files are not there: {few(missing)}")
             for name in wanted:
                 (staging / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(tree / name, staging / "data" / name)
+                (staging / "data" / name).write_bytes(runs.read_bytes(tree / name, MOST_BYTES))
             if wrong := check_data(staging / "data", wanted)["wrong"]:
                 raise ValueError(f"{origin}: {_wrong(wrong)}; nothing was changed")
-            _move(staging / "data", folder, list(wanted))
+            for name in sorted(wanted, key=lambda name: name.startswith("traces/")):  # by which `find_registry` goes
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staging / "data" / name, folder / name)
+            runs.flush(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return len(wanted)
@@ -115,27 +111,28 @@ def _data_in(source: Path) -> Path:
     raise FileNotFoundError(f"{source}: no folder {INSIDE} and no traces/ in it; is something checked out there?")
 
 
-def _move(files: Path, folder: Path, names: list[str]) -> None:
-    """Put checked files in place, the traces last, as `find_registry` goes by them."""
-    for name in sorted(names, key=lambda name: name.startswith("traces/")):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(files / name, folder / name)
-    runs.flush(folder)
-
-
-def _checkout(repository: str, commit: str, clone: Path) -> Path:
+def _checkout(repository: str, clone: Path) -> Path:
     """The data folder of a new clone that holds nothing else: without history, and without the contents of other files."""
-    url = os.path.abspath(repository) if os.path.isdir(repository) else repository
     (clone / ".git" / "info").mkdir(parents=True)
     (clone / ".git" / "info" / "attributes").write_text("* -text -eol -ident -filter -working-tree-encoding\n")
     (clone / ".git" / "info" / "sparse-checkout").write_text(f"/{INSIDE}/\n")
     settings = [word for setting in GIT_SETTINGS.split() for word in ("-c", setting)]
     environment = {key: value for key, value in os.environ.items() if key not in GIT_OF_A_HOOK} | GIT_NEVER_ASKS
+    environment["GIT_ALLOW_PROTOCOL"] = PROTOCOLS
     environment.setdefault("GIT_SSH_COMMAND", "ssh -oBatchMode=yes -oConnectTimeout=30")
     for words in (
         ["init", "--quiet", "--template="],
-        ["remote", "add", "origin", url],
-        ["fetch", "--quiet", "--no-tags", "--depth=1", "--filter=blob:none", "origin", commit],
+        ["remote", "add", "--", "origin", repository],
+        [
+            "fetch",
+            "--quiet",
+            "--no-tags",
+            "--no-recurse-submodules",
+            "--depth=1",
+            "--filter=blob:none",
+            "origin",
+            COMMIT,
+        ],
         ["checkout", "--quiet", "--detach", "FETCH_HEAD"],
     ):
         command = ["git", "-C", str(clone), *settings, *words]
@@ -148,5 +145,5 @@ def _checkout(repository: str, commit: str, clone: Path) -> Path:
                 raise OSError(f"git {words[0]}: No space left on device")
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no message"]
             line = next((line for line in lines if line.startswith(("fatal:", "error:"))), lines[-1])
-            raise OSError(f"{repository}: git {words[0]} failed: {line}; check commit, network and proxy, {ELSEWHERE}")
+            raise OSError(f"{repository}: git {words[0]} failed: {line}; check network and proxy, {ELSEWHERE}")
     return clone / INSIDE

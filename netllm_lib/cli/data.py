@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 HELP = "Trace sets and videos: list, fetch, check, import, generate."
 app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
-SumsOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Sums as of sha256sum, for a fork with other data [NetLLM's].")
-]
 FETCHED = runs.PROJECT / "data" / "netllm"
 FolderArgument = Annotated[Path, typer.Argument(help="Root folder [data/netllm of the checkout].", show_default=False)]
 
@@ -46,29 +43,27 @@ def data_fetch(
     source: Annotated[
         Path | None, typer.Option("--from", metavar="DIR", help="A clone of NetLLM, or its unpacked data; no network.")
     ] = None,
-    repository: Annotated[str | None, typer.Option(metavar="URL", help="A mirror or fork.")] = None,
-    commit: Annotated[str | None, typer.Option(metavar="HASH", help="Of the fork, all 40 digits.")] = None,
-    sums: SumsOption = None,
+    repository: Annotated[str | None, typer.Option(metavar="URL", help="A mirror.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Fetch files anew that were changed in FOLDER.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Bring NetLLM's own data, every file checked: by git, without the rest of the repository, or from a folder."""
     from netllm_lib.abr import fetch
 
-    known = fetch.read_sums(sums or fetch.SUMS)
+    count = len(fetch.read_sums())
     with waiting("fetching"):
-        where = {"repository": repository or fetch.REPOSITORY, "commit": commit or fetch.COMMIT}
-        brought = fetch.fetch_data(folder, source=source, **where, sums=known, replace=replace)
-    print(f"{folder}: all {len(known)} files are there and right; {brought} of them are new")
-    print_json(as_json, {"folder": folder, "files": len(known), "brought": brought})
+        repository = repository or fetch.REPOSITORY
+        brought = fetch.fetch_data(folder, source=source, repository=repository, replace=replace)
+    print(f"{folder}: all {count} files are there and right; {brought} of them are new")
+    print_json(as_json, {"folder": folder, "files": count, "brought": brought})
 
 
 @app.command("check")
-def data_check(folder: FolderArgument = FETCHED, sums: SumsOption = None, as_json: JsonOption = False) -> None:
+def data_check(folder: FolderArgument = FETCHED, as_json: JsonOption = False) -> None:
     """Compare fetched data with the sums; exit code 1 if a file is missing or wrong."""
     from netllm_lib.abr import fetch
 
-    found = fetch.check_data(folder, fetch.read_sums(sums or fetch.SUMS))
+    found = fetch.check_data(folder)
     complete = not found["wrong"] and not found["missing"]
     print(f"{folder}: {len(found['right'])} files are there and right")
     for what in ("wrong", "missing", "foreign"):
