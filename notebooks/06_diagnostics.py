@@ -147,12 +147,11 @@ else:
     plans = best_plans(loaded.traces, loaded.video, simulator.episodes)
     missing = regret(run, plans)
     missing.to_frame("regret").to_parquet(out / "regret.parquet")
-    keep(figures.regret(missing), "regret")
+    keep(figures.concentration(missing, "regret"), "regret")
 
 # %% [markdown]
 # ## Decisions
-# In the very states that the run visited: what would MPC have done, and what is best, given the future? When does the run first
-# decide otherwise?
+# In the very states that the run visited: what would MPC have done, and what is best, given the future?
 
 # %%
 if simulator is not None:
@@ -161,8 +160,6 @@ if simulator is not None:
     instead["the optimum"] = decisions.optimum(run, simulator).levels
     for other, chosen in instead.items():
         keep(figures.confusion(decisions.confusion(levels, chosen), (subject, other)), f"confusion_{other.split()[-1]}")
-    firsts = {other: decisions.first_divergence(levels, chosen) for other, chosen in instead.items()}
-    keep(figures.divergence(firsts, levels.shape[1]), "divergence")
 
 # %% [markdown]
 # The decision of each trace that cost most: it is swapped for the best one, the policy goes on from there (or, where it cannot be
@@ -209,7 +206,7 @@ keep(timeline(shown, label, bandwidth, figure=plt.figure(figsize=(10, 9.7), layo
 
 # %%
 if not runs.headless():
-    display(explorer.explore(compared, plans))
+    display(explorer.explore(compared))
 
 # %%
 where = (

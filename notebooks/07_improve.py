@@ -148,7 +148,7 @@ plt.show()
 start = "before" if before else "mpc"
 steps = {start: qoe.summarise(play(first or RobustMPC(clip), held)).reward}
 steps |= {f"round {row.round}": row.score for row in improved.rounds.itertuples()}
-plots.plot_steps(steps)
+pd.Series(steps).plot(marker="o", ylabel="mean reward per chunk", figsize=(7, 3.4), grid=True)
 plt.savefig(out / "rounds.png", dpi=120, bbox_inches="tight")
 plt.show()
 

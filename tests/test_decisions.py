@@ -15,7 +15,6 @@ from netllm_lib.abr.diagnosis.decisions import (
     breakdown,
     confusion,
     costliest,
-    first_divergence,
     levels_of,
     optimum,
     shadow,
@@ -113,7 +112,7 @@ def test_shadow_of_oneself_and_of_others(simulator: Simulator) -> None:
     np.testing.assert_array_equal(shadow(table, BBA(), simulator)[:, 1:], by_buffer[:, :-1])  # of the chunk before
 
 
-def test_confusion_and_divergence_by_hand() -> None:
+def test_confusion_by_hand() -> None:
     run = np.array([[5, 1, 1, 2], [0, 3, 3, 3], [0, 4, 4, 4]])
     other = np.array([[0, 1, 2, 2], [0, 3, 3, 3], [0, UNKNOWN, 5, 4]])
     counts = confusion(run, other)
@@ -122,7 +121,6 @@ def test_confusion_and_divergence_by_hand() -> None:
     assert [counts.loc[1, 1], counts.loc[1, 2], counts.loc[2, 2], counts.loc[3, 3]] == [1, 1, 1, 3]
     assert [counts.loc[4, 5], counts.loc[4, 4], counts.loc[5, 0]] == [1, 1, 0]
     assert (counts.index.name, counts.columns.name) == ("run", "other")
-    assert first_divergence(run, other).tolist() == [2, 4, 2]
 
 
 def test_optimum_on_a_steady_line_is_to_go_up_at_once() -> None:

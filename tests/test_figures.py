@@ -96,23 +96,19 @@ def test_given_axes_are_used_and_labelled(tables: dict, pool: ExperiencePool) ->
     gap = qoe.per_trace(other)["reward"] - qoe.per_trace(ours)["reward"]
     by_chunk = decisions.breakdown(ours, "chunk"), decisions.breakdown(other, "chunk")
     counts = decisions.confusion(decisions.levels_of(ours), decisions.levels_of(other))
-    first = decisions.first_divergence(decisions.levels_of(ours), decisions.levels_of(other))
     costly = pd.DataFrame({"trace": ["a"], "chunk": [3], "level": [5], "instead": [1], "gain": [9.0], "share": [0.5]})
     trained = TrainingRun(history=history(np.linspace(1.8, 0.5, 60)), lr=1e-3, steps=60, warmup_steps=100)
     drawings: list[Callable[..., Axes]] = [
         partial(figures.waterfall, fall()),
-        partial(figures.regret, gap),
         partial(figures.parts, *by_chunk, ("llm", "mpc")),
         partial(figures.concentration, gap),
         partial(figures.confusion, counts, ("llm", "mpc")),
-        partial(figures.divergence, {"mpc": first}, 48),
         partial(figures.costliest, costly),
-        partial(figures.by_level, {"llm": figures.levels_chosen(ours)}, "share", "levels"),
+        partial(figures.by_level, {"llm": np.arange(6.0)}, "share", "levels"),
         partial(figures.stalls, tables),
         partial(figures.losses, trained, {"chance": 1.79}),
         partial(figures.learning_rate, trained),
         partial(figures.shift, pool, ours),
-        partial(figures.returns, pool),
     ]
     for draw in drawings:
         figure, ax = plt.subplots()
@@ -152,6 +148,14 @@ def test_concentration_by_hand() -> None:
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [0, 1.5, 2.0, 2.25, 2.5])
     assert "1 trace: 60%" in words(ax)
     assert "2 traces: 80%" in words(ax)
+
+
+def test_the_legend_of_a_gap_is_beside_it_even_where_the_run_is_better() -> None:
+    ax = figures.concentration(pd.Series([0.5, -0.2, -0.5, -0.6]))
+    ax.figure.draw_without_rendering()  # type: ignore[union-attr]
+    legend = ax.get_legend()
+    assert legend is not None
+    assert not legend.get_window_extent().overlaps(ax.bbox)
 
 
 def test_confusion_shows_shares_of_all_decisions() -> None:

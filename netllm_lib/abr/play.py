@@ -78,8 +78,9 @@ def rollout(
     In lock-step, at most `block` episodes at once (None: the policy's own `block`, which for most is all of them); a policy that
     carries state from trace to trace is played one episode after the other and reset once. The result does not depend on
     the block: every random number belongs to an episode. `keep_states` keeps the states that decisions were made from (for pools).
+    A part of a simulator is played with the random numbers that its episodes have in the whole.
     """
-    policy.reset(simulator.episodes)
+    policy.reset(simulator.whole)
     return _play(policy, simulator, block, keep_states, progress)
 
 

@@ -21,13 +21,21 @@ from netllm_lib.stats import Interval
 
 PALETTE = sns.color_palette("colorblind")
 STYLES = ("-", "--", ":", "-.")
-BESIDE: dict[str, Any] = {"frameon": False, "fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-"""Of a legend to the right of the axes."""
+HATCHES = ("", "//", "..", "xx")
+BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+"""Place of a legend to the right of the axes."""
+LEVEL_NAMES = [f"{level}\n{kbps / 1000:g}" for level, kbps in enumerate(qoe.BITRATES_KBPS)]
 
 
 def given_or_new(axes: Axes | None, size: tuple[float, float]) -> Axes:
     """`axes`, or those of a new figure of `size` inches."""
     return axes if axes is not None else plt.subplots(figsize=size, constrained_layout=True)[1]
+
+
+def legend(axes: Axes, **place: Any) -> Axes:
+    """The same legend for all figures."""
+    axes.legend(frameon=False, fontsize=8, **place)
+    return axes
 
 
 def plot_bandwidths(trace_sets: Sequence[TraceSet], axes: Axes | None = None) -> Axes:
@@ -37,47 +45,57 @@ def plot_bandwidths(trace_sets: Sequence[TraceSet], axes: Axes | None = None) ->
         style = {"label": f"{traces.name} ({len(traces)} traces)", "color": PALETTE[i], "linestyle": STYLES[i % 4]}
         sns.ecdfplot(traces.describe()["mean_mbps"], ax=ax, **style)
     ax.set(xlabel="mean bandwidth of a trace (Mbps)", ylabel="share of traces", title="Bandwidth")
-    ax.legend(frameon=False)
-    return ax
+    return legend(ax)
+
+
+def by_level(values: Mapping[str, np.ndarray], what: str, title: str, axes: Axes | None = None) -> Axes:
+    """Bars by level, [6] for each name."""
+    ax = given_or_new(axes, (7, 3.2))
+    width = 0.8 / len(values)
+    for i, (name, heights) in enumerate(values.items()):
+        places = np.arange(qoe.LEVELS) + (i - (len(values) - 1) / 2) * width
+        ax.bar(places, heights, width, color=PALETTE[i], hatch=HATCHES[i % 4], edgecolor="white", label=name)
+    ax.set_xticks(range(qoe.LEVELS), LEVEL_NAMES)
+    ax.set(xlabel="level (Mbps below)", ylabel=what, title=title)
+    return legend(ax)
+
+
+def histogram(values: np.ndarray, lines: Mapping[str, float], what: str, title: str, axes: Axes | None = None) -> Axes:
+    """How a figure of each episode spreads, with reference values as lines."""
+    ax = given_or_new(axes, (5, 3.2))
+    ax.hist(values, bins=40, color=PALETTE[2])
+    for i, (name, value) in enumerate(lines.items()):
+        ax.axvline(value, color="k", linestyle=STYLES[i % 4], linewidth=1.2, label=f"{name}: {value:.3g}")
+    ax.set(xlabel=what, ylabel="episodes", title=title)
+    return legend(ax)
 
 
 def plot_pool(pool: ExperiencePool) -> np.ndarray:
-    """Three panels of an experience pool: levels, rewards of transitions, mean reward of episodes. Returns the axes [3]."""
-    _, axes = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
+    """Three panels of an experience pool: levels, rewards of transitions, mean reward of episodes. Returns the axes [3].
+
+    The tail of the rewards, which sets the range of the returns, shows on a logarithmic axis.
+    """
+    axes: np.ndarray = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)[1]
     plot_pool_levels(pool, axes[0])
-    plot_pool_rewards(pool, axes[1])
+    axes[1].hist(pool.rewards, bins=80, color=PALETTE[1])
+    axes[1].set(yscale="log", xlabel="reward of a chunk", ylabel="transitions", title="Rewards: the tail is stalls")
     plot_pool_episodes(pool, axes=axes[2])
     return axes
 
 
 def plot_pool_levels(pool: ExperiencePool, axes: Axes | None = None) -> Axes:
     """How often the behaviour policy chose each level."""
-    ax = given_or_new(axes, (5, 3.2))
-    ax.bar(range(qoe.LEVELS), 100 * np.bincount(pool.actions, minlength=qoe.LEVELS) / len(pool), color=PALETTE[0])
-    ax.set(xlabel="level", ylabel="share of transitions (%)", title="Levels chosen")
-    return ax
-
-
-def plot_pool_rewards(pool: ExperiencePool, axes: Axes | None = None) -> Axes:
-    """The rewards of all transitions; the tail, which sets the range of the returns, shows on a logarithmic axis."""
-    ax = given_or_new(axes, (5, 3.2))
-    ax.hist(pool.rewards, bins=80, color=PALETTE[1])
-    ax.set(yscale="log", xlabel="reward of a chunk", ylabel="transitions", title="Rewards: the tail is stalls")
-    return ax
+    share = 100 * np.bincount(pool.actions, minlength=qoe.LEVELS) / len(pool)
+    return by_level({"the pool": share}, "share of transitions (%)", "Levels chosen", axes)
 
 
 def plot_pool_episodes(
     pool: ExperiencePool, references: Mapping[str, float] | None = None, axes: Axes | None = None
 ) -> Axes:
     """Mean reward of the pool's episodes, with reference rewards as lines (for example MPC's on the same traces)."""
-    ax = given_or_new(axes, (5, 3.2))
     means = pool.episode_returns() / pool.episode_lengths
-    ax.hist(means, bins=40, color=PALETTE[2])
-    for i, (name, value) in enumerate({"mean": float(means.mean()), **(references or {})}.items()):
-        ax.axvline(value, color="k", linestyle=STYLES[i % 4], linewidth=1.2, label=f"{name}: {value:.2f}")
-    ax.set(xlabel="mean reward of an episode", ylabel="episodes", title="Episodes")
-    ax.legend(frameon=False, fontsize=8)
-    return ax
+    lines = {"mean": float(means.mean()), **(references or {})}
+    return histogram(means, lines, "mean reward of an episode", "Episodes", axes)
 
 
 def plot_training(history: pd.DataFrame, references: Mapping[str, float], axes: Axes | None = None) -> Axes:
@@ -89,8 +107,7 @@ def plot_training(history: pd.DataFrame, references: Mapping[str, float], axes: 
     for i, (name, value) in enumerate(references.items(), start=1):
         ax.axhline(value, color=PALETTE[i], linestyle=STYLES[i % 4], linewidth=1.2, label=f"{name}: {value:.2f}")
     ax.set(xlabel="optimizer step", ylabel="cross-entropy (nats)", title="Training loss")
-    ax.legend(**BESIDE)
-    return ax
+    return legend(ax, **BESIDE)
 
 
 def plot_decomposition(tables: Mapping[str, pd.DataFrame], axes: Axes | None = None) -> Axes:
@@ -106,8 +123,7 @@ def plot_decomposition(tables: Mapping[str, pd.DataFrame], axes: Axes | None = N
         ax.annotate(f"{value:.3f}", (value, name), xytext=(6, 6), textcoords="offset points", fontsize=8)
     ax.axvline(0, color="k", linewidth=0.8)
     ax.set(xlabel="reward per chunk (Mbps)", title="Where the reward goes")
-    ax.legend(**BESIDE)
-    return ax
+    return legend(ax, **BESIDE)
 
 
 def plot_differences(differences: Mapping[str, Interval], axes: Axes | None = None) -> Axes:
@@ -121,25 +137,4 @@ def plot_differences(differences: Mapping[str, Interval], axes: Axes | None = No
     ax.axvline(0, color="k", linewidth=0.8)
     ax.set(xlabel="difference of mean reward, 95 % interval over traces", ylim=(-0.7, len(differences) - 0.3))
     ax.set_title("Paired differences (hollow: no difference shown)")
-    return ax
-
-
-def plot_steps(rewards: Mapping[str, float], axes: Axes | None = None) -> Axes:
-    """A waterfall: the reward that the first entry had, and what each later one added or took."""
-    ax = given_or_new(axes, (1.1 * len(rewards) + 1.5, 3.4))
-    values, places = np.array(list(rewards.values())), np.arange(len(rewards))
-    before, gains = values[:-1], np.diff(values)
-    ax.hlines(values[0], -0.35, 0.35, color="k", linewidth=2)
-    ax.hlines(before, places[:-1], places[1:] + 0.35, color="0.6", linewidth=0.8, zorder=0)
-    colors, hatches = [PALETTE[2 if gain >= 0 else 3] for gain in gains], ["" if gain >= 0 else "///" for gain in gains]
-    ax.bar(places[1:], gains, 0.7, before, color=colors, hatch=hatches, edgecolor="k", linewidth=0.5)
-    texts = [
-        f"{values[0]:.3f}",
-        *(f"{value:.3f}\n({gain:+.3f})" for value, gain in zip(values[1:], gains, strict=True)),
-    ]
-    for place, text, top in zip(places, texts, np.maximum(values, np.r_[values[0], before]), strict=True):
-        ax.annotate(text, (place, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9)
-    ax.set_xticks(places, list(rewards))
-    ax.margins(y=0.2)
-    ax.set_ylabel("mean reward per chunk")
     return ax

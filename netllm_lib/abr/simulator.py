@@ -180,7 +180,7 @@ class Simulator:
         noise = np.ones((len(episodes), CHUNKS)) if episodes.noise is None else np.ascontiguousarray(episodes.noise)
         trace_index, start_ptr = (values.astype(np.int64) for values in (episodes.trace_index, episodes.start_ptr))
         self._world = World(video.sizes_bytes.astype(np.float64), noise, trace_index, *traces.packed, start_ptr)
-        self._rows = np.arange(len(episodes))
+        self.whole, self._rows = episodes, np.arange(len(episodes))
         self.reset()
 
     def __len__(self) -> int:
@@ -189,7 +189,7 @@ class Simulator:
     def part(self, rows: Sequence[int]) -> Simulator:
         """Some of the episodes; what a policy observes still says which of all of them they are."""
         part = Simulator(self.traces, self.video, self.episodes.rows(rows))
-        part._rows = self._rows[rows]
+        part.whole, part._rows = self.whole, self._rows[rows]
         return part
 
     def episode(self, row: int) -> Episode:

@@ -78,13 +78,6 @@ def confusion(run: np.ndarray, other: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(counts, index=pd.Index(names, name="run"), columns=pd.Index(names, name="other"))
 
 
-def first_divergence(run: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """[N] the first chunk at which they differ; the number of chunks where they never do."""
-    differ = (run != other) & (run >= 0) & (other >= 0)
-    differ[:, 0] = False
-    return np.where(differ.any(axis=1), differ.argmax(axis=1), run.shape[1])
-
-
 # --- counterfactuals ----------------------------------------------------------------------------------------------------
 
 

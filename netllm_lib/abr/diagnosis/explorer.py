@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,11 @@ from netllm_lib.abr.diagnosis import decisions
 from netllm_lib.abr.diagnosis.evidence import Evidence, Subject
 from netllm_lib.abr.diagnosis.replay import policy_of, recorded
 from netllm_lib.abr.diagnosis.timeline import PROBABILITIES, edges, of_trace, timeline
-from netllm_lib.abr.episodes import Episodes, Observation, Progress
-from netllm_lib.abr.optimum import Plans, best_plans, regret
+from netllm_lib.abr.episodes import Progress
+from netllm_lib.abr.optimum import best_plans, regret
 from netllm_lib.abr.play import play, rollout
-from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.simple import Prefixed, Replay
 from netllm_lib.abr.qoe import CHUNKS
-from netllm_lib.abr.simulator import Simulator
 
 if TYPE_CHECKING:
     from netllm_lib.abr.policies.llm import EvalConfig
@@ -52,40 +50,31 @@ STYLE = """<style>
 class Explorer:
     """One run, looked at trace by trace and chunk by chunk. Its state is plain: `trace`, `chunk`, `shown`, `config`."""
 
-    def __init__(self, evidence: Evidence, plans: Plans | None = None) -> None:
-        """`plans` are the optimum's for all episodes of the run; without them the oracle is planned trace by trace.
-
-        Raises ValueError if there is no test to look at.
-        """
+    def __init__(self, evidence: Evidence) -> None:
+        """Raises ValueError if there is no test to look at."""
         if evidence.table is None:
             raise ValueError("there is no table of chunks to look at: give the folder of a test (notebook 05)")
-        self.evidence, self.table, self.plans = evidence, evidence.table, plans
+        self.evidence, self.table, self.played = evidence, evidence.table, dict(evidence.tables)
         self.simulator = recorded(evidence)  # None: traces or video are not at hand
         self.config: EvalConfig | None = None  # of replays; None: nothing can be played again
-        if self.simulator is not None and evidence.subject is not None:
-            self.config = evidence.subject.config
+        missing, self.ordered_by = -qoe.per_trace(self.table)["reward"], "lowest reward"
+        if self.simulator is not None:
+            plans = best_plans(self.simulator.traces, self.simulator.video, self.simulator.episodes)
+            missing, self.ordered_by = regret(self.table, plans), "regret"
+            oracle = play(Replay(plans.levels, ORACLE), self.simulator)
+            self.played[ORACLE] = oracle.assign(trace=self.table["trace"].to_numpy())
+            self.config = evidence.subject.config if evidence.subject is not None else None
         self.labels = list(dict.fromkeys(self.table["trace"]))
-        self.order, self.ordered_by = self._order()  # what is missing per trace, the most first, and against what
+        self.order = missing.sort_values(ascending=False, kind="stable")  # what is missing per trace, the most first
         self.trace, self.chunk = str(self.order.index[0]), 1
-        self.runs = [*evidence.tables, *([ORACLE] if self.simulator is not None else [])]  # all that can be drawn
         ranked = sorted(evidence.tables, key=lambda name: -qoe.summarise(evidence.tables[name]).reward)
-        self.shown = (*dict.fromkeys([evidence.run, *ranked][:2]), *self.runs[len(evidence.tables) :])
+        self.shown = (*dict.fromkeys([evidence.run, *ranked][:2]), *([ORACLE] if ORACLE in self.played else []))
         self._replays: dict[str, pd.DataFrame] = {}
         self._of_trace = functools.cache(lambda trace, what: what())  # what is computed once for each trace
 
     def choices(self) -> list[tuple[str, str]]:
         """(label, trace) for a dropdown, the worst trace first."""
         return [(f"{value:+.3f}  {name}", str(name)) for name, value in self.order.items()]
-
-    def _order(self) -> tuple[pd.Series, str]:
-        reward, reference = qoe.per_trace(self.table)["reward"], self.evidence.reference
-        if self.plans is not None:
-            missing, against = regret(self.table, self.plans), "regret"
-        elif reference is not None:
-            missing, against = qoe.per_trace(self.evidence.tables[reference])["reward"] - reward, f"below {reference}"
-        else:
-            missing, against = -reward, "lowest reward"
-        return missing.sort_values(ascending=False, na_position="last", kind="stable"), against
 
     # --- what happened
 
@@ -96,18 +85,10 @@ class Explorer:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Tables of chunks of what is shown, of the chosen trace: policies, the oracle, and the replay where there is one."""
-        found = {name: self.evidence.tables[name] for name in self.shown if name in self.evidence.tables}
-        if ORACLE in self.shown and self.simulator is not None:
-            found[ORACLE] = self._of_trace(self.trace, self._oracle)
+        found = {name: self.played[name] for name in self.shown} or {self.evidence.run: self.table}
         if self.trace in self._replays:
             found[REPLAY] = self._replays[self.trace]
-        return {name: t[t["trace"] == self.trace] for name, t in (found or {self.evidence.run: self.table}).items()}
-
-    def _oracle(self) -> pd.DataFrame:
-        simulator = self._episodes([self._row])
-        plans = self.plans or best_plans(simulator.traces, simulator.video, simulator.episodes)
-        levels = plans.levels[[self._row]] if self.plans else plans.levels
-        return play(Replay(levels, ORACLE), simulator).assign(trace=self.trace)
+        return {name: table[table["trace"] == self.trace] for name, table in found.items()}
 
     def observation(self) -> pd.DataFrame | None:
         """What the policy saw before it chose the level of `chunk`: the six rows of the state, in units; None without traces.
@@ -121,7 +102,9 @@ class Explorer:
         return pd.DataFrame(state * np.array([[f] for _, f in FEATURES]), [name for name, _ in FEATURES], columns)
 
     def _states(self) -> np.ndarray:
-        states = rollout(Replay(decisions.levels_of(self.rows)), self._episodes([self._row]), keep_states=True).states
+        assert self.simulator is not None
+        player = Replay(decisions.levels_of(self.table))
+        states = rollout(player, self.simulator.part([self._row]), keep_states=True).states
         assert states is not None
         return states[0]
 
@@ -145,7 +128,8 @@ class Explorer:
         return table.assign(**{"chosen by": by_level})
 
     def _values(self) -> np.ndarray:
-        return decisions.optimum(self.rows, self._episodes([self._row])).values[0]
+        assert self.simulator is not None
+        return decisions.optimum(self.rows, self.simulator.part([self._row])).values[0]
 
     # --- playing it again
 
@@ -170,12 +154,11 @@ class Explorer:
         config, subject = self._subject()
         policy = policy_of(replace(subject, config=config, played=None))
         before = -(-policy.w // (CHUNKS - 1)) if config.context == "leak" else 0
-        rows = list(range(max(0, self._row - before), self._row + 1))
-        levels = decisions.levels_of(self.table[self.table["trace"].isin([self.labels[row] for row in rows])])
-        start = np.array([*[CHUNKS] * (len(rows) - 1), 1])
+        start = np.where(np.arange(len(self.labels)) == self._row, 1, CHUNKS)
+        player = Prefixed(policy, decisions.levels_of(self.table), start)
         assert self.simulator is not None
-        excerpt = Prefixed(_Excerpt(policy, self.simulator.episodes, rows), levels, start)
-        played = play(excerpt, self._episodes(rows), progress=progress).tail(CHUNKS)
+        part = self.simulator.part(range(max(0, self._row - before), self._row + 1))
+        played = play(player, part, progress=progress).tail(CHUNKS)
         self._replays[self.trace] = played.assign(trace=self.trace).reset_index(drop=True)
         return self._replays[self.trace]
 
@@ -227,34 +210,15 @@ class Explorer:
     def _row(self) -> int:
         return self.labels.index(self.trace)
 
-    def _episodes(self, rows: list[int]) -> Simulator:
-        assert self.simulator is not None
-        return decisions.alone(self.simulator, rows)
-
-
-class _Excerpt(Policy):
-    """A policy over some of the episodes of a test, with the random numbers that it has in the whole of it."""
-
-    def __init__(self, policy: Policy, episodes: Episodes, rows: Sequence[int]) -> None:
-        self.policy, self.episodes, self.rows = policy, episodes, np.asarray(rows)
-        self.name, self.played, self.extras = policy.name, policy.played, policy.extras  # type: ignore[method-assign]
-        self.carries_state, self.acts_after_last = policy.carries_state, policy.acts_after_last
-
-    def reset(self, episodes: Episodes) -> None:
-        self.policy.reset(self.episodes)
-
-    def act(self, observation: Observation) -> np.ndarray:
-        return self.policy.act(replace(observation, episode=self.rows[observation.episode]))
-
 
 # --- widgets ------------------------------------------------------------------------------------------------------------
 
 
-def explore(evidence: Evidence, plans: Plans | None = None) -> Any:
+def explore(evidence: Evidence) -> Any:
     """Widgets around an `Explorer`, for JupyterLab; the last value of a cell shows them."""
     import ipywidgets as w
 
-    explorer = Explorer(evidence, plans)
+    explorer = Explorer(evidence)
 
     def layout(width: str) -> Any:
         return w.Layout(width=width)
@@ -264,10 +228,10 @@ def explore(evidence: Evidence, plans: Plans | None = None) -> Any:
         style={"description_width": "initial"}, layout=layout("30em"),
     )  # fmt: skip
     chunk = w.IntSlider(1, 1, CHUNKS - 1, description="chunk", layout=layout("26em"))
-    back, on = (w.Button(icon=icon, layout=layout("3em")) for icon in ("step-backward", "step-forward"))
-    shown = w.SelectMultiple(options=explorer.runs, value=explorer.shown, description="shown", layout=layout("20em"))
+    shown = w.SelectMultiple(
+        options=list(explorer.played), value=explorer.shown, description="shown", layout=layout("20em")
+    )
     button = w.Button(description="Replay this trace", icon="play", button_style="primary")
-    live = w.Checkbox(value=False, description="at every change", indent=False)
     image, text, status = w.Image(format="png", layout=w.Layout(max_width="100%")), w.HTML(), w.HTML()
 
     def redraw() -> None:
@@ -288,15 +252,11 @@ def explore(evidence: Evidence, plans: Plans | None = None) -> Any:
     def again(_: Any) -> None:
         explorer.replay(lambda done, total: setattr(status, "value", f"replaying: {done} of {total} chunks"))
 
-    def set_trace(change: Any) -> None:
-        explorer.trace = change["new"]
-        if live.value:
-            again(change)
+    def turn(name: str, change: Any) -> None:
+        explorer.turn(**{name: change["new"]})
 
-    def set_switch(change: Any) -> None:
-        explorer.turn(**{change["owner"].name: change["new"]})
-        if live.value:
-            again(change)
+    def choose(name: str, change: Any) -> None:
+        setattr(explorer, name, change["new"])
 
     config, subject = explorer.config, explorer.evidence.subject
     switches: dict[str, Any] = {}
@@ -307,23 +267,17 @@ def explore(evidence: Evidence, plans: Plans | None = None) -> Any:
             "context": w.ToggleButtons(
                 options=["clear", "leak"], value=config.context, description="context", **narrow
             ),
-            "target_return_scale": w.BoundedFloatText(
-                config.target_return_scale, min=-10, max=10, step=0.1, description="target ×"
-            ),
+            "target_return_scale": w.FloatText(config.target_return_scale, description="target ×"),
             "w": w.BoundedIntText(config.w or subject.meta.settings.w, min=1, max=CHUNKS - 1, description="window"),
         }
     for name, field in switches.items():
-        field.name = name
-        field.observe(guarded(set_switch), "value")
+        field.observe(guarded(functools.partial(turn, name)), "value")
+    for name, field in {"trace": trace, "chunk": chunk, "shown": shown}.items():
+        field.observe(guarded(functools.partial(choose, name)), "value")
     button.on_click(guarded(again))
-    trace.observe(guarded(set_trace), "value")
-    chunk.observe(guarded(lambda change: setattr(explorer, "chunk", change["new"])), "value")
-    shown.observe(guarded(lambda change: setattr(explorer, "shown", tuple(change["new"]))), "value")
-    back.on_click(lambda _: setattr(chunk, "value", max(1, chunk.value - 1)))
-    on.on_click(lambda _: setattr(chunk, "value", min(CHUNKS - 1, chunk.value + 1)))
     redraw()
     fields = list(switches.values())
-    controls = [w.VBox(fields[:2]), w.VBox(fields[2:]), w.VBox([button, live])]
+    controls = [w.VBox(fields[:2]), w.VBox(fields[2:]), button]
     if explorer.config is None:
         controls = [w.HTML("weights, PLM, traces or video are missing: this run can be looked at, not played again")]
-    return w.VBox([w.HBox([trace, back, on, chunk]), w.HBox([shown, *controls]), status, image, text])
+    return w.VBox([w.HBox([trace, chunk]), w.HBox([shown, *controls]), status, image, text])

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from netllm_lib.abr import plots, qoe
 from netllm_lib.abr.diagnosis import decisions
 from netllm_lib.abr.diagnosis.evidence import Evidence, paired, pool_sizes_mb, previous_levels, throughputs_mbps
-from netllm_lib.abr.plots import PALETTE, STYLES, given_or_new
+from netllm_lib.abr.plots import BESIDE, LEVEL_NAMES, PALETTE, STYLES, by_level, given_or_new, legend
 from netllm_lib.abr.pool import ExperiencePool
 from netllm_lib.findings import Diagnosis, Finding
 from netllm_lib.returns import pool_returns
@@ -27,14 +27,6 @@ from netllm_lib.training_run import TrainingRun
 BETTER, WORSE, UNSHOWN = PALETTE[2], PALETTE[3], "0.4"
 PARTS = (("quality", 1, PALETTE[0], ""), ("rebuffering", -1, PALETTE[3], "///"), ("smoothness", -1, PALETTE[1], "..."))
 """Parts of the reward: their sign in it, colour and hatch."""
-LEVEL_NAMES = [f"{level}\n{kbps / 1000:g}" for level, kbps in enumerate(qoe.BITRATES_KBPS)]
-HATCHES = ("", "//", "..", "xx")
-BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-
-
-def _legend(axes: Axes, **place: Any) -> Axes:
-    axes.legend(frameon=False, fontsize=8, **place)
-    return axes
 
 
 # --- what a change gives ------------------------------------------------------------------------------------------------
@@ -65,7 +57,7 @@ def waterfall(table: pd.DataFrame, references: Mapping[str, float] | None = None
     for i, (name, value) in enumerate((references or {}).items()):
         ax.axvline(value, color=PALETTE[4 + i], linestyle=STYLES[1 + i % 3], label=f"{name}: {value:.3f}")
     if references:
-        _legend(ax, **BESIDE)
+        legend(ax, **BESIDE)
     labels = [f"{row['switch']}\n{row['what']}" if row["what"] else row["switch"] for row in rows]
     ax.set_yticks(range(len(rows)), labels, fontsize=8)
     left, right = ax.get_xlim()
@@ -73,17 +65,6 @@ def waterfall(table: pd.DataFrame, references: Mapping[str, float] | None = None
     ax.set_xlabel(f"mean reward per chunk, 95 % interval of the change over {rows[0]['traces']} traces")
     ax.set_title("What each switch changes for the same weights (hollow: noise)")
     return ax
-
-
-def regret(missing: pd.Series, axes: Axes | None = None) -> Axes:
-    """Regret to the offline optimum by trace, sorted: how much more reward was possible, and where."""
-    ax = given_or_new(axes, (9, 3.2))
-    values = missing.sort_values(ascending=False).to_numpy()
-    ax.bar(range(len(values)), values, width=1.0, color=PALETTE[0], edgecolor="white", linewidth=0.3)
-    for value, style, name in ((values.mean(), "--", "mean"), (np.median(values), ":", "median")):
-        ax.axhline(value, color="k", linestyle=style, linewidth=1, label=f"{name} {value:.3f}")
-    ax.set(xlabel="traces, sorted by regret", ylabel="regret per chunk", title="Regret to the offline optimum by trace")
-    return _legend(ax)
 
 
 # --- where it goes ------------------------------------------------------------------------------------------------------
@@ -113,7 +94,7 @@ def parts(ours: pd.DataFrame, other: pd.DataFrame, names: tuple[str, str], axes:
     ax.set_xlabel({"chunk": "chunk index", "regime": "mean bandwidth of a trace"}.get(group, group))
     ax.set_ylabel("reward per chunk")
     ax.set_title(f"{names[0]} − {names[1]}: what the parts of the reward add (below zero: lost)")
-    return _legend(ax, **BESIDE)
+    return legend(ax, **BESIDE)
 
 
 def concentration(gap: pd.Series, what: str = "gap", axes: Axes | None = None) -> Axes:
@@ -133,7 +114,7 @@ def concentration(gap: pd.Series, what: str = "gap", axes: Axes | None = None) -
         ax.annotate(words, (k, reached[k]), xytext=(6, -10), textcoords="offset points", fontsize=8)
     ax.set(xlabel="traces, the worst first", ylabel=f"{what} in them (mean reward)", xlim=(0, count))
     ax.set_title(f"Is the {what} everywhere, or in a few traces?")
-    return _legend(ax, loc="lower right")
+    return legend(ax, **BESIDE)
 
 
 def confusion(counts: pd.DataFrame, names: tuple[str, str], axes: Axes | None = None) -> Axes:
@@ -155,19 +136,6 @@ def confusion(counts: pd.DataFrame, names: tuple[str, str], axes: Axes | None = 
     return ax
 
 
-def divergence(first: Mapping[str, np.ndarray], chunks: int, axes: Axes | None = None) -> Axes:
-    """Share of the traces in which the run has decided otherwise than another policy by chunk k.
-
-    `first` holds `decisions.first_divergence` by the other's name.
-    """
-    ax = given_or_new(axes, (6, 3.2))
-    for i, (name, firsts) in enumerate(first.items()):
-        reached = 100 * (np.asarray(firsts)[:, None] <= np.arange(chunks)).mean(axis=0)
-        ax.step(range(chunks), reached, where="post", color=PALETTE[i], linestyle=STYLES[i % 4], label=f"from {name}")
-    ax.set(xlabel="chunk index", ylabel="traces that have differed (%)", ylim=(0, 103), title="First divergence")
-    return _legend(ax)
-
-
 def costliest(found: pd.DataFrame, what: str = "gap", axes: Axes | None = None) -> Axes:
     """The decisions whose swap would have gained most, with their shares of `what`. `found` is from `decisions.costliest`."""
     ax = given_or_new(axes, (9, 0.36 * len(found) + 1.3))
@@ -185,23 +153,6 @@ def costliest(found: pd.DataFrame, what: str = "gap", axes: Axes | None = None) 
     return ax
 
 
-def by_level(values: Mapping[str, np.ndarray], what: str, title: str, axes: Axes | None = None) -> Axes:
-    """Bars by level, [6] for each name."""
-    ax = given_or_new(axes, (7, 3.2))
-    width = 0.8 / len(values)
-    for i, (name, heights) in enumerate(values.items()):
-        places = np.arange(qoe.LEVELS) + (i - (len(values) - 1) / 2) * width
-        ax.bar(places, heights, width, color=PALETTE[i], hatch=HATCHES[i % 4], edgecolor="white", label=name)
-    ax.set_xticks(range(qoe.LEVELS), LEVEL_NAMES)
-    ax.set(xlabel="level (Mbps below)", ylabel=what, title=title)
-    return _legend(ax)
-
-
-def levels_chosen(table: pd.DataFrame) -> np.ndarray:
-    """[6] how often each level was chosen, in % of the chunks."""
-    return 100 * np.bincount(qoe.chosen(table)["level"], minlength=qoe.LEVELS) / len(qoe.chosen(table))
-
-
 def stalls(tables: Mapping[str, pd.DataFrame], axes: Axes | None = None) -> Axes:
     """What stalls longer than x seconds cost of the mean reward, by policy: is the cost in a few long ones?"""
     ax = given_or_new(axes, (7, 3.2))
@@ -212,7 +163,7 @@ def stalls(tables: Mapping[str, pd.DataFrame], axes: Axes | None = None) -> Axes
         ax.plot(limits, cost, color=PALETTE[i % len(PALETTE)], linestyle=STYLES[i % 4], label=name)
     ax.set(xscale="log", xlabel="stalls longer than … (s)", ylabel="cost (mean reward)", title="Cost of long stalls")
     ax.set_xticks([0.1, 1, 10, 60], ["0.1", "1", "10", "60"])
-    return _legend(ax)
+    return legend(ax)
 
 
 # --- what was learnt, from what -----------------------------------------------------------------------------------------
@@ -227,7 +178,7 @@ def losses(known: TrainingRun, references: Mapping[str, float], axes: Axes | Non
     ax = plots.plot_training(history, references, given_or_new(axes, (8, 3.5)))
     if bad.any():
         ax.axvline(steps[bad.argmax()], color=WORSE, linestyle="-.", label="the first loss that is no number")
-        _legend(ax)
+        legend(ax)
     return ax
 
 
@@ -253,7 +204,7 @@ def learning_rate(known: TrainingRun, axes: Axes | None = None) -> Axes:
     ax.axvline(known.steps, color=WORSE, linestyle="-.", label=f"the training ended after {known.steps} steps")
     ax.set(xlabel="optimizer step", ylabel="learning rate", ylim=(0, None))
     ax.set_title("Learning rate: asked for and reached")
-    return _legend(ax, loc="lower right")
+    return legend(ax, loc="lower right")
 
 
 def shift(pool: ExperiencePool, table: pd.DataFrame, axes: Axes | None = None) -> Axes:
@@ -265,19 +216,7 @@ def shift(pool: ExperiencePool, table: pd.DataFrame, axes: Axes | None = None) -
     ax.set(xlabel="throughput of a chunk (Mbps)", ylabel="share of chunks")
     ax.set_title("Did the training see such bandwidths?")
     ax.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
-    return _legend(ax)
-
-
-def returns(pool: ExperiencePool, axes: Axes | None = None) -> Axes:
-    """Return-to-go at the beginning of the pool's episodes; the largest one is what a test asks for."""
-    ax = given_or_new(axes, (6, 3.2))
-    firsts = pool_returns(pool)[0][pool.episode_starts]
-    ax.hist(firsts, bins=40, color=PALETTE[0])
-    ax.axvline(firsts.mean(), color="k", linestyle="--", linewidth=1.2, label=f"mean {firsts.mean():.4f}")
-    ax.axvline(firsts.max(), color=WORSE, linestyle="-.", linewidth=1.2, label=f"asked for at test {firsts.max():.4f}")
-    ax.set(xlabel="return-to-go at an episode's start", ylabel="episodes", title="Does the target return say anything?")
-    ax.set_xlim(0, None)
-    return _legend(ax)
+    return legend(ax)
 
 
 # --- the figure of a finding --------------------------------------------------------------------------------------------
@@ -320,7 +259,9 @@ def figure_of(finding: Finding, evidence: Evidence, table: pd.DataFrame | None =
             reward = numbers.get("mpc_reward")
             return plots.plot_pool_episodes(pool, {} if reward is None else {"MPC as published": float(reward)})
         case "returns" if pool is not None:
-            return returns(pool)
+            firsts = pool_returns(pool)[0][pool.episode_starts]
+            lines = {"mean": float(firsts.mean()), "asked for at test": float(firsts.max())}
+            return plots.histogram(firsts, lines, "return-to-go at an episode's start", "Is there a return to ask for?")
         case "throughput" if pool is not None and run is not None:
             return shift(pool, run)
         case "sizes" if pool is not None and evidence.video is not None:
@@ -330,14 +271,22 @@ def figure_of(finding: Finding, evidence: Evidence, table: pd.DataFrame | None =
             }
             return by_level(sizes, "mean chunk size (MB)", "The videos of training and test")
         case "levels" if run is not None:
-            chosen = {name: levels_chosen(table) for name, table in {evidence.run: run, **others}.items()}
-            return by_level(chosen, "share of chunks (%)", "Levels chosen")
+            levels = {name: qoe.chosen(table)["level"] for name, table in {evidence.run: run, **others}.items()}
+            shares = {
+                name: 100 * np.bincount(chosen, minlength=qoe.LEVELS) / len(chosen) for name, chosen in levels.items()
+            }
+            return by_level(shares, "share of chunks (%)", "Levels chosen")
         case "stalls" if run is not None:
             return stalls({evidence.run: run, **others})
         case "differences" if run is not None and len(evidence.tables) > 1:
             return plots.plot_differences(differences(evidence))
         case "overlap" if run is not None and others and evidence.clean is not None:
-            return plots.plot_differences(_by_overlap(run, others[str(reference)], evidence.clean, str(reference)))
+            names, clean = run["trace"].unique(), evidence.clean
+            groups = {f"the {clean.sum()} clean traces": names[clean], f"the {(~clean).sum()} others": names[~clean]}
+            ours = {group: run[run["trace"].isin(part)] for group, part in groups.items() if len(part)}
+            return plots.plot_differences(
+                {group: paired(part, next(iter(others.values()))) for group, part in ours.items()}
+            )
     return None
 
 
@@ -350,16 +299,4 @@ def differences(evidence: Evidence) -> dict[str, Interval]:
         f"{evidence.run} − {name}": paired(run, other)
         for name, other in evidence.tables.items()
         if name != evidence.run and names & set(other["trace"])
-    }
-
-
-def _by_overlap(run: pd.DataFrame, other: pd.DataFrame, clean: np.ndarray, reference: str) -> dict[str, Interval]:
-    """Paired differences over all traces, and over those that share, or do not share, content with the training."""
-    names = run["trace"].unique()
-    groups = {"all {} traces": np.ones(len(names), dtype=bool)}
-    groups |= {"the {} clean ones": clean, "the {} seen in training": ~clean} if len(clean) == len(names) else {}
-    return {
-        f"− {reference}, {group.format(int(keep.sum()))}": paired(run[run["trace"].isin(names[keep])], other)
-        for group, keep in groups.items()
-        if keep.any()
     }
