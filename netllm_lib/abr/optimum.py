@@ -21,7 +21,7 @@ import pandas as pd
 from numba import njit
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.episodes import FIRST_LEVEL, Episodes, Progress
+from netllm_lib.abr.episodes import FIRST_LEVEL, Episodes
 from netllm_lib.abr.qoe import BITRATES_KBPS, CHUNKS, LEVELS, REBUFFER_PENALTY
 from netllm_lib.abr.simulator import (
     BUFFER_CAP_MS,
@@ -238,36 +238,25 @@ def regret(table: pd.DataFrame, plans: Plans) -> pd.Series:
     return (plans.reward - qoe.per_trace(table)["reward"]).rename("regret")
 
 
-def continuations(
-    simulator: Simulator,
-    levels: np.ndarray,
-    rows: Sequence[int] | np.ndarray | None = None,
-    config: SearchConfig | None = None,
-    *,
-    progress: Progress | None = None,
-) -> np.ndarray:
-    """[rows, chunks, 6] what each level was worth in every state that a run visited: summed reward to the end of the episode.
+def continuations(simulator: Simulator, levels: np.ndarray, config: SearchConfig | None = None) -> np.ndarray:
+    """[N, chunks, 6] what each level was worth in every state that a run visited: summed reward to the end of the episode.
 
-    `levels` [N, chunks] are those that the run played in the simulator's episodes; `rows` are the episodes to value (all). A value
-    is the level's own reward plus that of the best plan found from there on; NaN for the first chunk, which nobody chooses. There
-    are thousands of decisions, so the default search is narrower than that of whole episodes.
+    `levels` [N, chunks] are those that the run played in the simulator's episodes. A value is the level's own reward plus that of
+    the best plan found from there on; NaN for the first chunk, which nobody chooses. There are thousands of decisions, so the
+    default search is narrower than that of whole episodes.
     """
     config = config or SearchConfig(60, 100.0)
-    chosen = np.arange(len(simulator)) if rows is None else np.asarray(rows, dtype=np.int64)
     levels = simulator.replay(levels).level  # checked
-    values = np.full((len(chosen), levels.shape[1], LEVELS), np.nan)
+    values = np.full((*levels.shape, LEVELS), np.nan)
 
-    def search(place: int) -> None:
-        row = int(chosen[place])
-        _values_episode(simulator.episode(row), levels[row], config.bin_ms, config.width, values[place])
+    def search(row: int) -> None:
+        _values_episode(simulator.episode(row), levels[row], config.bin_ms, config.width, values[row])
 
-    in_threads(search, range(len(chosen)), progress)
+    in_threads(search, range(len(levels)))
     return values
 
 
-def in_threads(work: Callable[[int], None], items: Sequence[int], progress: Progress | None = None) -> None:
+def in_threads(work: Callable[[int], None], items: Sequence[int]) -> None:
     """Work on all cores, or as many as $NUMBA_NUM_THREADS says: compiled functions release the interpreter's lock."""
     with ThreadPoolExecutor(int(os.environ.get("NUMBA_NUM_THREADS") or os.cpu_count() or 1)) as pool:
-        for done, _ in enumerate(pool.map(work, items), start=1):
-            if progress:
-                progress(done, len(items))
+        list(pool.map(work, items))

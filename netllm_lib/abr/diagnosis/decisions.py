@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from netllm_lib.abr import qoe
-from netllm_lib.abr.episodes import FIRST_LEVEL, Progress
+from netllm_lib.abr.episodes import FIRST_LEVEL
 from netllm_lib.abr.optimum import continuations
 from netllm_lib.abr.play import rollout
 from netllm_lib.abr.policies.base import Policy
@@ -56,13 +56,13 @@ class Optimum(NamedTuple):
     lost: np.ndarray  # [N, chunks] value of the best level − that of the run's; sums up to the regret of the episode
 
 
-def optimum(table: pd.DataFrame, simulator: Simulator, progress: Progress | None = None) -> Optimum:
+def optimum(table: pd.DataFrame, simulator: Simulator) -> Optimum:
     """The value of every level in every state that the run visited, from beam searches over the known future.
 
     Raises ValueError if the table is not of the simulator's episodes.
     """
     levels, _ = replayed(table, simulator)
-    values = continuations(simulator, levels, progress=progress)
+    values = continuations(simulator, levels)
     lost = values.max(axis=2) - np.take_along_axis(values, levels[..., None], axis=2)[..., 0]
     best = np.where(lost > 0, values.argmax(axis=2), levels)
     best[:, 0], lost[:, 0] = FIRST_LEVEL, 0.0
