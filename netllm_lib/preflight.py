@@ -191,14 +191,11 @@ def estimate_memory(network: Network, batch: Any, config: TrainConfig, checkpoin
     """
     plm, layers = network.plm.config, network.plm.layers
     device = torch.device(devices_of(plm.device)[0])
-    traced = TRACED_LAYERS if layers > max(TRACED_LAYERS) else (layers,)
-    points = []
-    for count in traced:
-        changes: dict[str, Any] = {"device": "cpu", "placement": None, "layers": count, "early_stop": "all"}
-        shape = dataclasses.replace(plm, gradient_checkpointing=checkpointing, **changes)
-        points.append(_trace(type(network), shape, network.config, batch, config, device))
-    first, last = points[0], points[-1]
-    steps = (layers - traced[0]) / max(traced[-1] - traced[0], 1)
+    alone: dict[str, Any] = {"device": "cpu", "placement": None, "early_stop": "all"}
+    shape = dataclasses.replace(plm, gradient_checkpointing=checkpointing, **alone)
+    few, more = TRACED_LAYERS if layers > max(TRACED_LAYERS) else (layers, layers)
+    first, last = (_trace(network, dataclasses.replace(shape, layers=n), batch, config, device) for n in (few, more))
+    steps = (layers - few) / max(more - few, 1)
     sizes = {name: first[name] + (last[name] - first[name]) * steps for name in first}
     # of each phase apart: with the layers that are traced another one may be the largest than with all
     step = max(sizes[name] for name in ("forward", "backward", "update"))
@@ -209,14 +206,12 @@ def estimate_memory(network: Network, batch: Any, config: TrainConfig, checkpoin
     return Memory(**fixed, **peaks, activations=step - sum(fixed.values()), checkpointing=checkpointing)
 
 
-def _trace(
-    kind: type[Network], plm: PLMConfig, sizes: Any, batch: Any, config: TrainConfig, device: torch.device
-) -> dict[str, float]:
+def _trace(like: Network, plm: PLMConfig, batch: Any, config: TrainConfig, device: torch.device) -> dict[str, float]:
     """Bytes of a network, and the peaks of the phases of a step and of a validation, all but the libraries."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.device("meta"):
-        network = kind(sketch_plm(plm), sizes)
+        network = type(like)(sketch_plm(plm), like.config)
     network.plm.set_checkpointing(bool(plm.gradient_checkpointing))
     dtype, meter, found = arithmetic_dtype(config.precision, device), _Meter(), {}
     with FakeTensorMode():

@@ -23,8 +23,7 @@ class TrainConfig:
     shuffle: Literal["seed", "torch"] = "seed"
     """"seed": an epoch's order depends on `seed` and the epoch only. "torch": `DataLoader(shuffle=True)` on PyTorch's global
     generator, as in the original, where every evaluation reseeds it and so repeats an order."""
-    order: tuple[tuple[int, ...], ...] | None = None
-    """Explicit sample numbers in place of a shuffle: one tuple for each epoch, or a single one for all epochs."""
+    order: tuple[int, ...] | None = None  # explicit sample numbers in place of a shuffle, the same in every epoch
     seed: int = 1
 
     # --- optimizer
@@ -52,8 +51,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch, self.accumulation, self.validate_epochs) < 1:
             raise ValueError("epochs, batch, accumulation and validate_epochs must be at least 1")
-        if self.order is not None and len(self.order) not in (1, self.epochs):
-            raise ValueError(f"order has {len(self.order)} epochs: give one tuple, or epochs={self.epochs} of them")
 
     @classmethod
     def upstream(cls, **changes: Any) -> TrainConfig:
@@ -61,16 +58,11 @@ class TrainConfig:
 
         Source: NetLLM, `plm_special/trainer.py` and `run_plm.py`.
         """
-        original: dict[str, Any] = {
-            "epochs": 80,
-            "batch": 1,
-            "accumulation": 32,
-            "seed": 100003,
-            "precision": "float32",
-        }
-        original |= {"last_group": "upstream", "shuffle": "torch", "schedule": "constant", "clip": "micro"}
-        original |= {"lr": 1e-4, "lr_around": 1e-4, "warmup_steps": 2000}
-        return cls(**(original | {"validate_epochs": 2, "validate_when": "upstream"} | changes))
+        original: dict[str, Any] = {"epochs": 80, "batch": 1, "accumulation": 32, "last_group": "upstream"}
+        original |= {"shuffle": "torch", "seed": 100003, "lr": 1e-4, "lr_around": 1e-4, "warmup_steps": 2000}
+        original |= {"schedule": "constant", "clip": "micro", "precision": "float32"}
+        original |= {"validate_epochs": 2, "validate_when": "upstream"}
+        return cls(**(original | changes))
 
     def validates_after(self, epochs: int) -> bool:
         """Is there a validation when so many epochs are done."""
@@ -84,11 +76,13 @@ class Plan:
 
     def __init__(self, config: TrainConfig, samples: int):
         self.config, self.samples = config, samples
-        sizes = [samples if config.order is None else len(self.order_of(epoch)) for epoch in range(config.epochs)]
-        micro_batches = [-(-size // config.batch) for size in sizes]
-        self.steps_of = [-(-count // config.accumulation) for count in micro_batches]  # of each epoch
-        self.micro_batches, self.steps = sum(micro_batches), sum(self.steps_of)
-        self.short_steps = sum(count % config.accumulation > 0 for count in micro_batches)  # with fewer micro-batches
+        if config.order is not None and not set(config.order) <= set(range(samples)):
+            raise ValueError(f"order: the sample numbers are from 0 to {samples - 1}")
+        size = samples if config.order is None else len(config.order)
+        micro_batches = -(-size // config.batch)
+        self.epoch_steps = -(-micro_batches // config.accumulation)
+        self.micro_batches, self.steps = micro_batches * config.epochs, self.epoch_steps * config.epochs
+        self.short_steps = config.epochs if micro_batches % config.accumulation else 0  # with fewer micro-batches
         part = max(1, round(config.warmup * self.steps))
         self.warmup = config.warmup_steps if config.warmup_steps is not None else part
         self.peak = max((self.rate(step) for step in range(self.steps)), default=0.0)
@@ -105,10 +99,7 @@ class Plan:
         """Sample numbers int64 in the order in which `epoch` takes them. With shuffle="torch" it draws from PyTorch's generator."""
         config = self.config
         if config.order is not None:
-            order = np.asarray(config.order[epoch if len(config.order) > 1 else 0], dtype=np.int64)
-            if len(order) == 0 or order.min() < 0 or order.max() >= self.samples:
-                raise ValueError(f"order: epoch {epoch} needs sample numbers from 0 to {self.samples - 1}")
-            return order
+            return np.asarray(config.order, dtype=np.int64)
         if config.shuffle == "torch":
             import torch
 

@@ -40,9 +40,7 @@ class Network(nn.Module):
 
     task: ClassVar[str]  # its name; a checkpoint of another task is refused
     Config: ClassVar[type]  # dataclass of the sizes around the PLM
-    Settings: ClassVar[
-        type
-    ]  # dataclass of what a test must know of the training beside the weights; checkpoints keep it
+    Settings: ClassVar[type]  # dataclass of what a test must know of the training; checkpoints keep it
     plm: PLM
     config: Any
 

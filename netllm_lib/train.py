@@ -60,13 +60,14 @@ def train(
     tracking.check(track)
     network.check(settings)
     if network.plm.config.dtype == "4bit" and network.plm.device.type == "cpu":
-        advice = 'train on a GPU, or use dtype="bfloat16"'
-        raise ValueError(f"4-bit weights give no gradients on a CPU (bitsandbytes): {advice}")
+        raise ValueError('4-bit weights give no gradients on a CPU: train on a GPU, or use dtype="bfloat16"')
     run = _Run(network, data, config or TrainConfig(), Path(folder), settings)
+    run.validate, run.progress = validate, progress
+    run.best_of = max if better == "higher" else min
     if not run.finished:
         with runs.lock(run.folder):
             if not run.finished:  # by a process that has just ended
-                return run.start(track, validate, 1 if better == "higher" else -1, held_out, progress)
+                return run.start(track, held_out)
     return run.read_back()
 
 
@@ -99,6 +100,11 @@ class _Position:
 class _Run:
     """A training run in progress; `state.pt` is its image on disk."""
 
+    validate: Callable[[Any], float] | None
+    progress: Progress | None
+    best_of: Callable[..., Any]  # of several scores
+    curves: tracking.Curves
+
     def __init__(self, network: Any, data: Data, config: TrainConfig, folder: Path, settings: Any):
         self.network, self.data, self.config, self.folder = network, data, config, folder
         self.plan, self.at = Plan(config, len(data)), _Position()
@@ -108,57 +114,57 @@ class _Run:
         plm = [network.plm.identity, network.plm.layers, dataclasses.replace(network.plm.config, **free)]
         self.key = runs.content_hash([config, data.key, settings, network.task, network.config, plm])
         self.parameters: dict[str, nn.Parameter] = network.trainable()
-        sides = [[p for n, p in self.parameters.items() if n.startswith("plm.") == inside] for inside in (False, True)]
-        rates = zip(sides, (config.lr_around, config.lr), strict=True)
-        groups = [{"params": side, "peak": peak} for side, peak in rates if side]
+        around = [p for name, p in self.parameters.items() if not name.startswith("plm.")]
+        inside = [p for name, p in self.parameters.items() if name.startswith("plm.")]
+        groups = [{"params": around, "peak": config.lr_around}, {"params": inside, "peak": config.lr}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
     @property
     def finished(self) -> bool:
         return (self.folder / RESULT).is_file()
 
-    def start(self, track: str, validate: Any, sign: int, held_out: Data | None, progress: Any) -> TrainingRun:
+    def start(self, track: str, held_out: Data | None) -> TrainingRun:
         """Train from the beginning, or from the last resume point if there is one."""
         seeded, plm, resumes = self.config.shuffle == "seed", self.network.plm, (self.folder / STATE).is_file()
-        own_stream: Any = torch.random.fork_rng(range(torch.cuda.device_count()), enabled=seeded)
         plm.set_checkpointing(needs_checkpointing(self.network, self.data, self.config))
         shown = {"train": self.meta.train, "plm": plm.config, "network": self.network.config, "layers": plm.layers}
         tags = {"data": self.data.key, "plm": plm.identity, "git": runs.git_revision() or "unknown"}
-        with own_stream:
+        own_stream: Any = torch.random.fork_rng(range(torch.cuda.device_count()), enabled=seeded)
+        with own_stream, tracking.Curves(self.folder, track, runs.plain(shown), tags) as self.curves:
             if resumes:
                 self.resume()
-            with tracking.Curves(self.folder, track, runs.plain(shown), tags) as self.curves:
                 self.draw(self.at.history, self.at.evaluations)
-                if not resumes:
-                    if seeded:
-                        torch.manual_seed(self.config.seed)
-                    self.save()  # what it starts from: initial weights and random state
-                self.go(validate, sign, progress)
-                return self.finish(validate is not None, sign, held_out)
+            else:
+                if seeded:
+                    torch.manual_seed(self.config.seed)
+                self.save()  # what it starts from: initial weights and random state
+            while self.at.epoch < self.config.epochs:
+                self.train_epoch()
+            self.network.eval()  # also when only the end was left to do
+            return self.finish(held_out)
 
-    def go(self, validate: Any, sign: int, progress: Progress | None) -> None:
+    def train_epoch(self) -> None:
+        """Train what is left of the epoch in progress, and validate."""
         config, at, group = self.config, self.at, self.config.batch * self.config.accumulation
-        while at.epoch < config.epochs:
-            if at.order is None:
-                at.order = torch.from_numpy(self.plan.order_of(at.epoch))
-            self.network.train()
-            while at.step_in_epoch < self.plan.steps_of[at.epoch]:
-                first = at.step_in_epoch * group
-                rows = self.optimizer_step(at.order[first : first + group].numpy())
-                at.history += rows
-                at.step += 1
-                at.step_in_epoch += 1
-                self.draw(rows, [])
-                if progress is not None:
-                    progress(at.step, self.plan.steps, {**rows[-1], "samples": len(self.data)})
-                if config.checkpoint_steps and at.step % config.checkpoint_steps == 0:
-                    self.save()
-            self.network.eval()
-            at.epoch, at.step_in_epoch, at.order = at.epoch + 1, 0, None
-            if validate is not None and config.validates_after(at.epoch):
-                self.validate(validate, sign)
-            self.save()
-        self.network.eval()  # also when only the end was left to do
+        if at.order is None:
+            at.order = torch.from_numpy(self.plan.order_of(at.epoch))
+        self.network.train()
+        while at.step_in_epoch < self.plan.epoch_steps:
+            first = at.step_in_epoch * group
+            rows = self.optimizer_step(at.order[first : first + group].numpy())
+            at.history += rows
+            at.step += 1
+            at.step_in_epoch += 1
+            self.draw(rows, [])
+            if self.progress is not None:
+                self.progress(at.step, self.plan.steps, {**rows[-1], "samples": len(self.data)})
+            if config.checkpoint_steps and at.step % config.checkpoint_steps == 0:
+                self.save()
+        self.network.eval()
+        at.epoch, at.step_in_epoch, at.order = at.epoch + 1, 0, None
+        if self.validate is not None and config.validates_after(at.epoch):
+            self.take_score(self.validate)
+        self.save()
 
     def optimizer_step(self, numbers: np.ndarray) -> list[dict[str, float]]:
         """Take one step on these samples; returns a row of the history per micro-batch."""
@@ -185,21 +191,23 @@ class _Run:
         at.seconds += time.perf_counter() - start
         return rows
 
-    def validate(self, validate: Callable[[Any], float], sign: int) -> None:
+    def take_score(self, validate: Callable[[Any], float]) -> None:
+        """Validate; the best network so far is kept."""
         start, at = time.perf_counter(), self.at
         score = float(validate(self.network))
         took = time.perf_counter() - start
-        if all(sign * score > sign * earlier["score"] for earlier in at.evaluations):
+        earlier = [evaluation["score"] for evaluation in at.evaluations]
+        if not earlier or (score not in earlier and score == self.best_of([*earlier, score])):
             meta = dataclasses.replace(self.meta, step=at.step, score=score)
             checkpoint.save_checkpoint(self.folder / "best", self.network, meta)
         at.evaluations.append({"step": at.step, "epoch": at.epoch, "score": score, "seconds": took})
         self.draw([], at.evaluations[-1:])
 
-    def finish(self, validated: bool, sign: int, held_out: Data | None) -> TrainingRun:
+    def finish(self, held_out: Data | None) -> TrainingRun:
         """Write what is left behind, the mark of a finished run last."""
         at, config, meta = self.at, self.config, dataclasses.replace(self.meta, step=self.at.step)
         final = checkpoint.save_checkpoint(self.folder / "final", self.network, meta)
-        history, scores = pd.DataFrame(at.history), [sign * evaluation["score"] for evaluation in at.evaluations]
+        history, scores = pd.DataFrame(at.history), [evaluation["score"] for evaluation in at.evaluations]
         known: dict[str, Any] = {"steps": at.step, "samples": len(self.data), "epochs": at.epoch, "seconds": at.seconds}
         known |= {"lr": config.lr, "lr_peak": config.lr * self.plan.peak, "lr_around": config.lr_around}
         known |= {"accumulation": config.accumulation, "warmup_steps": self.plan.warmup, "clip": config.clip}
@@ -212,9 +220,9 @@ class _Run:
             clipped=float(history["clipped"].mean()),
             final_loss=float(history["loss"].tail(LAST_STEPS).mean()),
             held_out_loss=None if held_out is None else mean_loss(self.network, held_out),
-            best_score=sign * max(scores) if scores else None,
+            best_score=self.best_of(scores, default=None),
             final=final,
-            best=self.folder / "best" if validated else final,
+            best=self.folder / "best" if scores else final,
         )
         final_figures = {"loss": result.final_loss, "score": result.best_score, "seconds": result.seconds}
         self.curves.log(at.step, {f"final/{name}": value for name, value in final_figures.items()})

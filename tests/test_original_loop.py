@@ -62,7 +62,7 @@ def test_the_same_decisions(w: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_training(tmp_path: Path) -> None:
     """Losses and weights of 10 windows in 3 optimizer steps, the last one incomplete."""
     pool, order = toy_pool(4), (7, 2, 5, 0, 1, 8, 6, 3, 4, 2)
-    config = TrainConfig.upstream(epochs=1, order=(order,), accumulation=4, warmup_steps=2, lr=1e-3, lr_around=1e-3)
+    config = TrainConfig.upstream(epochs=1, order=order, accumulation=4, warmup_steps=2, lr=1e-3, lr_around=1e-3)
     ours, theirs = network(lora_dropout=0.0), network(lora_dropout=0.0)
     windows = make_windows(pool, WindowConfig.upstream())
     history = train_on(ours, windows, config, tmp_path).history

@@ -87,7 +87,7 @@ def test_two_devices_compute_what_one_does(tmp_path: Path, family: str) -> None:
 
 
 def test_training_and_testing_a_split_plm(tmp_path: Path) -> None:
-    config = TrainConfig(epochs=1, batch=2, precision="float32", order=((0, 1, 2, 3),))
+    config = TrainConfig(epochs=1, batch=2, precision="float32", order=(0, 1, 2, 3))
     losses = {}
     for device in ("cpu", TWO):
         plm = load_plm(PLMConfig("tiny-llama", rank=4, lora_dropout=0.0, device=device))

@@ -68,15 +68,14 @@ def test_preflight_tells_what_is_wrong() -> None:
     network = tiny_network(lora=False, layers=1)
     before = weights(network)
     flight = preflight(network, make_windows(toy_pool(20), WindowConfig.upstream()), TrainConfig.upstream())
-    text = str(flight)
-    for part in (
+    for part in [
         "never passes 8%",
         "span two episodes",
         "incomplete",
         "160 (3760 micro-batches)",
         "2000 steps = 1250%",
-    ):
-        assert part in text
+    ]:
+        assert part in str(flight)
     assert (flight.seconds or 0) > 0
     assert all(torch.equal(before[name], p) and p.grad is None for name, p in network.trainable().items())
     sound = preflight(network, make_windows(toy_pool(20)), TrainConfig(epochs=40, batch=8), measure=False)
@@ -132,23 +131,13 @@ def test_accumulating_equals_one_large_batch(tmp_path: Path) -> None:
     """With clipping once a step; with the original's clipping at each micro-batch it does not."""
     network = tiny_network(lora=False, layers=1, lora_dropout=0.0)
     start = {name: value.clone() for name, value in network.state_dict().items()}
-    small: dict[str, Any] = {
-        "epochs": 1,
-        "batch": 1,
-        "accumulation": 4,
-        "order": ((3, 1, 2, 0),),
-        "max_grad_norm": 1e-3,
-    }
-    changes: dict[str, dict[str, Any]] = {
-        "large": {"batch": 4, "accumulation": 1},
-        "step": {},
-        "micro": {"clip": "micro"},
-        "none": {"clip": "none"},
-    }
+    small = dataclasses.replace(FAST, epochs=1, batch=1, accumulation=4, order=(3, 1, 2, 0), max_grad_norm=1e-3)
+    configs = {"large": dataclasses.replace(small, batch=4, accumulation=1), "step": small}
+    configs |= {"micro": dataclasses.replace(small, clip="micro"), "none": dataclasses.replace(small, clip="none")}
     ends, norms = {}, {}
-    for name, change in changes.items():
+    for name, config in configs.items():
         network.load_state_dict(start)
-        _, result = run(tmp_path / name, dataclasses.replace(FAST, **{**small, **change}), network)
+        _, result = run(tmp_path / name, config, network)
         ends[name] = torch.cat([p.grad.flatten() for p in network.trainable().values() if p.grad is not None])
         norms[name] = result.history["grad_norm"]
         assert result.history["clipped"].any() == (name != "none")
@@ -161,7 +150,7 @@ def test_accumulating_equals_one_large_batch(tmp_path: Path) -> None:
 
 def test_incomplete_last_step(tmp_path: Path) -> None:
     """A step of 1 out of 4 micro-batches: its whole mean, or as in the original a quarter of it."""
-    norms, one = {}, dataclasses.replace(FAST, epochs=1, batch=1, accumulation=4, order=((5,),))
+    norms, one = {}, dataclasses.replace(FAST, epochs=1, batch=1, accumulation=4, order=(5,))
     for last_group in ("mean", "upstream"):
         config = dataclasses.replace(one, last_group=last_group)
         _, result = run(tmp_path / last_group, config, tiny_network(lora=False, layers=1, lora_dropout=0.0))
@@ -186,9 +175,7 @@ def test_orders() -> None:
     loader: Any = torch.utils.data.DataLoader(range(16), batch_size=1, shuffle=True)  # type: ignore[arg-type]
     assert first.tolist() == [int(x) for x in loader]
     with pytest.raises(ValueError, match="from 0 to 15"):
-        Plan(dataclasses.replace(FAST, order=((16,),)), 16)
-    with pytest.raises(ValueError, match="order has 2 epochs"):
-        TrainConfig(epochs=3, order=((1,), (2,)))
+        Plan(dataclasses.replace(FAST, order=(16,)), 16)
 
 
 # --- resuming, see also test_resume -------------------------------------------------------------------------------------
@@ -347,7 +334,7 @@ def test_steps_of_the_original(golden: Golden, tmp_path: Path, path: Path) -> No
     fields = ["accumulation", "lr", "lr_around", "warmup_steps", "weight_decay", "max_grad_norm"]
     recorded_as = ["accum", "lr_base", "lr_base", "warmup", "weight_decay", "clip"]
     numbers = {field: recorded[key].item() for field, key in zip(fields, recorded_as, strict=True)}
-    config = TrainConfig.upstream(epochs=1, order=(tuple(recorded["order"].tolist()),), **numbers)
+    config = TrainConfig.upstream(epochs=1, order=tuple(recorded["order"].tolist()), **numbers)
     windows = make_windows(pool, WindowConfig.upstream(w=meta["w"], scale=meta["scale"]))
     np.testing.assert_array_equal(windows.starts[recorded["order"]], recorded["window_start"])
     history = train_on(network, windows, config, tmp_path).history

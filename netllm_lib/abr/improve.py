@@ -238,7 +238,7 @@ def cloning_estimate(
     network = small_network(seed, max_timestep=longest - 1)
     passes = [rng.permutation(episodes) for _ in range(-(-steps * batch // episodes))]
     order = tuple(np.concatenate(passes)[: steps * batch].tolist())  # of a large pool a part, of a small one many times
-    config = dataclasses.replace(SMALL_TRAINING, batch=batch, epochs=1, order=(order,), seed=seed)
+    config = dataclasses.replace(SMALL_TRAINING, batch=batch, epochs=1, order=order, seed=seed)
     windows = make_windows(pool, WindowConfig(w=longest), advantage=advantage)
     with tempfile.TemporaryDirectory() as folder:
         train(network, windows, config, folder=Path(folder), settings=windows.settings, progress=progress)

@@ -77,7 +77,7 @@ def measure(case: Case) -> float:
     torch.set_num_threads(1)
     network = stir(PolicyNetwork(load_plm(PLMConfig(**case.plm, gradient_checkpointing=case.checkpointing))))
     windows = make_windows(toy_pool(max(2, case.batch)))
-    order = (tuple(range(3 * case.batch)),)
+    order = tuple(range(3 * case.batch))
     config = TrainConfig(epochs=1, batch=case.batch, precision=case.precision, order=order)
     traces = generate_traces("memory", EPISODES, seed=1)
     simulator = Simulator(traces, generate_video("clip", seed=1), sound_episodes(traces))

@@ -60,7 +60,7 @@ def measure(name: str, plm: dict[str, Any], rounds: int, their_traces: int, coun
     episodes = sound_episodes(traces, seed=1, repeats=-(-TRACES // len(traces))).rows(range(TRACES))
     windows = make_windows(generate_pool(BBA(), traces, video, episodes.rows(range(20))), WindowConfig.upstream())
     ours, theirs = (stir(PolicyNetwork(load_plm(make(**plm)))) for make in (PLMConfig, PLMConfig.upstream))
-    config = TrainConfig(epochs=1, order=(tuple(range(count)),))
+    config = TrainConfig(epochs=1, order=tuple(range(count)))
     meta, they = describe(ours, windows.settings), OriginalPolicy(theirs, windows.scale, windows.config.w, clear=True)
 
     def play(policy: Policy, count: int) -> float:

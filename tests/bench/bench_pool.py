@@ -62,7 +62,7 @@ def child(phase: str, folder: Path, count: int) -> None:
         with measured() as found:
             windows = make_windows(pool := load_pool(path))
             order = tuple(draws.integers(0, len(windows), 160).tolist())
-            train_on(network, windows, TrainConfig(epochs=1, precision="float32", order=(order,)), folder / "training")
+            train_on(network, windows, TrainConfig(epochs=1, precision="float32", order=order), folder / "training")
     else:
         with measured() as found:
             pool = load_pool(path)

@@ -133,7 +133,7 @@ class Bench:
         peak_tflops, rates = next((value for part, value in PEAKS_TFLOPS.items() if part in self.name), None), []
         for batch in self.size.batches:
             order = tuple(i % len(self.windows) for i in range(batch * (self.size.steps + 2)))
-            config = TrainConfig(epochs=1, batch=batch, precision="bfloat16", order=(order,))
+            config = TrainConfig(epochs=1, batch=batch, precision="bfloat16", order=order)
             ticks: list[float] = []
             tick = lambda *_, ticks=ticks: ticks.append(self.clock())  # noqa: E731
             self.peak_gib()
