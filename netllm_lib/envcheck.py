@@ -87,19 +87,20 @@ def packages_check(extra: str = "") -> Check:
     """Installed versions against the requirements of an extra of the project; "": what it needs everywhere."""
     project = _project()
     good, misfits = list[str](), list[str]()
-    texts = project["optional-dependencies"][extra] if extra else project["dependencies"]
-    for requirement in map(Requirement, texts):
-        if requirement.marker is not None and not requirement.marker.evaluate():
+    for text in project["optional-dependencies"][extra] if extra else project["dependencies"]:
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate():
             continue
         try:
-            found = f"{requirement.name} {(version := importlib.metadata.version(requirement.name))}"
+            version = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            misfits.append(f"{requirement.name} is not installed")
+            misfits.append(f"{wanted.name} is not installed")
             continue
-        fits = requirement.specifier.contains(version, prereleases=True)
-        (good if fits else misfits).append(found if fits else f"{found}, needs {requirement.specifier}")
-    advice = "in the checkout: pip install -e " + (f'".[{extra}]"' if extra else ".")
-    name = f"packages ({extra or 'core'})"
+        if wanted.specifier.contains(version, prereleases=True):
+            good.append(f"{wanted.name} {version}")
+        else:
+            misfits.append(f"{wanted.name} {version}, needs {wanted.specifier}")
+    name, advice = f"packages ({extra or 'core'})", f"in the checkout: pip install -e '.[{extra}]'"
     return Check(name, "fail", "; ".join(misfits), advice) if misfits else Check(name, "pass", ", ".join(good))
 
 

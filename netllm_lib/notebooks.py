@@ -22,11 +22,10 @@ import re
 import shutil
 import sys
 import time
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import netllm_lib
 from netllm_lib import config, runs
@@ -45,8 +44,12 @@ LARGE_BYTES = 64 * 2**20
 CACHES = {"__pycache__", ".git", "cache"}
 """Folders whose content is never an input: `data/cache` holds what can be made again."""
 
+KINDS = {kind.__name__: kind for kind in (str, int, float, bool, list, dict)} | {"Path": str, "Literal": Literal}
+"""What the type of a parameter may be made of; a path is given as text."""
+
 Echo = Callable[[str], None]
 Work = tuple[str, str, dict[str, Any], dict[str, str]]
+"""Kind, name, settings and inputs of a run: what its folder is named after."""
 
 # jsonschema, which nbformat imports, would build a grammar of web addresses for seconds; notebooks have none to check
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
@@ -144,27 +147,36 @@ def find_notebook(name: str | Path, folder: Path = NOTEBOOKS) -> Path:
 
 
 def open_notebook(name: str | Path) -> Notebook:
-    """The notebook that `find_notebook` finds; ValueError, with its path, if the runner cannot work with it.
-
-    Its parameters are those that `papermill --help-notebook` shows.
-    """
+    """The notebook that `find_notebook` finds; ValueError, with its path, if the runner cannot work with it."""
     import nbformat
-    import papermill
 
     path = find_notebook(name)
     try:
         content = nbformat.read(path, as_version=4)
-        kernel = content.metadata.get("kernelspec", {}).get("name", "python3")
-        declared = papermill.inspect_notebook(path)
-        if declared.pop("run_dir", None) is None:
+        nbformat.validate(content)
+        kernel = str(content.metadata.get("kernelspec", {}).get("name", "python3"))
+        tagged = [cell.source for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
+        parameters = read_parameters("\n".join(tagged))
+        if parameters.pop("run_dir", None) is None:
             raise ValueError('a cell tagged `parameters` needs `run_dir: str = ""`, the folder to write to')
-        types = {name: parameter["inferred_type_name"] for name, parameter in declared.items()}
-        kinds = typing.get_type_hints(type("Parameters", (), {"__annotations__": types}), localns={"Path": str})
-        defaults = {name: ast.literal_eval(parameter["default"]) for name, parameter in declared.items()}
-    except (ValueError, SyntaxError, NameError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    parameters = {name: Parameter(kinds[name], defaults[name], "Path" in types[name]) for name in declared}
-    return Notebook(path, content, str(kernel), parameters)
+    except Exception as error:  # whatever nbformat and its parsers come up with for a file that is no notebook
+        raise ValueError(f"{path}: {str(error).strip().partition(chr(10))[0]}") from None
+    return Notebook(path, content, kernel, parameters)
+
+
+def read_parameters(cell: str) -> dict[str, Parameter]:
+    """The lines `name: type = value` of a cell of parameters; whatever else is in it has no effect on a run's parameters."""
+    found = {}
+    for line in ast.parse(cell).body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value:
+            names = [node.id for node in ast.walk(line.annotation) if isinstance(node, ast.Name)]
+            if unknown := [name for name in names if name not in KINDS]:
+                raise ValueError(f"parameter {line.target.id}: the type {unknown[0]} is none of {', '.join(KINDS)}")
+            if any(isinstance(node, ast.Call | ast.Attribute) for node in ast.walk(line.annotation)):
+                raise ValueError(f"parameter {line.target.id}: its type is not plain")
+            kind = eval(compile(ast.Expression(line.annotation), "type", "eval"), {"__builtins__": {}}, KINDS)
+            found[line.target.id] = Parameter(kind, ast.literal_eval(line.value), "Path" in names)
+    return found
 
 
 # --- what a run is made from --------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import StringConstraints
+from pydantic import AfterValidator
 
 from netllm_lib import config, notebooks, runs
 from netllm_lib.notebooks import NotebookError, NotebookRun
@@ -41,8 +41,7 @@ REFERENCE = re.compile(r"\{([\w.-]+)\}")
 SUMMARY = "summary.txt"
 """What the last notebook of a pipeline may write for the terminal."""
 
-Name = Annotated[str, StringConstraints(pattern=r"^(\w[\w .-]*)?$")]
-"""A name that becomes part of a folder's name."""
+Name = Annotated[str, AfterValidator(runs.check_name)]
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,9 @@ class Pipeline:
 
 
 def single(name: str | Path, given: Mapping[str, Any]) -> Pipeline:
-    """A notebook as a pipeline of one step. ValueError for parameters that it does not declare, or that do not fit."""
-    notebook = notebooks.open_notebook(name)
-    step = Step(notebook.path, notebook.name, notebook.fit(given))
-    if step.needs:
-        raise ValueError(f"{notebook.name}: {{{step.needs[0]}}} stands for a step, and a single notebook has no others")
-    return Pipeline((step,), "run")
+    """A notebook as a pipeline of one step, checked as `read_pipeline` does it."""
+    notebook = notebooks.find_notebook(name)
+    return _checked(Pipeline((Step(notebook),), "run"), notebook.stem, notebook.parent, given)
 
 
 def read_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Pipeline:
@@ -93,37 +89,42 @@ def read_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) 
     `[parameters]`, the step's own table, `key`, `step.key`. FileNotFoundError if there is no such file, ValueError for whatever is
     unknown, unused or does not fit.
     """
-    path, overrides = Path(path), overrides or {}
+    path = Path(path)
     table: Pipeline = config.parse(Pipeline, config.read_toml(path), str(path))
+    return _checked(
+        replace(table, name=table.name or runs.check_name(path.stem)), path.name, path.parent, overrides or {}
+    )
+
+
+def _checked(table: Pipeline, where: str, folder: Path, overrides: Mapping[str, Any]) -> Pipeline:
+    """The same with its notebooks found, its steps named, and their parameters filled in."""
     if not table.step:
-        raise ValueError(f"{path}: a pipeline needs at least one [[step]]")
+        raise ValueError(f"{where}: a pipeline needs at least one [[step]]")
     steps: dict[str, Step] = {}
     unused, known = {*table.parameters, *overrides}, set[str]()
     for row in table.step:
-        beside = path.parent / row.notebook
+        beside = folder / row.notebook
         notebook = notebooks.open_notebook(beside if beside.is_file() else row.notebook)
         name = row.name or notebook.name
-        where = f"{path.name}, step {name}"
+        place = f"{where}, step {name}"
         if name in steps:
-            raise ValueError(f"{where}: another step has this name")
+            raise ValueError(f"{place}: another step has this name")
         own = {key.removeprefix(f"{name}."): value for key, value in overrides.items() if key.startswith(f"{name}.")}
-        weak, strong = (
-            {k: some[k] for k in notebook.parameters if k in some} for some in (table.parameters, overrides)
-        )
-        given = notebook.fit({**weak, **row.parameters, **strong, **own}, where)
-        step = replace(row, notebook=notebook.path, name=name, parameters=given)
-        if missing := [need for need in step.needs if need not in steps]:
-            earlier = ", ".join(steps) or "none"
-            raise ValueError(f"{where} needs {missing[0]}, which is no earlier step; those are: {earlier}")
-        steps[name] = step
+        weak = {key: value for key, value in table.parameters.items() if key in notebook.parameters}
+        strong = {key: value for key, value in overrides.items() if key in notebook.parameters}
+        given = notebook.fit({**weak, **row.parameters, **strong, **own}, place)
+        step = steps[name] = replace(row, notebook=notebook.path, name=name, parameters=given)
+        if missing := [need for need in step.needs if need not in steps or need == name]:
+            earlier = ", ".join([*steps][:-1]) or "none"
+            raise ValueError(f"{place} needs {missing[0]}, which is no earlier step; those are: {earlier}")
         known |= {*notebook.parameters}
         unused -= {*notebook.parameters, *(f"{name}.{key}" for key in own)}
     for key in sorted(unused):
         if "." in key:
-            raise ValueError(f"{path.name} has no step for '{key}'; steps: {', '.join(steps)}")
+            raise ValueError(f"{where} has no step for '{key}'; steps: {', '.join(steps)}")
         hint = config.did_you_mean(key, known)
-        raise ValueError(f"no step of {path.name} has a parameter '{key}'{hint}; known: {', '.join(sorted(known))}")
-    return Pipeline(tuple(steps.values()), table.name or path.stem, gate=table.gate)
+        raise ValueError(f"{where} has no parameter '{key}'{hint}; known: {', '.join(sorted(known))}")
+    return Pipeline(tuple(steps.values()), table.name, gate=table.gate)
 
 
 # --- running ------------------------------------------------------------------------------------------------------------
@@ -192,14 +193,12 @@ def attempt(step: Step, before: Mapping[str, Outcome], **options: Any) -> Outcom
         folders = {name: one.run.folder for name, one in before.items() if one.run}
         done = notebooks.run_notebook(step.notebook, resolve(step.parameters, folders), **options)
     except Exception as error:
-        ours = error if isinstance(error, NotebookError) else NotebookError(str(error))
-        strange = (
-            "" if isinstance(error, NotebookError | ValueError | OSError) else f"unexpected {type(error).__name__}: "
-        )
-        problem = " ".join(f"{strange}{error}".split())
-        lines = "\n".join(ours.traceback if ours is error else traceback.format_exception(error)).splitlines()
-        folder = ours.executed.parent if ours.executed else None
-        return Outcome(step.name, "failed", None, folder, time.monotonic() - started, problem, tuple(lines), error)
+        expected = isinstance(error, NotebookError | ValueError | OSError)
+        problem = " ".join(f"{'' if expected else f'unexpected {type(error).__name__}: '}{error}".split())
+        executed, lines = getattr(error, "executed", None), getattr(error, "traceback", None)
+        lines = "\n".join(traceback.format_exception(error) if lines is None else lines).splitlines()
+        folder, seconds = executed and executed.parent, time.monotonic() - started
+        return Outcome(step.name, "failed", None, folder, seconds, problem, tuple(lines), error)
     return Outcome(step.name, "reused" if done.reused else "done", done, done.folder, time.monotonic() - started)
 
 

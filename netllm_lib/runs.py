@@ -26,18 +26,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import filelock
 import numpy as np
-import psutil
 
 PROJECT = Path(__file__).resolve().parents[1]
 """The checkout: bundled data, notebooks and the default reports folder are found from here."""
 
 MANIFEST, METRICS = "manifest.json", "metrics.json"
 MOST_BYTES = 200_000_000  # of a file that is read at once
-VERSIONED = ("numpy", "pandas", "numba", "torch", "transformers", "peft", "papermill", "tensorflow-cpu", "tensorflow")
 
 
 def reports_root() -> Path:
@@ -128,9 +126,8 @@ def tree_hash(folder: Path, pattern: str = "**/*") -> str:
 
 # --- atomic writes ------------------------------------------------------------------------------------------------------
 
-HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:4]
-ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|old)")
-"""A name beside a file or folder that is being written; it says who writes."""
+ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>partial|old)")
+"""A name beside a file or folder that is being written."""
 
 
 @contextmanager
@@ -138,14 +135,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` to write to; it takes the place of `path` only when the block ends without an error.
 
     The block may create a file, or a folder that replaces an existing one. All is flushed to disk before this returns, so a crash
-    leaves the old content or the new one. What a killed process left beside `path` is cleaned up first. Raises StorageError when
-    the disk is full or the folder cannot be written to.
+    leaves the old content or the new one; what a killed process left beside it goes when the path is next locked. Raises
+    StorageError when the disk is full or the folder cannot be written to.
     """
     path = Path(path)
     with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clean(path.parent, path.name)
-        aside = path.with_name(f".{path.name}.{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         old = aside.with_suffix(".old")
         try:
             yield aside
@@ -171,19 +167,13 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def _clean(folder: Path, name: str = "", alone: bool = False) -> None:
-    """Remove what killed processes left of writing in a folder, to a name or all; a folder that one had moved aside comes back.
-
-    Whether a process of another machine lives is not known: what it left goes only if the caller is `alone`, by a lock.
-    """
-    for left, match in [(folder / entry, ASIDE.fullmatch(entry)) for entry in os.listdir(folder)]:
-        if match is None or name not in ("", match["name"]):
-            continue
-        if not (psutil.pid_exists(int(match["pid"])) if match["host"] == HOST else not alone):
-            with suppress(FileNotFoundError):  # another process cleans up too
-                if match["kind"] == "old" and not (folder / match["name"]).exists():
-                    os.replace(left, folder / match["name"])
-                _remove(left)
+def _clean(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left of writing `name`, or anything, in a folder; a folder that was moved aside comes back."""
+    for entry in os.listdir(folder):
+        if (match := ASIDE.fullmatch(entry)) and name in ("", match["name"]):
+            if match["kind"] == "old" and not (folder / match["name"]).exists():
+                os.replace(folder / entry, folder / match["name"])
+            _remove(folder / entry)
 
 
 def _remove(path: Path) -> None:
@@ -195,6 +185,10 @@ def _remove(path: Path) -> None:
 
 class StorageError(OSError):
     """The disk is full, or a folder cannot be written to. The message names the folder; nothing that was there is lost."""
+
+
+FULL = "the disk is full; what was there before is unchanged, free some space and run the same again"
+CLOSED = "this folder cannot be written to; make it writable, or name another one (for runs in $NETLLM_REPORTS)"
 
 
 @contextmanager
@@ -214,16 +208,15 @@ def storage_errors(folder: Path) -> Iterator[None]:
 
 
 def _storage_problem(error: BaseException, folder: Path) -> str:
-    text, code = str(error), getattr(error, "errno", None)  # libraries in C++ and Rust raise their own errors
+    """`FULL`, `CLOSED`, or nothing. Libraries in C++ and Rust raise errors of their own, which only say it in words."""
+    text, code = str(error), getattr(error, "errno", None)
     denied = isinstance(error, PermissionError) and Path(os.fsdecode(error.filename or "/")).is_relative_to(folder)
     if denied or code == errno.EROFS or "Read-only file system" in text:
-        return "this folder cannot be written to; make it writable, or name another one (for runs in $NETLLM_REPORTS)"
-    full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text
-    if isinstance(error, RuntimeError) and ("write failed" in text or "iostream error" in text):  # PyTorch's
-        full = shutil.disk_usage(folder).free < 2**20
-    return (
-        "the disk is full; what was there before is unchanged, free some space and run the same again" if full else ""
-    )
+        return CLOSED
+    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        return FULL
+    cut = isinstance(error, RuntimeError) and ("write failed" in text or "iostream error" in text)  # PyTorch's
+    return FULL if cut and shutil.disk_usage(folder).free < 2**20 else ""
 
 
 class Busy(OSError):
@@ -252,14 +245,13 @@ def lock(path: Path) -> Iterator[None]:
     try:
         with suppress(OSError):  # on a full disk the lock holds without
             beside.write_text(f"{os.getpid()}\n")
-        _clean(path.parent, path.name, alone=True)
+        _clean(path.parent, path.name)
         if path.is_dir():
-            _clean(path, alone=True)
+            _clean(path)
         yield
     finally:
-        beside.unlink(
-            missing_ok=True
-        )  # before the lock is released; filelock sees to it that nobody takes a file that is gone
+        # before the lock is released; filelock sees to it that nobody takes a file that is gone
+        beside.unlink(missing_ok=True)
         held.release()
 
 
@@ -309,20 +301,28 @@ class Run:
         return os.path.relpath(there, here) if together else str(there)
 
 
+NAME = re.compile(r"\w[\w .,+=@()-]{0,99}")
+
+
+def check_name(name: str) -> str:
+    """The same, if it can be a part of a run folder's name: of a run, a pipeline, a step, a sweep. ValueError if it cannot."""
+    if not NAME.fullmatch(name) or len(name.encode()) > 200:
+        raise ValueError(
+            f"the name {name!r:.60} needs a letter or digit first, then letters, digits, spaces or . , + = @ ( ) - _"
+        )
+    return name
+
+
 def run_folder(
     kind: str, name: str, settings: Any, inputs: Mapping[str, str] | None = None, root: Path | None = None
 ) -> Path:
     """Where `open_run` puts this work; it need not be there."""
     content = content_hash({"config": settings, "inputs": inputs or {}})
-    return (root or reports_root()) / "runs" / kind / f"{name}-{content}"
+    return (root or reports_root()) / "runs" / check_name(kind) / f"{check_name(name)}-{content}"
 
 
 def open_run(
-    kind: str,
-    name: str,
-    settings: Any,
-    inputs: Mapping[str, str] | None = None,
-    root: Path | None = None,
+    kind: str, name: str, settings: Any, inputs: Mapping[str, str] | None = None, root: Path | None = None
 ) -> Run:
     """The run folder for this work, created if need be.
 
@@ -360,10 +360,13 @@ def latest(notebook: str) -> Path:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and git revision, for a manifest. Never fails: what cannot be found is left out."""
-    installed = [found for name in VERSIONED for found in importlib.metadata.distributions(name=name)]
-    versions = {found.name: found.version for found in installed}
-    about = {"python": platform.python_version(), "versions": versions, "machine": platform.machine()}
+    """Versions of all that is installed, machine and git revision, for a manifest. What cannot be found is left out."""
+    versions = {str(found.name): found.version for found in importlib.metadata.distributions()}
+    about = {
+        "python": platform.python_version(),
+        "versions": dict(sorted(versions.items())),
+        "machine": platform.machine(),
+    }
     return {**about, "git": git_revision()}
 
 
@@ -381,7 +384,7 @@ def _now() -> str:
 
 
 def headless() -> bool:
-    """True under the runner, which sets $NETLLM_HEADLESS: print lines rather than draw widgets."""
+    """True under the runner, which sets $NETLLM_HEADLESS: no widgets, as nobody can use them."""
     return bool(os.environ.get("NETLLM_HEADLESS"))
 
 
@@ -389,24 +392,16 @@ OVERTAKEN = re.compile(r"^(.+): \d+/\d+ .* s, about \d+ s left\n(?=\1: \d+/\d+ )
 """A line that `progress` printed and the next one of the same label took further."""
 
 
-def progress(label: str, every_s: float = 5.0) -> Callable[..., None]:
-    """A callback `(done, total, info={})` for the library's loops: a bar for a person, a line every few seconds headless."""
-    from tqdm.auto import tqdm
-
-    bar = None if headless() else tqdm(desc=label)
+def progress(label: str, stream: TextIO | None = None, every_s: float = 5.0) -> Callable[..., None]:
+    """A callback `(done, total, info={})` for the library's loops, which prints a line every few seconds, and a last one."""
     started = last = time.monotonic()
 
     def show(done: int, total: int, info: Mapping[str, Any] | None = None) -> None:
         nonlocal last
         now, loss = time.monotonic(), f"  loss {info['loss']:.3f}" if info and "loss" in info else ""
-        if bar is not None:
-            bar.total = total
-            bar.set_postfix_str(loss.strip(), refresh=False)
-            bar.update(done - bar.n)
-            if done == total:
-                bar.close()
-        elif now - last >= every_s or done == total:
+        if now - last >= every_s or done == total:
             last, left = now, (now - started) / done * (total - done)
-            print(f"{label}: {done}/{total}{loss}  {now - started:.0f} s, about {left:.0f} s left", flush=True)
+            line = f"{label}: {done}/{total}{loss}  {now - started:.0f} s, about {left:.0f} s left"
+            print(line, file=stream, flush=True)
 
     return show

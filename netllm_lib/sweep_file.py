@@ -3,6 +3,7 @@
 name = "rank"
 pipeline = "demo.toml"             # or notebook = "05_test"; beside this file, in notebooks/pipelines, or a path
 seeds = [1, 2, 3]
+seed_parameters = ["04_finetune.seed"]   # what gets them
 
 [parameters]                       # for all points; `key` or `step.key`, as in `netllm run -p`
 "04_finetune.epochs" = 4
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from netllm_lib import config, notebooks, pipelines, runs
-from netllm_lib.clusters import Slurm
 from netllm_lib.pipelines import Name, Pipeline, Step
 
 PIPELINES = notebooks.NOTEBOOKS / "pipelines"
@@ -46,13 +46,15 @@ class SweepTable:
     seeds: tuple[int, ...] = ()
     seed_parameters: tuple[str, ...] = ()
     timeout_s: float | None = None
-    cluster: Slurm | None = None
+    cluster: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if (self.pipeline is None) == (self.notebook is None):
             raise ValueError('one of `pipeline = "FILE.toml"` and `notebook = "NAME"` is needed')
-        if self.seed_parameters and not self.seeds:
-            raise ValueError("seed_parameters without seeds = [1, 2, …]")
+        if bool(self.seed_parameters) != bool(self.seeds):
+            raise ValueError(
+                'seeds = [1, 2, …] and seed_parameters = ["STEP.seed", …], what gets them, need each other'
+            )
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,7 @@ class Sweep:
     """By the same key: the key of the run that is meant by each `{step}` in its parameters, which comes before it."""
     group: str
     """First part of the names of the run folders, as a plain `netllm run` would have it."""
-    seed_parameters: tuple[str, ...]
-    cluster: Slurm | None
+    cluster: dict[str, Any] | None
 
 
 def read_sweep(path: str | Path) -> Sweep:
@@ -93,26 +94,23 @@ def read_sweep(path: str | Path) -> Sweep:
     """
     path = Path(path)
     table: SweepTable = config.parse(SweepTable, config.read_toml(path), str(path))
-    plain = _pipeline(path, table, {})
-    seeded = table.seed_parameters or (_seed_parameters(plain) if table.seeds else ())
-    if table.seeds and not seeded:
-        raise ValueError(f"{path}: no step has a parameter `seed`; name what the seeds are for in seed_parameters")
-    elsewhere = {*table.parameters, *(key for row in table.point for key in row)}
-    if twice := {*table.grid, *seeded} & elsewhere or {*table.grid} & {*seeded}:
-        raise ValueError(f"{path}: {min(twice)} is varied by [grid] or `seeds`; leave it out elsewhere")
+    varied_by, elsewhere = [*table.grid, *table.seed_parameters], {*table.parameters, *itertools.chain(*table.point)}
+    if twice := [key for key in varied_by if key in elsewhere or varied_by.count(key) > 1]:
+        raise ValueError(f"{path}: {twice[0]} is varied by [grid] or `seeds`; leave it out elsewhere")
     grid = [dict(zip(table.grid, values, strict=True)) for values in itertools.product(*table.grid.values())]
     chosen = [{**table.parameters, **row, **values} for row, values in itertools.product(table.point, grid)]
     points: list[Point] = []
     steps: dict[str, Step] = {}
     needs: dict[str, dict[str, str]] = {}
+    group = ""
     for number, (given, seed) in enumerate(itertools.product(chosen, table.seeds or (None,)), 1):
         varied = {key: value for key, value in given.items() if any(other.get(key) != value for other in chosen)}
         label = describe(varied, seed) or "the only point"
         try:
-            pipeline = _pipeline(path, table, {**given, **dict.fromkeys(seeded, seed)})
+            pipeline = _pipeline(path, table, {**given, **dict.fromkeys(table.seed_parameters, seed)})
         except ValueError as error:
             raise ValueError(f"{path}, point {number} ({label}): {error}") from None
-        keys: dict[str, str] = {}
+        group, keys = pipeline.name, dict[str, str]()
         for step in pipeline.step:
             before = {name: keys[name] for name in step.needs}
             decides = [str(step.notebook), pipeline.name, step.parameters, before]
@@ -122,7 +120,7 @@ def read_sweep(path: str | Path) -> Sweep:
         if twin := next((other.number for other in points if other.runs == keys), None):
             raise ValueError(f"{path}: points {twin} and {number} are the same ({label})")
         points.append(Point(number, given, seed, label, keys))
-    return Sweep(path, table.name or path.stem, tuple(points), steps, needs, plain.name, seeded, table.cluster)
+    return Sweep(path, table.name or path.stem, tuple(points), steps, needs, group, table.cluster)
 
 
 def describe(parameters: Mapping[str, Any], seed: int | None = None) -> str:
@@ -137,8 +135,7 @@ def _pipeline(path: Path, table: SweepTable, given: Mapping[str, Any]) -> Pipeli
     """The pipeline or the notebook that is swept, with `given` filled in."""
     if table.notebook is not None:
         beside = path.parent / table.notebook
-        name = notebooks.find_notebook(beside if beside.is_file() else table.notebook)
-        return pipelines.single(name, {key.removeprefix(f"{name.stem}."): value for key, value in given.items()})
+        return pipelines.single(beside if beside.is_file() else table.notebook, given)
     named = Path(str(table.pipeline))
     for place in (path.parent / named, named, runs.PROJECT / named, PIPELINES / named):
         if place.is_file():
@@ -146,14 +143,3 @@ def _pipeline(path: Path, table: SweepTable, given: Mapping[str, Any]) -> Pipeli
     known = sorted(file.name for file in PIPELINES.glob("*.toml"))
     hint = config.did_you_mean(named.name, known)
     raise FileNotFoundError(f"{path}: no pipeline {named}{hint}; known: {', '.join(known)}")
-
-
-def _seed_parameters(pipeline: Pipeline) -> tuple[str, ...]:
-    """`seed` of every step that has the first one's default.
-
-    A step with another default keeps it: it samples by a protocol (notebook 05 has the original's 100003), so that all points are
-    tested with the same random numbers.
-    """
-    declared = {step.name: notebooks.open_notebook(step.notebook).parameters.get("seed") for step in pipeline.step}
-    defaults = {name: parameter.default for name, parameter in declared.items() if parameter is not None}
-    return tuple(f"{name}.seed" for name in defaults if defaults[name] == next(iter(defaults.values())))

@@ -12,24 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from netllm_lib import notebooks, pipelines, runs
-from netllm_lib.notebooks import Echo, NotebookError, NotebookRun
+from netllm_lib.notebooks import Echo, NotebookError, NotebookRun, Work
 from netllm_lib.pipelines import Outcome, Step
 from netllm_lib.sweep_file import Sweep
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-KIND, POINTS, COPY = "sweep", "points.parquet", "sweep.toml"
 BUSY_S = 6 * 3600.0
 """How long to wait for a run folder that another process is writing, where the notebook has no time limit."""
 
@@ -53,8 +50,6 @@ def plan(sweep: Sweep, finished: Mapping[str, NotebookRun]) -> str:
     for step in sweep.points[0].runs:
         keys = {point.runs[step] for point in sweep.points}
         lines.append(f"  {step}: {len(keys)} runs, {len(keys & set(finished))} finished")
-    if sweep.seed_parameters:
-        lines.append(f"  seeds are for {', '.join(sweep.seed_parameters)}")
     for point in sweep.points:
         missing = sum(key not in finished for key in point.runs.values())
         state = f"{missing} of {len(point.runs)} runs to do" if missing else "complete"
@@ -114,17 +109,14 @@ def _result(future: Future, sweep: Sweep) -> Outcome:
 # --- what is kept -------------------------------------------------------------------------------------------------------
 
 
-def open_folder(sweep: Sweep) -> runs.Run:
-    """The sweep's run folder, `reports/runs/sweep/<name>-<hash>`, with a copy of its file in it."""
+def work(sweep: Sweep) -> Work:
+    """What `reports/runs/sweep/<name>-<hash>`, the folder of the sweep, is named after."""
     points = [{"parameters": point.parameters, "seed": point.seed, "runs": point.runs} for point in sweep.points]
     inputs: dict[str, str] = {}
     for step in {step.notebook: step for step in sweep.steps.values()}.values():
         hashes = notebooks.input_hashes(notebooks.open_notebook(step.notebook), step.parameters)
         inputs |= {f"{step.notebook.stem}, {name}": value for name, value in hashes.items()}
-    run = runs.open_run(KIND, sweep.name, {"points": points}, inputs)
-    with runs.atomic_path(run.folder / COPY) as aside:
-        shutil.copyfile(sweep.path, aside)
-    return run
+    return "sweep", sweep.name, {"points": points}, inputs
 
 
 def rows(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:
@@ -155,12 +147,3 @@ def points_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         if given.map(type).nunique() > 1 or given.map(lambda value: isinstance(value, list | dict)).any():
             table[name] = given.map(json.dumps).reindex(table.index)
     return table
-
-
-def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
-    """Write a table of a sweep, unless the same one is there: then whoever reads it has nothing to do again."""
-    with contextlib.suppress(ValueError, OSError):
-        if pd.read_parquet(folder / name).equals(table):
-            return
-    with runs.atomic_path(folder / name) as aside:
-        table.to_parquet(aside)

@@ -35,8 +35,6 @@ ELSEWHERE = {
     r".*netllm run (07_improve|notebooks/pipelines/(improve-|cloning|mixed-pool)).*": "tests/test_improve.py: def test_notebook_07",
     r".*netllm run 04_finetune -p track mlflow": "tests/test_tracking.py: def test_mlflow",
     r".*netllm sweep \S+ --workers.*": "tests/test_sweeps.py: def test_command",
-    r".*netllm sweep .*--scheduler .*": "tests/test_sweeps.py: def test_existing_cluster",
-    r"dask (scheduler|worker) .*": "tests/test_sweeps.py: def test_existing_cluster",
     r".*python docs/examples/ppo\.py.*": "tests/test_ppo_example.py: def test_it_runs_as_documented",
 }  # fmt: skip
 """Commands (a pattern for the whole line) that another test or CI line runs: file, and a part of its text."""

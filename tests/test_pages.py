@@ -63,10 +63,7 @@ def test_fetched_sees_what_nbconvert_does_by_default() -> None:
     assert fetched("import mermaid from 'https://cdn/x.mjs'")
 
 
-def test_a_report_keeps_the_last_line_of_each_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(runs, "headless", lambda: True)
+def test_a_report_keeps_the_last_line_of_each_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print("before")
     for stage in ("round 1, play", "round 1, train", "round 2, play"):
         told = runs.progress(stage, every_s=0)

@@ -155,31 +155,22 @@ def killed_while_writing(path: Path) -> None:
 
 
 def test_leftovers_of_killed_writers_go(tmp_path: Path) -> None:
+    """When the path, or the folder that it lies in, is next locked; what is written beside it stays."""
     path = tmp_path / "folder"
-    killed_while_writing(path)
-    assert names(tmp_path)[0].endswith(".partial")
-    write_folder(path, "old")
-    assert names(tmp_path) == ["folder"]
-    killed_while_writing(path)
-    assert not path.exists()
-    with runs.lock(path):
-        assert names(path) == ["old"]
-    assert names(tmp_path) == ["folder"]
-    killed_while_writing(path / "inner")
-    with runs.lock(path):
-        assert names(path) == ["old"]
-
-
-def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
-    path = tmp_path / "f.txt"
-    with runs.atomic_path(path) as first:
-        first.write_text("first")
-        with runs.atomic_path(path) as second:
-            second.write_text("second")
-        assert path.read_text() == "second"
-        with runs.lock(tmp_path):  # manifests are begun before a run's folder is locked
-            pass
-    assert path.read_text() == "first"
+    with runs.atomic_path(tmp_path / "other") as other:
+        other.touch()
+        killed_while_writing(path)
+        with runs.lock(path):
+            assert names(tmp_path) == [".folder.lock", other.name]
+            write_folder(path, "old")
+        killed_while_writing(path)
+        assert not path.exists()
+        with runs.lock(path):
+            assert names(path) == ["old"]
+        killed_while_writing(path / "inner")
+        with runs.lock(path):
+            assert names(path) == ["old"]
+    assert names(tmp_path) == ["folder", "other"]
 
 
 # --- full and read-only disks -------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -98,7 +99,7 @@ def test_killed_worker_shared_run_and_failing_point(folder: Path) -> None:
         seen["worker"] = psutil.Process(seen["kernel"]).ppid()
         psutil.Process(seen["worker"]).kill()
 
-    with clusters.connect(None, 2, None, 3) as client:
+    with clusters.connect(None, 2, 3) as client:
         assert all(address.startswith("tls://127.0.0.1:") for address in client.nthreads())
         before = client.run(os.getpid)
         killer = threading.Thread(target=kill_when_writing)
@@ -139,7 +140,7 @@ from netllm_lib import clusters, sweeps
 from netllm_lib.sweep_file import read_sweep
 
 if __name__ == "__main__":
-    with clusters.connect(None, 1, None, 2) as client:
+    with clusters.connect(None, 1, 2) as client:
         sweeps.run_sweep(read_sweep(sys.argv[1]), client, echo=lambda line: print(line, flush=True))
 """
 
@@ -168,7 +169,7 @@ def test_killed_client_is_resumed(folder: Path) -> None:
 
     sweep = read_sweep(path)
     assert len(sweeps.finished_runs(sweep)) == 1
-    with clusters.connect(None, 1, None, 1) as connected:
+    with clusters.connect(None, 1, 1) as connected:
         outcomes = sweeps.run_sweep(sweep, connected, quiet)
     first, second = (outcomes[point.runs["make"]] for point in sweep.points)
     assert (first.state, second.state, second.folder) == ("reused", "done", running[0])
@@ -180,7 +181,7 @@ def test_a_run_that_kills_its_workers_fails_alone(folder: Path) -> None:
     cells = ["if rate > 2: os.kill(os.getppid(), 9)", "import time; time.sleep(rate)", "finish()"]
     write_notebook(folder, "deadly", *cells)
     text = 'notebook = "deadly.ipynb"\n[grid]\nrate = [60.0, 0.1, 0.2, 0.3]\n'
-    with clusters.connect(None, 1, None, 4) as client:
+    with clusters.connect(None, 1, 4) as client:
         sweep = read_sweep(write_sweep(folder, text))
         rows = sweeps.rows(sweep, sweeps.run_sweep(sweep, client, quiet))
     assert [row["state"] for row in rows] == ["failed", "done", "done", "done"]
@@ -213,6 +214,7 @@ def test_points_times_grid_times_seeds(folder: Path) -> None:
 name = "many"
 pipeline = "tiny.toml"
 seeds = [1, 2]
+seed_parameters = ["make.seed"]
 [parameters]
 "make.size" = 5
 "use.rate" = 3.0
@@ -228,8 +230,6 @@ seeds = [1, 2]
     expected = [(5, 1.0), (6, 3.0)]
     assert given == [(size, rate, pause, seed) for size, rate in expected for pause in (0.0, 0.1) for seed in (1, 2)]
     assert sweep.points[0].label == "size=5 rate=1.0 pause_s=0.0 seed=1"
-    # `use` has another default seed than `make`: it samples by a protocol, and keeps it
-    assert sweep.seed_parameters == ("make.seed",)
     assert {one.parameters.get("seed") for one in sweep.steps.values() if one.name == "use"} == {None}
     assert describe({"a.x": 1, "b.x": 2, "a.y": 3}) == "a.x=1 b.x=2 y=3"
 
@@ -250,18 +250,16 @@ def test_a_shared_run_has_one_key(folder: Path) -> None:
     [
         ('pipeline = "tiny.toml"\ngird = {}', "unknown key 'gird', did you mean 'grid'"),
         ("seeds = [1]", "one of `pipeline"),
-        ('pipeline = "tiny.toml"\nseeds = [1, 1]', "points 1 and 2 are the same"),
+        ('pipeline = "tiny.toml"\nseeds = [1, 1]\nseed_parameters = ["seed"]', "points 1 and 2 are the same"),
         ('pipeline = "tiny.toml"\nseeds = [1.5]', "seeds.0: it should be a valid integer"),
-        ('pipeline = "tiny.toml"\nseed_parameters = ["use.seed"]', "without seeds"),
-        ('pipeline = "tiny.toml"\nseeds = [1]\n[grid]\n"make.seed" = [1]', "make.seed is varied by .grid. or `seeds`"),
+        ('pipeline = "tiny.toml"\nseed_parameters = ["use.seed"]', "need each other"),
+        ('pipeline = "tiny.toml"\nseeds = [1]\nseed_parameters = ["seed"]\n[grid]\nseed = [1]', "seed is varied by .grid."),
         ('pipeline = "tiny.toml"\nseeds = [1]\nseed_parameters = ["use.sed"]', "no parameter 'sed', did you mean 'seed'"),
         ('pipeline = "tiny.toml"\n[grid]\nrate = 1', "rate: it should be a valid array"),
-        ('pipeline = "tiny.toml"\n[grid]\nrtae = [1, 2]', r"point 1 \(rtae=1\): no step .* 'rtae', did you mean 'rate'"),
+        ('pipeline = "tiny.toml"\n[grid]\nrtae = [1, 2]', r"point 1 \(rtae=1\): .* no parameter 'rtae', did you mean 'rate'"),
         ('pipeline = "tiny.toml"\n[grid]\nrate = ["x"]', "parameter rate is float, got 'x'"),
         ('pipeline = "tiny.toml"\n[grid]\nrate = [1]\n[[point]]\nrate = 2', "leave it out elsewhere"),
         ('pipeline = "tiny.toml"\n[[point]]\nrate = 2\n[[point]]\n"use.rate" = 2.0', "points 1 and 2 are the same"),
-        ('pipeline = "tiny.toml"\n[cluster]\nqeue = "x"', "unknown key 'qeue' in cluster, did you mean 'queue'"),
-        ('pipeline = "tiny.toml"\n[cluster]\njob_cpu = 0', "cluster.job_cpu"),
         ('notebook = "use.ipynb"\n[grid]\nrate = [1]\nsize = [2]', "has no parameter 'size'"),
         ('pipeline = "demmo.toml"', r"no pipeline demmo\.toml, did you mean 'demo\.toml'"),
     ],
@@ -314,52 +312,45 @@ def test_workers_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert three[0]["OMP_NUM_THREADS"] == "1"
 
 
-def test_slurm_job_script(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What sbatch would be given; there is no SLURM here, so nothing is submitted."""
+def test_job_script(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a batch system would be given; there is none here, so nothing is submitted."""
     jobqueue = pytest.importorskip("dask_jobqueue")
     asked: list[int] = []
     monkeypatch.setattr(jobqueue.SLURMCluster, "scale", lambda self, n: asked.append(n))
-    slurm = clusters.Slurm(2, 6, "24GB", queue="gpu", job_extra_directives=("--gres=gpu:1",))
-    with clusters.connect(slurm, None, None, 1) as client:
+    options = {"queue": "gpu", "job_extra_directives": ["--gres=gpu:1"]}
+    jobs = {"interface": "lo", "n_workers": 2, "cores": 6, "memory": "24GB", **options}
+    with clusters.connect(jobs, None, 1) as client:
         script = client.cluster.job_script()  # type: ignore[union-attr]
+        keys = list((folder / "reports" / "jobs").glob(".dask-jobqueue*"))
+        assert {file.stat().st_mode & 0o777 for file in keys} == {0o600}
+        listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"]
+        assert set(listening) == {"127.0.0.1"}
     assert asked[0] == 2
     lines = ["#SBATCH -p gpu", "--cpus-per-task=6", "#SBATCH -t 08:00:00", "--gres=gpu:1", "tls://", sys.executable]
-    lines += ["export OMP_NUM_THREADS=6", f"export NETLLM_REPORTS={folder / 'reports'}", "--nthreads 1"]
+    lines += ["export OMP_NUM_THREADS=6", f"export NETLLM_REPORTS={folder / 'reports'}", "--interface lo"]
     assert not [line for line in lines if line not in script]
+    assert script.rpartition("--nthreads ")[2].startswith("1 ")
 
 
-def test_existing_cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from distributed import LocalCluster
-
-    options = {"n_workers": 1, "dashboard_address": "127.0.0.1:0"}
-    with LocalCluster(threads_per_worker=1, **options) as cluster:
-        address = cluster.scheduler_address
-        with clusters.connect(None, None, address, 1) as client:
-            assert len(client.nthreads()) == 1
-        monkeypatch.setattr(runs, "PROJECT", folder)
-        with pytest.raises(ValueError, match=r"worker tcp://\S+ differs, checkout .* there, .* here: workers need"):
-            clusters.connect(None, None, address, 1).__enter__()
-        monkeypatch.undo()
-        monkeypatch.setenv("NETLLM_REPORTS", str(folder / "elsewhere"))
-        with pytest.raises(ValueError, match="differs, reports folder"):
-            clusters.connect(None, None, address, 1).__enter__()
-        monkeypatch.undo()
-    with (
-        LocalCluster(threads_per_worker=8, **options) as cluster,
-        pytest.raises(ValueError, match="differs, threads 8 there, 1 here.*--nthreads 1"),
-    ):
-        clusters.connect(None, None, cluster.scheduler_address, 1).__enter__()
+@pytest.mark.parametrize(
+    ("jobs", "message"),
+    [
+        ({"n_workers": 2}, r"needs interface = "),
+        ({"interface": "lo", "kind": "SLURMClutser"}, "no kind SLURMClutser, did you mean 'SLURMCluster'"),
+        ({"interface": "nosuch0"}, "cluster.: .*nosuch0"),
+        ({"interface": "lo", "qeue": "x"}, "cluster.: .*qeue"),
+    ],
+)
+def test_jobs_that_cannot_be_asked_for(folder: Path, jobs: dict[str, Any], message: str) -> None:
+    pytest.importorskip("dask_jobqueue")
+    with pytest.raises(ValueError, match=message):
+        clusters.connect(jobs, None, 1).__enter__()
 
 
-def test_clusters_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clusters, "ANSWER_S", 0.5)
-    with pytest.raises(OSError, match="tcp://127.0.0.1:9"):
-        clusters.connect(None, None, "tcp://127.0.0.1:9", 1).__enter__()
-    with pytest.raises(ValueError, match="--workers is for this machine"):
-        clusters.connect(None, 1, "tcp://127.0.0.1:9", 1).__enter__()
+def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[sweep\]'"):
-        clusters.connect(clusters.Slurm(), None, None, 1).__enter__()
+        clusters.connect({"interface": "lo"}, None, 1).__enter__()
 
 
 # --- the command --------------------------------------------------------------------------------------------------------

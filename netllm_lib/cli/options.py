@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated, Any
@@ -58,16 +58,3 @@ def waiting(what: str) -> Iterator[None]:
         yield
     finally:
         done.set()
-
-
-def counting(what: str, after_s: float = 2.0) -> Callable[..., None]:
-    """A progress callback that says nothing for two seconds, then a line every two."""
-    last = time.monotonic()
-
-    def line(done: int, total: int, info: object = None) -> None:
-        nonlocal last
-        if time.monotonic() - last >= after_s:
-            last = time.monotonic()
-            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
-
-    return line

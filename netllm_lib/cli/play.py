@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from netllm_lib.cli.options import DataOption, JsonOption, Preset, counting, print_json
+from netllm_lib.cli.options import DataOption, JsonOption, Preset, print_json
 
 
 def play(
@@ -47,7 +47,7 @@ def play(
         if count < 1:
             raise ValueError(f"--trace-num {trace_num}: give a positive number, or -1 for all")
         episodes = sound_episodes(trace_set, seed=seed, repeats=-(-count // len(trace_set))).rows(range(count))
-    report = runs.progress(policy) if sys.stderr.isatty() else counting("chunks played")
+    report = runs.progress("chunks played", sys.stderr)
     table = playing.play(player, Simulator(trace_set, clip, episodes), progress=report)
     quality, mean_all48 = qoe.summarise(table), float(table["reward"].mean())
     if out is not None:

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a point failed, or the comparison did; 2 the request was w
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,6 @@ def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="Which points to run; see docs/sweeps.md.")],
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Processes on this machine [one a GPU, else by cores].")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(metavar="tcp://HOST:PORT", help="An existing dask cluster on this checkout.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, run nothing.")] = False,
     as_json: JsonOption = False,
@@ -42,13 +40,16 @@ def sweep(
     if dry_run:
         counts = {"points": len(asked.points), "runs": len(asked.steps), "finished": len(finished)}
         return print_json(as_json, {"name": asked.name, **counts})
-    run = sweeps.open_folder(asked)
-    with runs.lock(run.folder):
-        with clusters.connect(asked.cluster, workers, scheduler, len(asked.steps) - len(finished)) as client:
+    work = sweeps.work(asked)
+    with runs.lock(runs.run_folder(*work)):
+        run = runs.open_run(*work)
+        shutil.copyfile(file, run.folder / "sweep.toml")
+        with clusters.connect(asked.cluster, workers, len(asked.steps) - len(finished)) as client:
             rows = sweeps.rows(asked, sweeps.run_sweep(asked, client, echo))
         points = sweeps.points_table(rows)
-        sweeps.write_table(run.folder, sweeps.POINTS, points)
-        sweeps.write_table(run.folder, compare.RESULTS, compare.collect(points))
+        for name, table in ((compare.POINTS, points), (compare.RESULTS, compare.collect(points))):
+            with runs.atomic_path(run.folder / name) as aside:
+                table.to_parquet(aside)
         failed = [row for row in rows if row["state"] == "failed"]
         if not failed and not run.done:
             run.finish({"points": len(points), "runs": len(asked.steps)})
@@ -64,6 +65,6 @@ def sweep(
     if failed:
         labels = {point.number: point.label for point in asked.points}
         said = [f"{row['point']} ({labels[row['point']]}): {row['problem']}" for row in failed[:SHOWN]]
-        said += [f"{len(failed) - SHOWN} more in {sweeps.POINTS}"] * (len(failed) > SHOWN)
+        said += [f"{len(failed) - SHOWN} more in {compare.POINTS}"] * (len(failed) > SHOWN)
         raise notebooks.NotebookError(f"{file}: {len(failed)} of {len(rows)} points failed: {'; '.join(said)}")
     return None

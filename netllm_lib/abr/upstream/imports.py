@@ -98,10 +98,12 @@ def import_run(
     _find_plm(work, plm)
     config = {"format": FORMAT, "settings": found.settings, "chosen": work.chosen}
     config["results"] = {result.name: result.settings for result in found.results}
-    imported = runs.open_run("import", found.name, config, _inputs(work), root=root)
+    inputs = _inputs(work)
+    imported = runs.Run(runs.run_folder("import", found.name, config, inputs, root))
     if not imported.done:
         with runs.lock(imported.folder):
             if not imported.done:  # another process may have finished it before the lock was ours
+                imported = runs.open_run("import", found.name, config, inputs, root)
                 _write(work, imported.folder)
                 imported.finish()
     return imported
