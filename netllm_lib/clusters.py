@@ -121,5 +121,5 @@ def _submitted(asked: Mapping[str, Any]) -> SpecCluster:
     }
     try:
         return getattr(dask_jobqueue, kind)(**own | {name: value for name, value in asked.items() if name != "kind"})
-    except (TypeError, ValueError, RuntimeError) as error:  # an option that it does not know, an interface that is not there
+    except (TypeError, ValueError, RuntimeError) as error:  # an unknown option, an interface that is not there
         raise ValueError(f"[cluster]: {error}") from None
