@@ -1,4 +1,4 @@
-"""Single decisions: confusion, divergence and counterfactuals, by hand and on real play; where the reward goes."""
+"""Single decisions: confusion and counterfactuals, by hand and on real play; where the reward goes."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from netllm_lib.abr.diagnosis import (
     diagnose,
     regret,
 )
-from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
+from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.evaluate import Test
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Policy
@@ -35,6 +35,7 @@ from netllm_lib.abr.traces import SAMPLE, Registry
 from netllm_lib.findings import FINDINGS, Diagnosis, Rule, Verdict, judged
 from netllm_lib.runs import read_json
 from netllm_lib.training_run import TrainingRun
+from planted_runs import Careless
 
 REGISTRY = Registry(SAMPLE)
 TRACES, VIDEO = REGISTRY.trace_set("sample-test"), REGISTRY.video("sample")
@@ -46,20 +47,9 @@ HEALTHY = TrainingRun(
 RISING = pd.DataFrame({"loss": np.r_[np.linspace(1.8, 0.9, 400), np.linspace(0.9, 2.5, 200)]})
 
 
-class Careless(Policy):
+def careless(share: float) -> Careless:
     """MPC that plays the top level now and then."""
-
-    name = "careless"
-
-    def __init__(self, share: float):
-        self.inner, self.share = RobustMPC(VIDEO), share
-
-    def reset(self, episodes) -> None:
-        self.inner.reset(episodes)
-        self.slips = np.random.default_rng(0).random((len(episodes), 48)) < self.share
-
-    def act(self, observation: Observation) -> np.ndarray:
-        return np.where(self.slips[observation.episode, observation.chunk - 1], 5, self.inner.act(observation))
+    return Careless(RobustMPC(VIDEO), share, lowest=5)
 
 
 def table(policy: Policy):
@@ -128,9 +118,9 @@ def test_habits_of_a_learnt_policy_are_notes(tables: dict, pool: ExperiencePool)
 
 
 def test_reward_findings(tables: dict) -> None:
-    careless = found(evidence_of(tables, Careless(0.05)))
-    assert careless["rare-bad-actions"].evidence["cost"] > 0.05
-    assert careless["gap"].evidence["rebuffering"] > careless["gap"].evidence["quality"]
+    slips = found(evidence_of(tables, careless(0.05)))
+    assert slips["rare-bad-actions"].evidence["cost"] > 0.05
+    assert slips["gap"].evidence["rebuffering"] > slips["gap"].evidence["quality"]
     stuck = found(evidence_of(tables, Constant(5)))
     assert stuck["level-collapse"].severity == "cause"
     assert stuck["level-collapse"].evidence["share"] == 1
@@ -149,40 +139,34 @@ def test_reward_findings(tables: dict) -> None:
 )
 def test_settings_are_named_and_sound_ones_are_not(tables: dict, setting: dict, identity: str) -> None:
     recipe = Recipe(video="video1", w=20)
-    sound = {
-        "choose": "argmax",
-        "context": "clear",
-        "dropout": False,
-        "w": 20,
-        "target_return_scale": 1.0,
-        "video": "video1",
-    }
-    assert identity in found(evidence_of(tables, Careless(0.05), sound | setting, recipe=recipe))
-    assert identity not in found(evidence_of(tables, Careless(0.05), sound, recipe=recipe))
+    sound = {"choose": "argmax", "context": "clear", "dropout": False, "w": 20, "target_return_scale": 1.0}
+    sound["video"] = "video1"
+    assert identity in found(evidence_of(tables, careless(0.05), sound | setting, recipe=recipe))
+    assert identity not in found(evidence_of(tables, careless(0.05), sound, recipe=recipe))
 
 
 def test_pool_findings(tables: dict, pool: ExperiencePool) -> None:
-    careless = Careless(0.1)
+    slips = careless(0.1)
     shifted = replace(pool, actions=np.roll(pool.actions, 1))
-    findings = diagnose(evidence_of(tables, careless, pool=shifted, training=HEALTHY)).findings
+    findings = diagnose(evidence_of(tables, slips, pool=shifted, training=HEALTHY)).findings
     assert (findings[0].id, findings[0].severity) == ("label-shift", "cause")
     assert findings[0].evidence["the_level_before"] > 0.9
-    assert "label-shift" not in found(evidence_of(tables, careless, pool=pool, training=HEALTHY))
+    assert "label-shift" not in found(evidence_of(tables, slips, pool=pool, training=HEALTHY))
     few = ExperiencePool(pool.states[: 47 * 3], pool.actions[: 47 * 3], pool.rewards[: 47 * 3], pool.dones[: 47 * 3])
-    assert found(evidence_of(tables, careless, pool=few, training=HEALTHY))["pool-too-small"].severity == "cause"
+    assert found(evidence_of(tables, slips, pool=few, training=HEALTHY))["pool-too-small"].severity == "cause"
     poor = generate_pool(Constant(3), TRAIN, VIDEO, sound_episodes(TRAIN))
     learnt = replace(HEALTHY, final_loss=0.01)  # always the same level: nothing is easier
-    weak = found(evidence_of(tables, careless, pool=poor, training=learnt, registry=REGISTRY))
+    weak = found(evidence_of(tables, slips, pool=poor, training=learnt, registry=REGISTRY))
     assert weak["weak-teacher"].severity == "cause"
     assert weak["pool-too-small"].evidence["absent"] == [0, 1, 2, 4, 5]
     slow = replace(pool, states=(pool.states * np.where(np.arange(6) == 2, 8, 1)[:, None]).astype(np.float32))
-    assert found(evidence_of(tables, careless, pool=slow, training=HEALTHY))["trace-shift"].severity == "cause"
+    assert found(evidence_of(tables, slips, pool=slow, training=HEALTHY))["trace-shift"].severity == "cause"
 
 
 def test_video_shift_is_seen_in_the_states(tables: dict, pool: ExperiencePool) -> None:
     larger = replace(VIDEO, sizes_bytes=(VIDEO.sizes_bytes * 1.5).astype(np.int64))
-    assert "video-shift" not in found(evidence_of(tables, Careless(0.1), pool=pool, video=VIDEO))
-    shift = found(evidence_of(tables, Careless(0.1), pool=pool, video=larger))["video-shift"]
+    assert "video-shift" not in found(evidence_of(tables, careless(0.1), pool=pool, video=VIDEO))
+    shift = found(evidence_of(tables, careless(0.1), pool=pool, video=larger))["video-shift"]
     assert shift.severity == "cause"
     assert shift.evidence["size_ratio"] == pytest.approx(1.5, rel=1e-2)
 
@@ -198,7 +182,7 @@ def test_protocol_findings(tables: dict) -> None:
 
 @pytest.mark.parametrize("how", ["short", "twice", "half", "first level"])
 def test_results_that_cannot_be_compared(tables: dict, how: str) -> None:
-    played = table(Careless(0.05))
+    played = table(careless(0.05))
     if how == "short":
         played = played[played["chunk"] < 47]
     elif how == "twice":
@@ -212,10 +196,8 @@ def test_results_that_cannot_be_compared(tables: dict, how: str) -> None:
 
 def test_a_switch_that_closes_the_gap_comes_first() -> None:
     effect = Effect(1.0, 0.5, 1.5, "by hand")
-    note, loss = (
-        Rule("note", "", "", lambda _: Verdict("note", "")),
-        Rule("loss", "", "", lambda _: Verdict("cause", "")),
-    )
+    note = Rule("note", "", "", lambda _: Verdict("note", ""))
+    loss = Rule("loss", "", "", lambda _: Verdict("cause", ""))
     switch = Rule("switch", "", "", lambda closes: Verdict("cause", "", effect=effect, closes=closes))
     assert [f.id for f in judged([note, loss, switch], True)] == ["switch", "loss", "note"]
     assert [f.id for f in judged([note, loss, switch], False)] == ["loss", "switch", "note"]
@@ -238,15 +220,8 @@ def test_a_rule_speaks_or_is_silent(tmp_path: Path) -> None:
     Diagnosis(both, measure="error").save(tmp_path)
     saved = read_json(tmp_path / FINDINGS)
     assert saved["measure"] == "error"
-    said = {
-        "id": "odd",
-        "severity": "cause",
-        "title": "odd",
-        "evidence": {"n": None},
-        "rule": "even",
-        "fix": "halve it",
-    }
-    assert saved["findings"][0] == {**said, "effect": None}
+    said = {"id": "odd", "severity": "cause", "title": "odd", "evidence": {"n": None}, "rule": "even"}
+    assert saved["findings"][0] == said | {"fix": "halve it", "effect": None}
 
 
 def test_behaviour_entropy_by_hand(pool: ExperiencePool) -> None:
@@ -261,7 +236,7 @@ def test_behaviour_entropy_by_hand(pool: ExperiencePool) -> None:
 
 
 def test_several_seeds_are_pooled(tables: dict) -> None:
-    runs = [table(Careless(share)) for share in (0.03, 0.05, 0.08)]
+    runs = [table(careless(share)) for share in (0.03, 0.05, 0.08)]
     seeds = tuple(Test({"llm": played}, "llm") for played in runs[1:])
     evidence = evidence_of(tables, runs[0], seeds=seeds)
     pooled = diagnose(evidence).over_seeds
