@@ -15,11 +15,12 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from netllm_lib.runs import plain, write_json
+from netllm_lib.runs import plain, printable, write_json
 from netllm_lib.stats import Interval
 
+T = TypeVar("T")
 FINDINGS = "findings.json"
 Severity = Literal["cause", "suspect", "note"]
 SEVERITIES: tuple[Severity, ...] = ("cause", "suspect", "note")
@@ -113,11 +114,39 @@ class Finding(Verdict):
         return f"[{self.severity}] {self.id}: {self.title}{effect}\n    fix: {self.fix}"
 
 
-def judged(rules: Sequence[Rule], evidence: Any, retrained: Effect | None = None) -> tuple[Finding, ...]:
+class Attempts:
+    """Calls on parts that may be broken: each gives its value or None, and none keeps another from being made."""
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+        self._failed: dict[str, list[str]] = {}  # what failed, by the error
+
+    def __call__(self, what: str, call: Callable[..., T], *given: Any) -> T | None:
+        """What the call gives; None where it fails, and then `failed` says so of `what`."""
+        try:
+            return call(*given)
+        except Exception as error:  # whatever a broken file provokes is a broken file
+            kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+            self.errors.append(error)
+            self._failed.setdefault(f"{kind}{' '.join(str(error).split())[:300]}", []).append(what)
+            return None
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """A line for every error, with what failed by it."""
+        return tuple(f"{', '.join(what)} (broken: {error})" for error, what in self._failed.items())
+
+
+def judged(
+    rules: Sequence[Rule], evidence: Any, retrained: Effect | None = None, attempt: Attempts | None = None
+) -> tuple[Finding, ...]:
     """What the rules find: causes before suspects before notes, among equals those first whose fix closes the gap, then in the
     order of the rules. A symptom is a suspect at most where something else was found to be the cause. `retrained` is what a sound
-    training brought: the effect of what it mends."""
-    found = [finding for rule in rules if (finding := rule(evidence)) is not None]
+    training brought: the effect of what it mends. With `attempt` a rule that fails on broken evidence does not end the others."""
+    found = []
+    for rule in rules:
+        finding = rule(evidence) if attempt is None else attempt(rule.id, rule, evidence)
+        found += [] if finding is None else [finding]
     caused = any(f.severity == "cause" and not f.rule.symptom for f in found)
     for place, finding in enumerate(found):
         if caused and finding.severity == "cause" and finding.rule.symptom:
@@ -173,8 +202,8 @@ class Diagnosis:
         shown = [f"{number}. {finding}" for number, finding in enumerate(self.findings[:top], 1)] or ["nothing found"]
         left = len(self.findings) - len(shown)
         more = [f"… and {left} more"] if left > 0 else []
-        return "\n".join([*filter(None, [self.headline()]), *shown, *more])
+        return printable("\n".join([*filter(None, [self.headline()]), *shown, *more]))
 
     def __str__(self) -> str:
         missing = ["", "not there:", *(f"  {text}" for text in self.missing)] if self.missing else []
-        return "\n".join([self.text(), *missing])
+        return printable("\n".join([self.text(), *missing]))

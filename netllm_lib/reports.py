@@ -126,7 +126,7 @@ def _row(folder: Path) -> dict[str, Any]:
         row["state"] = "unreadable"
     for name, value in row.items():
         if isinstance(value, str):  # foreign names may have control characters
-            row[name] = "".join(letter if letter.isprintable() else "?" for letter in value)
+            row[name] = runs.printable(value).replace("\n", "?")
     return row
 
 

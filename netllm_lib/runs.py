@@ -105,6 +105,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
+def printable(text: str) -> str:
+    """The text with a question mark for every control character but line breaks: what others named may hold some."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+
+
 def content_hash(value: Any, digits: int = 10) -> str:
     """Hex digest of any JSON-like value, independent of key order."""
     text = json.dumps(plain(value, finite=False), sort_keys=True, separators=(",", ":"))

@@ -107,6 +107,7 @@ def test_nothing_to_replay(subject: Subject) -> None:
     hurried = ablation.ablate(evidence, budget_s=1e-3)
     assert hurried is not None
     assert "--budget" in hurried.too_short
+    assert hurried.same_levels == 1, "what the first traces showed is not forgotten"
     assert hurried.table() is None
     assert any("--budget" in line for line in diagnose(evidence, budget_s=1e-3).missing)
 
@@ -146,6 +147,26 @@ def test_a_test_of_other_weights_is_identified(subject: Subject) -> None:
     assert found.same_levels < 0.7
     assert found.unexplained
     assert found_by(unknown, found) & {"wrong-checkpoint", "dropout-on"}
+
+
+def test_all_traces_are_compared_with_the_record(subject: Subject) -> None:
+    """A record that only begins like the test of these weights does not prove anything of their switches."""
+    evidence = recorded(subject)
+    own, other = evidence.tables["llm"], ablation.replay(subject.sound("sampling"), simulator())
+    half = pd.concat([own[own["trace_index"] < 4], other[other["trace_index"] >= 4]], ignore_index=True)
+    mixed = replace(evidence, test=Test(dict(evidence.tables) | {"llm": half}, "llm", evidence.setting))
+    found = ablation.ablate(mixed, budget_s=120)
+    assert found is not None
+    assert found.unexplained
+    pd.testing.assert_frame_equal(found.tables[AS_RUN], own)
+
+
+def test_what_was_found_before_the_time_was_over_is_said(subject: Subject) -> None:
+    evidence = recorded(replace(subject, lora=False), told=subject.config)
+    found = ablation.Ablation(replace(subject, lora=False), {AS_RUN: evidence.tables["llm"]}, 1.0, "time")
+    verdict = RULES["adapter-not-applied"](replace(evidence, replayed=found))
+    assert verdict is not None
+    assert "the adapter applied" in verdict.title
 
 
 def test_weights_that_tell_their_fault(subject: Subject, pool: ExperiencePool) -> None:

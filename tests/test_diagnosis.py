@@ -224,6 +224,29 @@ def test_a_rule_speaks_or_is_silent(tmp_path: Path) -> None:
     assert saved["findings"][0] == said | {"fix": "halve it", "effect": None}
 
 
+def test_a_rule_that_fails_is_named_and_hides_no_other(tables: dict) -> None:
+    odd: Any = object()  # no pool at all
+    diagnosis = diagnose(evidence_of(tables, Constant(5), pool=odd))
+    assert {"level-collapse", "gap"} <= {finding.id for finding in diagnosis.findings}
+    assert any("weak-teacher" in line and "AttributeError" in line for line in diagnosis.missing)
+
+
+def test_a_run_below_sound_mpc_is_failing(tables: dict) -> None:
+    """The original's MPC is not the measure where sound MPC has played the same traces."""
+    below = evidence_of(tables, careless(0.01))
+    assert below.reference == "mpc"
+    assert below.failing
+    published = {name: table for name, table in below.tables.items() if name != "mpc"}
+    assert replace(below, test=Test(published, "llm")).reference == "mpc (original)"
+
+
+def test_foreign_names_cannot_write_into_the_terminal() -> None:
+    told = Verdict("cause", "tensor \x1b[2J <b>", {}, "look")
+    text = str(Diagnosis((Finding(**vars(told), rule=Rule("odd", "", "", lambda _: None)),), missing=("\x07",)))
+    assert "tensor ?[2J <b>" in text
+    assert "\x07" not in text
+
+
 def test_behaviour_entropy_by_hand(pool: ExperiencePool) -> None:
     states = np.zeros((4, 6, 6), np.float32)
     states[:, 0, -1] = np.array([300, 300, 4300, 4300]) / 4300
@@ -241,7 +264,7 @@ def test_several_seeds_are_pooled(tables: dict) -> None:
     evidence = evidence_of(tables, runs[0], seeds=seeds)
     pooled = diagnose(evidence).over_seeds
     assert pooled is not None
-    reference = qoe.summarise(tables["mpc (original)"]).reward
+    reference = qoe.summarise(tables["mpc"]).reward
     assert pooled.mean == pytest.approx(np.mean([qoe.summarise(run).reward for run in runs]) - reference)
     assert evidence.gap is not None
     assert pooled.high - pooled.low > 0

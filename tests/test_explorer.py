@@ -186,8 +186,8 @@ def test_widgets_say_what_went_wrong(tested: Callable[..., Evidence], monkeypatc
     status = box.children[2]
 
     def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("out of <img src=x>")
 
     monkeypatch.setattr(Explorer, "replay", broken)
     box.children[1].children[-1].click()
-    assert status.value == "<b>RuntimeError</b>: out of memory"
+    assert status.value == "<b>RuntimeError</b>: out of &lt;img src=x&gt;"

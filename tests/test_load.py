@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from netllm_lib.abr.diagnosis import diagnose
 from netllm_lib.abr.diagnosis.load import load
 from netllm_lib.abr.policies.llm import EvalConfig
 from netllm_lib.abr.traces import SAMPLE, Registry
-from netllm_lib.abr.upstream.imports import import_run
+from netllm_lib.abr.upstream.imports import IMPORT, import_run
 from netllm_lib.checkpoint import save_checkpoint
 from netllm_lib.cli import main
 from netllm_lib.training_run import TrainingRun
@@ -122,7 +123,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
 def test_a_test_leads_to_its_training_and_pool(small: SmallRun) -> None:
     evidence = load(small.folder("05_test"), data=small.data)
     assert evidence.run == "llm"
-    assert evidence.reference == "mpc (original)"
+    assert evidence.reference == "mpc"
     assert evidence.training is not None
     assert evidence.training.steps == 90
     assert evidence.pool is not None
@@ -167,6 +168,37 @@ def test_the_test_that_is_given_is_diagnosed(tree: Tree, small: SmallRun) -> Non
     assert evidence.training is not None
     assert evidence.training.warmup_steps == 2000, "of the imported training"
     assert evidence.printed_reward is None
+    both = load(run.folder, imported, data=small.data)
+    assert both.seeds == (), "the training that it was made from is no further seed"
+    about = runs.read_json(imported / IMPORT)
+    about["problems"] = [{"finding": "protocol-mismatch", "text": "the imported test is broken"}]
+    copied = shutil.copytree(imported, small.folder("import", "with-problems"))
+    runs.write_json(copied / IMPORT, about)
+    run.note(parents={"training": copied})
+    assert load(run.folder, data=small.data).problems == {}
+    assert "protocol-mismatch" in load(copied, data=SAMPLE).problems
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "lost"),
+    [
+        ("05_test", "setting.json", "the test"),
+        ("05_test", "tables/bba.parquet", "the test"),
+        ("04_finetune", "training.json", "the training"),
+        ("04_finetune", "policy/config.json", "wrong-checkpoint"),
+        ("03_experience_pool", "pool/config.json", "the pool"),
+    ],
+)
+def test_a_broken_part_hides_no_other(tmp_path: Path, small: SmallRun, folder: str, file: str, lost: str) -> None:
+    run = SmallRun(small.data, tmp_path, small.name)
+    shutil.copytree(small.reports, tmp_path, dirs_exist_ok=True)
+    (run.folder(folder) / file).write_text("{")
+    evidence = load(run.folder("05_test"), data=small.data)
+    parts = (evidence.test, evidence.training, evidence.pool, evidence.subject)
+    assert sum(part is None for part in parts) == 1
+    diagnosis = diagnose(evidence)
+    assert lost in str(diagnosis)
+    assert diagnosis.findings
 
 
 def test_broken_folders_are_refused_by_name(tmp_path: Path, small: SmallRun) -> None:

@@ -47,7 +47,7 @@ def test_the_first_finding_names_the_fault(fault: Fault, bench: Bench, tmp_path:
 
 
 def test_the_healthy_policy_is_above_its_reference(bench: Bench) -> None:
-    gap = paired(bench.test("healthy"), bench.baselines()["mpc (original)"])
+    gap = paired(bench.test("healthy"), bench.baselines()["mpc"])
     assert gap.low > 0
 
 

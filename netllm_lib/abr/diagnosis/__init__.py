@@ -25,7 +25,7 @@ from netllm_lib.abr.diagnosis.evidence import (
     with_baselines,
 )
 from netllm_lib.abr.evaluate import REWARD
-from netllm_lib.findings import Diagnosis, Effect, Finding, Rule, judged
+from netllm_lib.findings import Attempts, Diagnosis, Effect, Finding, Rule, judged
 from netllm_lib.stats import Interval, bootstrap
 
 __all__ = [
@@ -53,7 +53,7 @@ _ORDER: tuple[tuple[Any, str], ...] = (
     ),
     (training_rules, "warmup_too_long diverged learning_rate undertrained clipping crossing_windows"),
     (inputs, "weak_teacher pool_too_small video_shift trace_shift flat_returns"),
-    (testing, "level_collapse rare_bad_actions gap protocol_mismatch too_few_traces handicapped_baseline"),
+    (testing, "level_collapse rare_bad_actions gap protocol_mismatch too_few_traces"),
     (testing, "test_leakage selected_on_test"),
 )
 RULES: dict[str, Rule] = {
@@ -71,19 +71,24 @@ def diagnose(
     With a budget the test is played again where weights, PLM and traces are at hand, one switch turned at a time, and `retrain_s`
     allows to train the PLM anew by the sound defaults, which shows what the fixes of the training bring.
     """
-    evidence = with_baselines(evidence)
+    attempt = Attempts()
+    evidence = attempt("the baselines", with_baselines, evidence) or evidence
     if evidence.subject is not None:
-        evidence = replace(evidence, weights=replay.look_at(evidence.subject, evidence.pool))
-    replayed = replay.ablate(evidence, budget_s, retrain_s, progress)
+        weights = attempt("the loss of the weights", replay.look_at, evidence.subject, evidence.pool)
+        evidence = replace(evidence, weights=weights)
+    replayed = attempt("playing the test again", replay.ablate, evidence, budget_s, retrain_s, progress)
     evidence = replace(evidence, replayed=replayed)
+    findings = judged(tuple(RULES.values()), evidence, _of_retraining(replayed), attempt)
+    best = attempt("the regret", regret, evidence) if budget_s > 0 else None
+    too_short = (replayed.too_short,) if replayed and replayed.too_short else ()
     return Diagnosis(
-        judged(tuple(RULES.values()), evidence, _of_retraining(replayed)),
+        findings,
         score=evidence.reward,
         reference=evidence.reference,
         gap=evidence.gap,
-        regret=regret(evidence) if budget_s > 0 else None,
+        regret=best,
         over_seeds=evidence.gap_over_seeds,
-        missing=(*evidence.missing, *([replayed.too_short] if replayed and replayed.too_short else [])),
+        missing=(*evidence.missing, *too_short, *attempt.failed),
         waterfall=replayed and replayed.table(),
         measure=REWARD.name,
     )

@@ -149,10 +149,10 @@ class Evidence:
 
     @functools.cached_property
     def reference(self) -> str | None:
-        """The baseline that the run is held against: MPC as published, else the best other policy."""
+        """The baseline that the run is held against: MPC, else MPC as the original plays it, else the best other policy."""
         others = {name: qoe.summarise(table).reward for name, table in self.tables.items() if name != self.run}
-        published = f"mpc{ORIGINAL}"
-        return published if published in others else max(others, key=lambda name: others[name], default=None)
+        known = [name for name in ("mpc", f"mpc{ORIGINAL}") if name in others]
+        return next(iter(known), None) or max(others, key=lambda name: others[name], default=None)
 
     @functools.cached_property
     def reward(self) -> Interval | None:

@@ -8,6 +8,7 @@ All of it but the widgets is in `Explorer`, which needs no browser.
 from __future__ import annotations
 
 import functools
+import html
 import io
 from collections.abc import Callable
 from dataclasses import replace
@@ -245,7 +246,7 @@ def explore(evidence: Evidence) -> Any:
                 action(change)
                 redraw()
             except (ValueError, OSError, RuntimeError) as error:
-                status.value = f"<b>{type(error).__name__}</b>: {error}"
+                status.value = f"<b>{type(error).__name__}</b>: {html.escape(str(error))}"
 
         return called
 

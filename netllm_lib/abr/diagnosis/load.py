@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from netllm_lib.abr.evaluate import Test
 from netllm_lib.abr.pool import ExperiencePool, load_pool
 from netllm_lib.abr.traces import Registry, find_registry
 from netllm_lib.abr.upstream.imports import IMPORT, import_run
+from netllm_lib.findings import Attempts
 from netllm_lib.returns import pool_returns
 from netllm_lib.training_run import RESULT, TrainingRun
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from netllm_lib.abr.model import PolicyNetwork
     from netllm_lib.checkpoint import CheckpointMeta
 
-T = TypeVar("T")
 MODULES, POOLS, POLICY, TEST_POOL = "modules.safetensors", ("pool", "pool.npz", "states.npy"), "policy", "test_pool"
 OURS = (evaluate.SETTING, RESULT, MODULES, IMPORT, runs.MANIFEST, *POOLS, f"{POLICY}/{MODULES}")
 """What shows that a folder is one of ours."""
@@ -54,34 +54,39 @@ def load(
     how = {"pool": pool, "plm": plm, "data": data, "run": run}
     places = [_run_folder(folder, how) for folder in folders]
     tests = [place for place in places if (place / evaluate.SETTING).is_file()]
-    family = list(_with_parents([place for place in places if place not in tests[1:]]))
+    attempt, registry = Attempts(), find_registry(data)
+    family = list(_with_parents([place for place in places if place not in tests[1:]], attempt))
     tests = tests[:1] + [
         place for place in tests[1:] if place not in family
     ]  # the training of the first may be an import
     trained, kept = _first(family, RESULT), _first(family, *POOLS)
     weights, imported = _first(family, f"{POLICY}/{MODULES}", MODULES), _first(family, IMPORT)
-    read, registry = _Reader(), find_registry(data)
+    read_tests = [attempt("the test", _test, place) for place in tests]
     evidence = Evidence(
-        test=read(_test, *tests[:1]),
-        seeds=tuple(test for place in tests[1:] if (test := read(_test, place)) is not None),
-        training=read(TrainingRun.read, trained),
-        pool=read(load_pool, kept),
+        test=read_tests[0] if tests else None,
+        seeds=tuple(test for test in read_tests[1:] if test is not None),
+        training=None if trained is None else attempt("the training", TrainingRun.read, trained),
+        pool=None if kept is None else attempt("the pool", load_pool, kept),
         registry=registry,
     )
-    evidence = _with_data(evidence, registry, read)
+    evidence = attempt("traces and video", _with_data, evidence, registry) or evidence
     if weights is not None:
-        evidence = _with_subject(evidence, weights / POLICY if (weights / POLICY).is_dir() else weights, plm)
-    about = {} if imported is None else runs.read_json(imported / IMPORT)
-    evidence = replace(evidence, recipe=_recipe(evidence, registry, about.get("settings", {})))
-    if imported is not None:
-        evidence = _with_import(evidence, about, imported, tested=not tests or imported == tests[0])
+        place = weights / POLICY if (weights / POLICY).is_dir() else weights
+        evidence = attempt("the weights", _with_subject, evidence, place, plm) or evidence
+    about = {} if imported is None else attempt("the import", _about, imported) or {}
+    recipe = attempt("the recipe", _recipe, evidence, registry, about.get("settings", {}))
+    evidence = replace(evidence, recipe=recipe or Recipe())
+    if imported is not None and about:
+        tested = not tests or imported == tests[0]
+        evidence = attempt("the import", _with_import, evidence, about, imported, tested) or evidence
     if pool is not None and evidence.test_pool is None:
         evidence = _with_pool(evidence, load_pool(Path(pool)))
     parts = (evidence.test, evidence.training, evidence.pool, evidence.subject)
-    if read.errors and all(part is None for part in parts) and not evidence.problems:
-        raise read.errors[0]
-    broken = [f"broken: {error}" for error in read.errors]
-    return replace(evidence, missing=(*evidence.missing, *broken, *_missing(evidence, imported is not None)))
+    if attempt.errors and all(part is None for part in parts) and not evidence.problems:
+        error = attempt.errors[0]
+        raise error if isinstance(error, ValueError | OSError) else ValueError(f"{places[0]}: {attempt.failed[0]}")
+    missing = (*evidence.missing, *attempt.failed, *_missing(evidence, imported is not None))
+    return replace(evidence, missing=missing)
 
 
 def with_runs(evidence: Evidence, folders: Sequence[str | Path], data: str | Path | None = None) -> Evidence:
@@ -101,23 +106,6 @@ def with_runs(evidence: Evidence, folders: Sequence[str | Path], data: str | Pat
     return replace(evidence, test=replace(evidence.test, tables=tables))
 
 
-class _Reader:
-    """Reads parts of a run, and keeps the errors of those that are broken."""
-
-    def __init__(self) -> None:
-        self.errors: list[Exception] = []
-
-    def __call__(self, read: Callable[..., T], place: Any = None) -> T | None:
-        """What `read` finds in a place; None where there is no place or what is in it is broken."""
-        if place is None:
-            return None
-        try:
-            return read(place)
-        except (ValueError, OSError) as error:
-            self.errors.append(error)
-            return None
-
-
 # --- folders ------------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +122,7 @@ def _first(places: Sequence[Path], *names: str) -> Path | None:
     return next((place for place in places if any((place / name).exists() for name in names)), None)
 
 
-def _with_parents(places: list[Path]) -> Iterator[Path]:
+def _with_parents(places: list[Path], attempt: Attempts) -> Iterator[Path]:
     """The folders, then the runs that they were made from: a test's training, a training's pool."""
     seen: set[Path] = set()
     for place in places:  # which grows meanwhile
@@ -142,7 +130,7 @@ def _with_parents(places: list[Path]) -> Iterator[Path]:
             continue
         seen.add(place.resolve())
         yield place
-        parents = runs.Run(place).parents
+        parents = attempt("what it was made from", lambda run: run.parents, runs.Run(place)) or {}
         places += [parents[role] for role in ("training", "pool") if role in parents]
         if place.name == POLICY and (place.parent / runs.MANIFEST).is_file():
             places.append(place.parent)
@@ -154,16 +142,26 @@ def _with_parents(places: list[Path]) -> Iterator[Path]:
 def _test(place: Path) -> Test:
     """The test in a run folder. It is about the policy that it names, else about its first."""
     test = Test.read(place)
+    if test.subject and test.subject not in test.tables:
+        raise ValueError(f"{place / evaluate.SETTING}: it is about {test.subject!r}, which is none of its policies")
     return test if test.subject else replace(test, subject=next(iter(test.tables), ""))
 
 
-def _with_data(evidence: Evidence, registry: Registry, read: _Reader) -> Evidence:
+def _about(imported: Path) -> dict[str, Any]:
+    """What an import says of itself."""
+    about = runs.read_json(imported / IMPORT)
+    if not isinstance(about, dict) or not isinstance(about.get("settings"), dict):
+        raise ValueError(f"{imported / IMPORT}: it does not say what was imported (settings)")
+    return about
+
+
+def _with_data(evidence: Evidence, registry: Registry) -> Evidence:
     """The evidence with the traces and the video of its test, where those are at hand."""
     traces, video, clean = (evidence.setting.get(name) for name in ("traces", "video", "clean"))
     return replace(
         evidence,
-        traces=read(registry.trace_set, traces if traces in registry.trace_folders() else None),
-        video=read(registry.video, video if video in registry.video_folders() else None),
+        traces=registry.trace_set(traces) if traces in registry.trace_folders() else None,
+        video=registry.video(video) if video in registry.video_folders() else None,
         clean=None if clean is None else np.array(clean, dtype=bool),
     )
 
@@ -206,7 +204,9 @@ def _with_pool(evidence: Evidence, pool: ExperiencePool) -> Evidence:
 
 def _with_import(evidence: Evidence, about: Mapping[str, Any], place: Path, tested: bool) -> Evidence:
     """What only an import knows (see `import_run`); `tested`: the test that is diagnosed, if there is one, is the imported one."""
-    problems = {p["finding"]: p["text"] for p in reversed(about["problems"]) if p["finding"]} | dict(evidence.problems)
+    of_test = {None} if tested else {None, "protocol-mismatch"}  # what is wrong with another test is not the matter
+    problems = {p["finding"]: p["text"] for p in reversed(about["problems"]) if p["finding"] not in of_test}
+    problems |= dict(evidence.problems)
     evidence = replace(evidence, problems=problems, missing=(*evidence.missing, *about["missing"]))
     if not tested:
         return evidence

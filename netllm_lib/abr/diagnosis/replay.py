@@ -49,9 +49,9 @@ class Ablation:
 
     subject: Subject  # as it was played: `identify` may have found other settings than were recorded
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    """By name: "as run", the switches that were off, "all sound", "retrained"."""
+    """By name: "as run", the switches that were off, "all sound", "retrained". Of a few traces only where it is `too_short`."""
     same_levels: float | None = None  # share of the recorded levels that the replay as run chose too
-    too_short: str = ""  # why nothing was replayed, where the budget was too small
+    too_short: str = ""  # why no switch was turned, where the budget was too small
     retrained: TrainingRun | None = None  # of the retrained policy
 
     def effect(self, name: str) -> Interval | None:
@@ -160,7 +160,7 @@ def ablate(
     if budget_s > 0:
         found = _switches(evidence, evidence.subject, budget_s, progress or (lambda line: None))
     if retrain_s > 0 and evidence.pool is not None:
-        tables = found.tables or {AS_RUN: evidence.table}
+        tables = found.tables if found.tables and not found.too_short else {AS_RUN: evidence.table}
         again, training = retrain(found.subject, evidence.pool, retrain_s)
         played = replay(again, simulator_of(evidence, tables[AS_RUN]["trace"].nunique()), cached=True)
         found = replace(found, tables=tables | {RETRAINED: played}, retrained=training)
@@ -172,20 +172,21 @@ def _switches(evidence: Evidence, subject: Subject, budget_s: float, say: Progre
     table, started = evidence.table, time.perf_counter()
     assert table is not None
     check, everything = simulator_of(evidence, CHECK_TRACES), simulator_of(evidence)
-    same = same_levels(replay(subject, check), table)
+    first = replay(subject, check)
     per_trace_s = (time.perf_counter() - started) / len(check)
-    if same < REPRODUCED:
-        subject = identify(evidence, subject, check, until=started + budget_s / 2)
+    odd = same_levels(first, table) < REPRODUCED
+    if odd:
+        subject, first = identify(evidence, subject, first, check, until=started + budget_s / 2)
     off = subject.off
     # as run and every switch alone, each takes about as long, and so may dropout; all sound is cached and takes next to nothing
     alone = off if len(off) > 1 else []
-    plays = 1 + len(alone) + (same < REPRODUCED) + 0.3
+    plays = 1 + len(alone) + odd + 0.3
     spent_s = time.perf_counter() - started
     count = min(len(everything), int((budget_s - spent_s) / per_trace_s / plays))
     if count < min(FEWEST_TRACES, len(everything)):
         needed = f"--budget {FEWEST_TRACES * plays * per_trace_s + spent_s:.0f}"
         why = f"time to replay the test, {per_trace_s:.1f} s a trace: what each switch changes ({needed})"
-        return Ablation(subject, too_short=why)
+        return Ablation(subject, {AS_RUN: first}, same_levels(first, table), too_short=why)
     simulator, tables = simulator_of(evidence, count), {}
     for name, variant in {AS_RUN: subject, **{name: subject.sound(name) for name in alone}}.items():
         say(f"{name}: {count} traces")
@@ -197,10 +198,13 @@ def _switches(evidence: Evidence, subject: Subject, budget_s: float, say: Progre
     return _with_dropout(Ablation(subject, tables, same_levels(tables[AS_RUN], table)), table, simulator)
 
 
-def identify(evidence: Evidence, subject: Subject, simulator: Simulator, until: float) -> Subject:
-    """The subject as the recorded test really played it, where that is not as its settings say; else the subject itself.
+def identify(
+    evidence: Evidence, subject: Subject, first: pd.DataFrame, simulator: Simulator, until: float
+) -> tuple[Subject, pd.DataFrame]:
+    """The subject as the recorded test really played it, and what it plays, where that is not as its settings say.
 
-    Tries a handful of other settings on a few traces until the clock says `until`, and takes one that gives the recorded levels.
+    Tries a handful of other settings on a few traces until the clock says `until`, and takes one that gives the recorded levels;
+    else the subject as it is, and `first`.
     """
     config, table = subject.config, evidence.table
     assert config is not None
@@ -222,9 +226,9 @@ def identify(evidence: Evidence, subject: Subject, simulator: Simulator, until: 
     for other in () if config.dropout else tries():
         if time.perf_counter() > until:
             break
-        if same_levels(replay(other, simulator), table) >= REPRODUCED:
-            return other
-    return subject
+        if same_levels(played := replay(other, simulator), table) >= REPRODUCED:
+            return other, played
+    return subject, first
 
 
 def _with_dropout(found: Ablation, table: pd.DataFrame, simulator: Simulator) -> Ablation:

@@ -10,7 +10,7 @@ import pandas as pd
 from netllm_lib import training_rules
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis.decisions import trace_gaps
-from netllm_lib.abr.diagnosis.evidence import ORIGINAL, Evidence, paired
+from netllm_lib.abr.diagnosis.evidence import Evidence, paired
 from netllm_lib.abr.episodes import FIRST_LEVEL, Episodes
 from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
@@ -181,21 +181,6 @@ def too_few_traces(evidence: Evidence, table: pd.DataFrame, reward: Interval) ->
         return None
     title = "{traces} traces cannot tell the run from {undecided}: the paired intervals hold zero"
     return verdict("note", title, traces=table["trace"].nunique(), undecided=", ".join(unclear))
-
-
-@rule(
-    "handicapped-baseline",
-    fix="compare with the sound baseline too, not with the published one only",
-    figure="differences",
-)
-def handicapped_baseline(evidence: Evidence) -> Verdict | None:
-    """A baseline plays its own algorithm."""
-    tables, better = evidence.tables, {}
-    for name in tables:
-        sound = name.removesuffix(ORIGINAL)
-        if sound != name and sound in tables and (difference := paired(tables[sound], tables[name])).low > 0:
-            better[name] = f"{name} as published plays {difference.mean:.3f} below its own algorithm"
-    return verdict("note", "{baselines}", baselines="; ".join(better.values())) if better else None
 
 
 @rule(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -11,14 +12,20 @@ import pandas as pd
 from netllm_lib.abr import qoe
 from netllm_lib.abr.diagnosis.evidence import SWITCHES, Evidence, paired
 from netllm_lib.abr.diagnosis.replay import AS_RUN
-from netllm_lib.findings import SEVERITIES, Effect, Rule, Severity, Verdict, rule
+from netllm_lib.findings import SEVERITIES, Effect, Rule, Severity, Verdict, rule, verdict
 
 
 def switched(evidence: Evidence, name: str, fix: str = "") -> Verdict | None:
-    """What turning the switch `name` alone changed when the test was played again; None where that was not measured."""
+    """What turning the switch `name` alone changed when the test was played again, or at least that the test was played without
+    it; None where neither is known."""
     replayed = evidence.replayed
-    if replayed is None or (change := replayed.effect(name)) is None:
+    if replayed is None or evidence.subject is None:
         return None
+    if (change := replayed.effect(name)) is None:
+        hidden = name in replayed.subject.off and name not in evidence.subject.off
+        title = "the recorded levels come back only without this: {sound}"
+        found = verdict("suspect" if evidence.failing else "note", title, sound=SWITCHES[name][0])
+        return replace(found, fix=fix) if hidden else None
     as_run, sound = replayed.tables[AS_RUN], replayed.tables[name]
     effect = Effect(*change, f"replayed on {sound['trace'].nunique()} traces")
     noise = " (noise: the interval holds zero)" if effect.noise else ""
@@ -100,6 +107,7 @@ def _not_replayed(evidence: Evidence) -> Verdict | None:
     how = f"these weights, tested as recorded, on {again['trace'].nunique()} traces"
     effect, closes = Effect(*paired(again, recorded), how), closes_gap(evidence, recorded, again)
     severity: Severity = "cause" if evidence.failing and closes else "note" if effect.noise else "suspect"
+    severity = "suspect" if replayed.too_short else severity  # a few traces do not prove it
     fix = "test again with these weights, in a process of its own and with an empty result folder"
     return Verdict(severity, title, numbers, fix, effect, closes)
 
