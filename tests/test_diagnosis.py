@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from netllm_lib.abr.diagnosis import (
     behaviour_entropy,
     diagnose,
     regret,
+    with_baselines,
 )
 from netllm_lib.abr.episodes import sound_episodes, upstream_episodes
 from netllm_lib.abr.evaluate import Test
@@ -229,6 +231,17 @@ def test_a_rule_that_fails_is_named_and_hides_no_other(tables: dict) -> None:
     diagnosis = diagnose(evidence_of(tables, Constant(5), pool=odd))
     assert {"level-collapse", "gap"} <= {finding.id for finding in diagnosis.findings}
     assert any("weak-teacher" in line and "AttributeError" in line for line in diagnosis.missing)
+
+
+def test_a_baseline_that_cannot_be_read_hides_no_other(tables: dict, tmp_path: Path) -> None:
+    registry = Registry(shutil.copytree(SAMPLE, tmp_path / "data"))
+    (tmp_path / "data" / "all_models" / "genet").mkdir(parents=True)
+    for ending in ("index", "meta", "data-00000-of-00001"):
+        (tmp_path / "data" / "all_models" / "genet" / f"nn_model_ep_1.ckpt.{ending}").write_text("broken")
+    alone = Evidence(Test({"llm": tables["bba"]}, "llm"), registry=registry, traces=TRACES, video=VIDEO)
+    found = with_baselines(alone)
+    assert set(found.tables) == {"llm", "mpc", "bba", "mpc (original)"}
+    assert any("Genet" in line for line in found.missing)
 
 
 def test_a_run_below_sound_mpc_is_failing(tables: dict) -> None:

@@ -35,14 +35,14 @@ SEED = 100003
 """The original's, of its tests."""
 
 
-def baselines(video: Video, registry: Registry) -> dict[str, Policy]:
-    """The baselines of a test: MPC, BBA, and Genet where there is a checkpoint.
+def baselines(video: Video, registry: Registry | None = None) -> dict[str, Policy]:
+    """The baselines of a test: MPC, BBA, and Genet where there is a registry with its checkpoint.
 
     "(original)" marks those that the original handicaps; without that mark a policy is in its sound form. BBA has one form.
     """
     players: dict[str, Policy] = {"mpc": RobustMPC(video), "bba": BBA()}
     players["mpc (original)"] = RobustMPC(video, MPCConfig.upstream())
-    if folder := registry.actor_folders().get("genet"):
+    if registry is not None and (folder := registry.actor_folders().get("genet")):
         players["genet"] = Pensieve(Actor.load(exported_actor(folder)))
     return players
 
