@@ -66,7 +66,7 @@ rows = {}
 # %%
 for name, folder in folders.items():
     actor = pensieve.Actor.load(exported[name])
-    played = rollout(pensieve.Pensieve(actor), Simulator(traces, video, chosen), keep_states=True)
+    played = rollout(pensieve.Pensieve(actor), Simulator(traces, video, chosen))
     states = played.states[:, :-1].reshape(-1, 6, 6)
     reference = tensorflow_actor.probabilities(pensieve.latest_checkpoint(folder), states)
     ported = actor.probabilities(states)

@@ -112,9 +112,8 @@ def test_a_cached_test_is_the_trained_function(tokens: str) -> None:
             return levels
 
     policy = Recording(network, describe(network, settings), EvalConfig(merge_lora=False))
-    played = rollout(policy, simulator, keep_states=True)
+    played = rollout(policy, simulator)
     returns = torch.from_numpy(np.array(played.extras["return_to_go"][:, 1:], dtype=np.float32))
-    assert played.states is not None
     states, levels = torch.from_numpy(played.states[:, :-1]), torch.from_numpy(played.level[:, 1:])
     with torch.inference_mode():
         logits = network(Batch(states, levels, returns, torch.arange(47).expand(len(TRACES), 47), None, levels))

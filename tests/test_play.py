@@ -15,7 +15,7 @@ from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.policies.pensieve import Pensieve
-from netllm_lib.abr.policies.simple import Constant, Random, Replay
+from netllm_lib.abr.policies.simple import Constant, Prefixed, Random, Replay
 from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
@@ -39,9 +39,9 @@ POLICIES: dict[str, Policy] = {
 @pytest.mark.parametrize("name", POLICIES)
 def test_blocks_change_nothing(name: str) -> None:
     policy = POLICIES[name]
-    whole = rollout(policy, SIMULATOR, keep_states=True)
+    whole = rollout(policy, SIMULATOR)
     for block in (1, 2, 4, 9, 50):
-        blocked = rollout(policy, SIMULATOR, block=block, keep_states=True)
+        blocked = rollout(policy, SIMULATOR, block=block)
         for field in ("level", "reward", "buffer_s", "delay_ms", "sleep_ms", "time_s", "states"):
             np.testing.assert_array_equal(getattr(whole, field), getattr(blocked, field))
         parts = list(rollout_blocks(policy, SIMULATOR, block))
@@ -54,6 +54,15 @@ def test_blocks_change_nothing(name: str) -> None:
     else:
         later = next(rollout_blocks(policy, SIMULATOR, 2, first=3))
         np.testing.assert_array_equal(later.reward, whole.reward[6:8])
+
+
+@pytest.mark.parametrize(
+    "config", [MPCConfig(), MPCConfig.strong(), MPCConfig.upstream(), MPCConfig.upstream(pool=True)]
+)
+def test_mpc_plays_the_same_in_one_call_as_chunk_by_chunk(config: MPCConfig) -> None:
+    policy = RobustMPC(VIDEO, config)
+    asked = Prefixed(policy, np.full((9, CHUNKS), -1))
+    np.testing.assert_array_equal(rollout(policy, SIMULATOR).level, rollout(asked, SIMULATOR).level)
 
 
 @pytest.mark.parametrize("choose", ["argmax", "sample"])

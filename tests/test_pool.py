@@ -51,8 +51,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_transitions_are_state_action_reward(pool: ExperiencePool) -> None:
-    played = rollout(BBA(), Simulator(TRACES, VIDEO, EPISODES), keep_states=True)
-    assert played.states is not None
+    played = rollout(BBA(), Simulator(TRACES, VIDEO, EPISODES))
     np.testing.assert_array_equal(pool.states, played.states[:, :-1].reshape(-1, 6, 6))
     np.testing.assert_array_equal(pool.actions, played.level[:, 1:].ravel())
     np.testing.assert_array_equal(pool.rewards, played.reward[:, 1:].ravel())

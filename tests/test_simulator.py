@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import time
+from contextlib import suppress
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from netllm_lib.abr.episodes import Episodes, sound_episodes
+from netllm_lib.abr.play import play
+from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import BandwidthModel, generate_traces, generate_video
@@ -88,3 +95,79 @@ def test_video_ends() -> None:
         simulator.step(np.array([0]))
     with pytest.raises(IndexError, match="reset"):
         simulator.step(np.array([0]))
+
+
+def test_a_clock_may_begin_anywhere() -> None:
+    """Sound play takes times from a trace's first one; the original's goes back to 0 at the end of a pass."""
+    traces, video = generate_traces("t", 5, 5, SLOW), generate_video("v", 3)
+    episodes, levels = sound_episodes(traces, seed=4), np.random.default_rng(0).integers(0, 6, (5, CHUNKS))
+    whole = [Trace(t.name, np.arange(len(t.mbps)) * 3.0, t.mbps) for t in traces.traces]
+    for running in (False, True):
+        played = []
+        for begin_s in (0.0, 100.0, 1.6e9):
+            moved = TraceSet("moved", tuple(Trace(t.name, t.time_s + begin_s, t.mbps) for t in whole))
+            simulator = Simulator(moved, video, replace(episodes, running_clock=running))
+            played.append(simulator.replay(levels).delay_ms)
+            reference = [
+                [ReferenceEnvironment(t, video, int(p)).download(level).delay_ms for level in row[:1]]
+                for t, p, row in zip(moved.traces, episodes.start_ptr, levels.tolist(), strict=True)
+            ]
+            np.testing.assert_array_equal(played[-1][:, 0], np.ravel(reference))
+        same = [bool((played[0] == other).all()) for other in played[1:]]
+        assert same == ([False, False] if running else [True, True])
+
+
+SOUND = Trace("t", np.arange(3.0), np.ones(3)), generate_video("v", 3)
+
+
+@pytest.mark.parametrize(
+    ("time_s", "mbps"),
+    [
+        ([0, 1], [1, np.nan]),
+        ([0, np.nan], [1, 1]),
+        ([0, -1], [1, 1]),
+        ([-3, -2], [1, 1]),
+        ([0, 1], [1, 1e-9]),
+        ([0, 1e-13], [1, 1]),
+        ([0, 1, 2], [1, 0, 0]),
+        ([0, 1], [1, 1, 1]),
+        ([[0, 1]], [[1, 1]]),
+    ],
+)
+def test_no_numbers_make_compiled_code_loop(time_s: list, mbps: list) -> None:
+    samples = {"time_s": np.array(time_s, dtype=float), "mbps": np.array(mbps, dtype=float)}
+    with pytest.raises(ValueError, match="trace t, sample"):
+        Trace("t", **samples)
+    if samples["time_s"].shape == samples["mbps"].shape == (len(time_s),):  # whoever gets such a trace past the check
+        trace, video = SOUND
+        forced = copy.copy(trace)
+        vars(forced).update(samples)
+        episodes = Episodes(np.array([0]), np.array([1]), None, np.ones((1, CHUNKS), int), 0, True)
+        for running in (False, True):
+            simulator = Simulator(TraceSet("t", (forced,)), video, replace(episodes, running_clock=running))
+            started = time.process_time()
+            with suppress(ValueError):
+                simulator.replay(np.zeros((1, CHUNKS), int))
+            with suppress(ValueError):
+                play(RobustMPC(video), simulator)
+            assert time.process_time() - started < 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"trace_index": np.array([1])},
+        {"trace_index": np.array([-1])},
+        {"start_ptr": np.array([0])},
+        {"start_ptr": np.array([3])},
+        {"noise": np.ones((1, 3))},
+        {"noise": np.full((1, CHUNKS), np.inf)},
+    ],
+)
+def test_episodes_that_are_not_there_are_refused(change: dict) -> None:
+    trace, video = SOUND
+    episodes = Episodes(np.array([0]), np.array([1]), None, np.ones((1, CHUNKS), int), 0, True)
+    with pytest.raises(ValueError, match="episodes:"):
+        Simulator(TraceSet("t", (trace,)), video, replace(episodes, **change))
+    with pytest.raises(ValueError, match="levels must be"):
+        Simulator(TraceSet("t", (trace,)), video, episodes).replay(np.zeros((1, CHUNKS + 1), int))

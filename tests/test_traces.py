@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -30,30 +31,42 @@ def write(path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "where", "message"),
+    ("text", "line", "message"),
     [
-        ("", "", "empty trace"),
-        ("0 1\n", "", "empty trace"),
-        ("0 1\n1 x\n", ":2", "expected \"time_s Mbps\", found '1 x'"),
-        ("0 1\n1 2 3\n", ":2", "expected"),
-        ("0 1\n\n1\n", ":3", "expected"),
-        ("0 1\n1 2\n1 3\n", ":3", "does not increase"),
-        ("0 1\n2 2\n1 3\n", ":3", "does not increase"),
-        ("0 1\n1 -2\n", ":2", "no bandwidth negative"),
-        ("0 1\n1 nan\n", ":2", "finite"),
-        ("0 1\ninf 2\n", ":2", "finite"),
-        ("0 5\n1 0\n2 0\n", "", "0 bytes in 2 s, no chunk would ever arrive"),
-        ("0 5\n1 1e-9\n", "", "no chunk would ever arrive"),
-        ("0 5\n1e-13 1\n", "", "no chunk would ever arrive"),
-        ("-5 1\n1 1\n", "", "it begins at -5.0 s"),
-        ("1.6e9 1\n1600000001 1\n", "", "it begins at 1600000000.0 s; every pass begins at 0"),
+        ("", 1, "empty trace"),
+        ("0 1\n", 1, "empty trace"),
+        ("0 1\n1 x\n", 2, "expected \"time_s Mbps\", found '1 x'"),
+        ("0 1\n1 2 3\n", 2, "expected"),
+        ("0 1\n\n1\n", 3, "expected"),
+        ("0 1\n1 2\n1 3\n", 3, r"does not increase \(1.0 s, 3.0 Mbps"),
+        ("0 1\n2 2\n\n1 3\n", 4, "does not increase"),
+        ("0 1\n1 -2\n", 2, "may be negative"),
+        ("-5 1\n1 1\n", 1, r"may be negative \(-5.0 s"),
+        ("0 1\n1 nan\n", 2, "finite"),
+        ("0 1\ninf 2\n", 2, "finite"),
+        ("0 5\n1 0\n2 0\n", 3, "0 bytes in 2 s, no chunk would ever arrive"),
+        ("0 5\n1 1e-9\n", 2, "no chunk would ever arrive"),
+        ("0 5\n1e-13 1\n", 2, "no chunk would ever arrive"),
+        ("\u4f60 \u597d\n", 1, "expected"),
     ],
 )
-def test_broken_trace_names_file_line_and_value(tmp_path: Path, text: str, where: str, message: str) -> None:
-    path = write(tmp_path / "t", text)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_trace(path)
-    assert str(caught.value).startswith(f"{path}{where}")
+def test_broken_trace_names_file_line_and_value(tmp_path: Path, text: str, line: int, message: str) -> None:
+    path = tmp_path / "t"
+    for encoding in ("utf-8", "utf-16", "gb18030"):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(ValueError, match=message) as caught:
+            read_trace(path)
+        assert str(caught.value).startswith(f"{path}:{line}: ")
+
+
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t")
+    os.mkfifo(tmp_path / "video_size_0")
+    for read, path in ((read_trace, tmp_path / "t"), (read_trace, Path("/dev/zero")), (read_video, tmp_path)):
+        with pytest.raises(ValueError, match="not a file"):
+            read(path)
+    with pytest.raises(ValueError, match="not a file"):
+        read_trace_set(tmp_path)
 
 
 def test_trace_set_is_sorted_skips_dotfiles_and_reads_pointers(tmp_path: Path) -> None:

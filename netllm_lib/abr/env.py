@@ -177,14 +177,12 @@ def state_space(traces: TraceSet, video: Video) -> gymnasium.spaces.Box:
     """The box of all states that can occur with these traces and this video, noise or not.
 
     Throughput is bounded by the largest chunk in no more than the round trip. The delay is bounded by the slowest trace: what is
-    left of the first pass, then as many whole passes as it takes; those start at 0 s.
+    left of the first pass, then as many whole passes as it takes.
     """
     largest, slowest_s = float(video.sizes_bytes[:, :CHUNKS].max()), 0.0
     for trace in traces.traces:
-        pass_s = np.diff(trace.time_s)
-        pass_s[0] = trace.time_s[1]
-        payload_bytes = float((trace.mbps[1:] * pass_s).sum()) * 1e6 / 8 * PAYLOAD_SHARE
-        slowest_s = max(slowest_s, trace.duration_s + float(pass_s.sum()) * np.ceil(largest / payload_bytes))
+        payload_bytes = trace.mean_mbps * trace.duration_s * 1e6 / 8 * PAYLOAD_SHARE
+        slowest_s = max(slowest_s, trace.duration_s * (1 + np.ceil(largest / payload_bytes)))
     high = np.ones((6, 6))
     high[1] = BUFFER_CAP_MS / 1000 / 10
     high[2] = largest / (RTT_MS * NOISE_LOW) / 1000

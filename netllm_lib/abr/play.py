@@ -22,13 +22,21 @@ from netllm_lib.abr.simulator import Outcome, Simulator
 class Rollout(Outcome):
     """Everything that was played, as arrays [episode, chunk]."""
 
-    episodes: Episodes
-    trace_names: list[str]
-    states: np.ndarray | None  # [N, 48, 6, 6] float32: the state after each chunk, from which the next is chosen
+    simulator: Simulator
     extras: dict[str, np.ndarray]  # what the policy adds, per decision; NaN for the first chunk
 
     def __len__(self) -> int:
-        return len(self.episodes)
+        return len(self.level)
+
+    @property
+    def episodes(self) -> Episodes:
+        """Those that were played."""
+        return self.simulator.episodes
+
+    @property
+    def states(self) -> np.ndarray:
+        """[N, 48, 6, 6] float32: the state after each chunk, from which the next is chosen."""
+        return self.simulator.states(self)
 
     @property
     def time_s(self) -> np.ndarray:
@@ -44,7 +52,7 @@ class Rollout(Outcome):
     def table(self) -> pd.DataFrame:
         """One row per episode × chunk. Columns: see docs/formats.md; what the policy adds comes last."""
         rows, chunks = self.level.shape
-        names = pd.Series([self.trace_names[index] for index in self.episodes.trace_index])
+        names = pd.Series([self.simulator.traces.names[index] for index in self.episodes.trace_index])
         labels = [
             f"{name}#{repeat}" if repeat else name
             for name, repeat in zip(names, names.groupby(names).cumcount(), strict=True)
@@ -66,28 +74,23 @@ def play(policy: Policy, simulator: Simulator, **options: Any) -> pd.DataFrame:
 
 
 def rollout(
-    policy: Policy,
-    simulator: Simulator,
-    *,
-    block: int | None = None,
-    keep_states: bool = False,
-    progress: Progress | None = None,
+    policy: Policy, simulator: Simulator, *, block: int | None = None, progress: Progress | None = None
 ) -> Rollout:
     """Play all episodes of the simulator with a policy.
 
     In lock-step, at most `block` episodes at once (None: the policy's own `block`, which for most is all of them); a policy that
     carries state from trace to trace is played one episode after the other and reset once. The result does not depend on
-    the block: every random number belongs to an episode. `keep_states` keeps the states that decisions were made from (for pools).
-    A part of a simulator is played with the random numbers that its episodes have in the whole.
+    the block: every random number belongs to an episode. A part of a simulator is played with the random numbers that its
+    episodes have in the whole.
     """
     policy.reset(simulator.whole)
-    return _play(policy, simulator, block, keep_states, progress)
+    return _play(policy, simulator, block, progress)
 
 
 def rollout_blocks(
     policy: Policy, simulator: Simulator, block: int, *, first: int = 0, progress: Progress | None = None
 ) -> Iterator[Rollout]:
-    """`rollout` with its states as a stream of its parts, `block` episodes each, so that no more than one of them is in memory.
+    """`rollout` as a stream of its parts, `block` episodes each, so that no more than one of them is in memory.
 
     Within a part as many episodes are played at once as the policy's own `block` allows. `first` skips as many parts. A policy
     that carries state from trace to trace cannot skip: it raises ValueError.
@@ -97,7 +100,7 @@ def rollout_blocks(
     policy.reset(simulator.episodes)
     for start in range(first * block, len(simulator), block):
         part = simulator.part(range(start, min(start + block, len(simulator))))
-        yield _play(policy, part, None, True, progress and shifted(progress, start * CHUNKS, len(simulator) * CHUNKS))
+        yield _play(policy, part, None, progress and shifted(progress, start * CHUNKS, len(simulator) * CHUNKS))
 
 
 def shifted(progress: Progress, earlier: int, total: int) -> Progress:
@@ -105,12 +108,26 @@ def shifted(progress: Progress, earlier: int, total: int) -> Progress:
     return lambda done, _: progress(earlier + done, total)
 
 
-def _play(
-    policy: Policy, simulator: Simulator, block: int | None, keep_states: bool, progress: Progress | None
-) -> Rollout:
-    shape = len(simulator), CHUNKS
-    levels, extras = np.full(shape, FIRST_LEVEL), dict[str, np.ndarray]()
-    states = np.empty((*shape, 6, 6), dtype=np.float32) if keep_states else None
+def _play(policy: Policy, simulator: Simulator, block: int | None, progress: Progress | None) -> Rollout:
+    extras = dict[str, np.ndarray]()
+    levels = policy.play_through(simulator)
+    if levels is None:
+        levels = _in_lock_step(policy, simulator, block, progress, extras)
+    elif progress:
+        progress(levels.size, levels.size)
+    # the levels say everything else: the simulator brings the rest in one call
+    return Rollout(**vars(simulator.replay(levels)), simulator=simulator, extras=extras)
+
+
+def _in_lock_step(
+    policy: Policy,
+    simulator: Simulator,
+    block: int | None,
+    progress: Progress | None,
+    extras: dict[str, np.ndarray],
+) -> np.ndarray:
+    """The levels [N, 48] that `act` chooses; what the policy adds to the table goes to `extras`."""
+    levels = np.full((len(simulator), CHUNKS), FIRST_LEVEL)
     size = 1 if policy.carries_state else block or policy.block or len(simulator)
     for first in range(0, len(simulator), size):
         rows = range(first, min(first + size, len(simulator)))
@@ -118,16 +135,11 @@ def _play(
         for chunk in range(CHUNKS):
             together.step(wanted)
             levels[rows, chunk] = wanted
-            observation = together.observe()
-            if states is not None:
-                states[rows, chunk] = observation.state
             if chunk + 1 < CHUNKS or policy.acts_after_last:
-                wanted = policy.act(observation)
+                wanted = policy.act(together.observe())
             if chunk + 1 < CHUNKS:
                 for name, values in policy.extras().items():
-                    extras.setdefault(name, np.full(shape, np.nan))[rows, chunk + 1] = values
+                    extras.setdefault(name, np.full(levels.shape, np.nan))[rows, chunk + 1] = values
             if progress:
                 progress(first * CHUNKS + (chunk + 1) * len(rows), levels.size)
-    # the levels say everything else: the simulator brings the rest in one call
-    brought, names = vars(simulator.replay(levels)), simulator.traces.names
-    return Rollout(**brought, episodes=simulator.episodes, trace_names=names, states=states, extras=extras)
+    return levels

@@ -221,8 +221,7 @@ def _write(folder: Path, part: ExperiencePool, first: int, count: int) -> None:
 
 
 def from_rollout(played: Rollout) -> ExperiencePool:
-    """The transitions of a rollout that kept its states."""
-    assert played.states is not None
+    """The transitions of a rollout."""
     levels, rewards = played.level[:, 1:].astype(np.int64), played.reward[:, 1:]
     dones = np.arange(1, CHUNKS) == np.full(levels.shape, CHUNKS - 1)
     return ExperiencePool(played.states[:, :-1].reshape(-1, 6, 6), levels.ravel(), rewards.ravel(), dones.ravel())

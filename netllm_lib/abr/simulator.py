@@ -5,7 +5,9 @@ advances the trace); the buffer drains during the download and rebuffering is wh
 video; above 60 s the client sleeps in steps of 500 ms, which does advance the trace.
 
 Exact to the last bit with the original environment (Pensieve's, as NetLLM ships it): the order of all operations is the
-original's. Time inside a trace is in seconds, delays and buffers are in milliseconds.
+original's. Time inside a trace is in seconds, delays and buffers are in milliseconds. A trace is what its samples say wherever
+its clock begins: every pass takes as long as its samples last. Only the original's own protocol (`Episodes.running_clock`) keeps
+the clock of the file and begins every later pass at 0, as it does; the same for traces that begin at 0.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ BUFFER_CAP_MS = 60000.0
 SLEEP_STEP_MS = 500.0
 PAYLOAD_SHARE = 0.95  # of the packets' bytes
 RTT_MS = 80.0
+STATE_COLUMNS = 6  # chunks that Pensieve's state remembers
+
+MOST_INTERVALS = 1_000_000
+"""Of a trace that a download or a wait may take; a chunk that needs more never arrives. No numbers make the loops endless."""
 
 inlined = njit(cache=True, nogil=True, inline="always")
 """For small functions: a call would count references to its arrays, which takes as long as the download."""
@@ -79,7 +85,9 @@ def next_sample(time_s: Array, ptr: int) -> tuple[int, float]:
 def wait(time_s: Array, ptr: int, now_s: float, wait_ms: float) -> tuple[int, float, float]:
     """Pointer and time `wait_ms` later, and the part of the wait that fell into the last interval."""
     interval_s = time_s[ptr] - now_s
-    while interval_s <= wait_ms / 1000:
+    for _ in range(MOST_INTERVALS):
+        if interval_s > wait_ms / 1000:
+            break
         wait_ms -= interval_s * 1000
         ptr, now_s = next_sample(time_s, ptr)
         interval_s = time_s[ptr] - now_s
@@ -93,7 +101,7 @@ def download(episode: Episode, client: Client, chunk: int, level: int) -> tuple[
     ptr, now_s, buffer_ms = client
     size_bytes = sizes_bytes[level, chunk]
     sent_bytes = delay_s = 0.0
-    while True:
+    for _ in range(MOST_INTERVALS):
         bytes_per_s = mbps[ptr] * 1e6 / 8
         interval_s = time_s[ptr] - now_s
         payload_bytes = bytes_per_s * interval_s * PAYLOAD_SHARE
@@ -102,6 +110,8 @@ def download(episode: Episode, client: Client, chunk: int, level: int) -> tuple[
         sent_bytes += payload_bytes
         delay_s += interval_s
         ptr, now_s = next_sample(time_s, ptr)
+    else:
+        delay_s, bytes_per_s = np.inf, 1.0  # no error: it would slow every download
     part_s = (size_bytes - sent_bytes) / bytes_per_s / PAYLOAD_SHARE  # of the interval in which the chunk ends
     delay_ms = ((delay_s + part_s) * 1000 + RTT_MS) * noise[chunk]
     now_s += part_s
@@ -129,7 +139,7 @@ class World(NamedTuple):
 
 
 @inlined
-def _episode(world: World, i: int) -> Episode:
+def episode_of(world: World, i: int) -> Episode:
     first, last = world.offsets[world.trace_index[i]], world.offsets[world.trace_index[i] + 1]
     time_s, mbps = world.time_s[first:last], world.mbps[first:last]
     return Episode(world.sizes_bytes, world.noise[i], time_s, mbps, world.start_ptr[i])
@@ -142,7 +152,7 @@ def _play(world: World, clients: Any, first_chunk: int, levels: Array, out: Arra
     `out` [5, N, chunks] receives the fields of `Download` and the buffer.
     """
     for i in range(levels.shape[0]):
-        episode = _episode(world, i)
+        episode = episode_of(world, i)
         client = Client(clients.ptr[i], clients.now_s[i], clients.buffer_ms[i])
         for j in range(levels.shape[1]):
             client, took = download(episode, client, first_chunk + j, levels[i, j])
@@ -167,6 +177,17 @@ class Outcome:
     residual_ms: np.ndarray  # the part of it that the original reports
 
 
+def _newest(outcome: Outcome, following: int | np.ndarray) -> dict[int, np.ndarray]:
+    """What a chunk adds to each row of Pensieve's state; `following` is the number of the next one."""
+    return {
+        0: outcome.bitrate_kbps / float(qoe.BITRATES_KBPS[-1]),
+        1: outcome.buffer_s / 10,
+        2: outcome.size_bytes / outcome.delay_ms / 1000,  # MB/s
+        3: outcome.delay_ms / 1000 / 10,
+        5: np.asarray((CHUNKS - following) / CHUNKS),
+    }
+
+
 class Simulator:
     """N episodes of one video. `reset()`, then `step(levels)` once per chunk.
 
@@ -177,10 +198,20 @@ class Simulator:
 
     def __init__(self, traces: TraceSet, video: Video, episodes: Episodes):
         self.traces, self.video, self.episodes = traces, video, episodes
-        noise = np.ones((len(episodes), CHUNKS)) if episodes.noise is None else np.ascontiguousarray(episodes.noise)
-        trace_index, start_ptr = (values.astype(np.int64) for values in (episodes.trace_index, episodes.start_ptr))
-        self._world = World(video.sizes_bytes.astype(np.float64), noise, trace_index, *traces.packed, start_ptr)
-        self.whole, self._rows = episodes, np.arange(len(episodes))
+        samples = traces.packed if episodes.running_clock else traces.packed_from_zero
+        noise: np.ndarray = (
+            np.ones((len(episodes), CHUNKS)) if episodes.noise is None else np.ascontiguousarray(episodes.noise)
+        )
+        index, start_ptr = (values.astype(np.int64) for values in (episodes.trace_index, episodes.start_ptr))
+        lengths = np.diff(samples[0])
+        # compiled code checks no index: an episode that is not there would read other memory
+        if ((index < 0) | (index >= len(lengths))).any() or ((start_ptr < 1) | (start_ptr >= lengths[index])).any():
+            raise ValueError(f"episodes: a trace or a starting point that {traces.name} does not have")
+        if noise.shape != (len(index), CHUNKS) or not ((noise > 0) & (noise < np.inf)).all():
+            raise ValueError(f"episodes: noise must be positive numbers [{len(index)}, {CHUNKS}]")
+        self.world = World(video.sizes_bytes.astype(np.float64), noise, index, *samples, start_ptr)
+        self.whole = episodes
+        self.rows = np.arange(len(index))  # which of all episodes these are: of a part, not from 0
         self.reset()
 
     def __len__(self) -> int:
@@ -189,19 +220,19 @@ class Simulator:
     def part(self, rows: Sequence[int]) -> Simulator:
         """Some of the episodes; what a policy observes still says which of all of them they are."""
         part = Simulator(self.traces, self.video, self.episodes.rows(rows))
-        part.whole, part._rows = self.whole, self._rows[rows]
+        part.whole, part.rows = self.whole, self.rows[rows]
         return part
 
     def episode(self, row: int) -> Episode:
         """What the compiled functions take."""
-        return _episode.py_func(self._world, row)
+        return episode_of.py_func(self.world, row)
 
     def reset(self) -> None:
         """Before the first chunk: start pointers, empty buffers, zero states."""
         self.chunk = 0  # the chunk that `step` downloads next
         self._clients = self._begin()
         self._level = np.full(len(self), FIRST_LEVEL)
-        self._state = np.zeros((len(self), 6, 6))
+        self._state = np.zeros((len(self), 6, STATE_COLUMNS))
         self._reward = np.zeros(len(self))
 
     def step(self, levels: np.ndarray) -> Outcome:
@@ -215,50 +246,64 @@ class Simulator:
         outcome = Outcome(**{name: values[:, 0] for name, values in vars(brought).items()})
         self.chunk += 1
         self._level, self._reward = outcome.level, outcome.reward
-        # Pensieve's state: a new array, so that observations that were handed out stay as they were
-        self._state = self._state[:, :, [1, 2, 3, 4, 5, 5]]
-        self._state[:, 0, -1] = outcome.bitrate_kbps / float(qoe.BITRATES_KBPS[-1])
-        self._state[:, 1, -1] = outcome.buffer_s / 10
-        self._state[:, 2, -1] = outcome.size_bytes / outcome.delay_ms / 1000  # MB/s
-        self._state[:, 3, -1] = outcome.delay_ms / 1000 / 10
+        self._state = self._state[
+            :, :, [1, 2, 3, 4, 5, 5]
+        ]  # a new array: observations that were handed out stay as they were
+        for row, values in _newest(outcome, self.chunk).items():
+            self._state[:, row, -1] = values
         self._state[:, 4] = self._next_sizes() / 1000 / 1000  # MB
-        self._state[:, 5, -1] = (CHUNKS - self.chunk) / CHUNKS
         return outcome
 
     def replay(self, levels: np.ndarray) -> Outcome:
         """Play given levels [N, chunks <= 48] from the start in one compiled call. Does not touch the running episode."""
         return self._download(self._begin(), 0, levels, np.full(len(self), FIRST_LEVEL))
 
+    def states(self, played: Outcome) -> np.ndarray:
+        """[N, chunks, 6, 6] float32: the states after each chunk of a replay, which `observe` shows one by one."""
+        states = np.empty((*played.level.shape, 6, STATE_COLUMNS), dtype=np.float32)
+        following = np.arange(1, played.level.shape[1] + 1)
+        for row, values in _newest(played, following).items():
+            before = np.zeros((len(self), STATE_COLUMNS - 1))
+            all_columns = np.concatenate([before, np.broadcast_to(values, played.level.shape)], axis=1)
+            states[:, :, row] = np.lib.stride_tricks.sliding_window_view(all_columns, STATE_COLUMNS, axis=1)
+        states[:, :, 4] = self.world.sizes_bytes[:, following % CHUNKS].T / 1000 / 1000
+        return states
+
     def observe(self) -> Observation:
         """What a policy may know now. After the last chunk the "next" sizes are those of chunk 0, as in the original."""
         buffer_s, sizes = self._clients.buffer_ms / 1000, np.broadcast_to(self._next_sizes(), (len(self), qoe.LEVELS))
-        return Observation(self.chunk, self._rows, self._state, buffer_s, self._level, self._reward, sizes)
+        return Observation(self.chunk, self.rows, self._state, buffer_s, self._level, self._reward, sizes)
 
     def _next_sizes(self) -> np.ndarray:
-        return self._world.sizes_bytes[:, self.chunk % CHUNKS]
+        return self.world.sizes_bytes[:, self.chunk % CHUNKS]
 
     def _begin(self) -> Any:  # a Client of arrays [N]
-        start_s = self._world.time_s[self._world.offsets[self._world.trace_index] + self._world.start_ptr - 1]
-        return Client(self._world.start_ptr.copy(), start_s, np.zeros(len(self)))  # type: ignore[arg-type]
+        start_s = self.world.time_s[self.world.offsets[self.world.trace_index] + self.world.start_ptr - 1]
+        return Client(self.world.start_ptr.copy(), start_s, np.zeros(len(self)))  # type: ignore[arg-type]
 
     def _download(self, clients: Any, first_chunk: int, levels: np.ndarray, before: np.ndarray) -> Outcome:
         """Download `levels` [N, chunks]; `before` [N] are those of the chunk before them. Moves the clients."""
         given, levels = levels, np.ascontiguousarray(levels, dtype=np.int64)
         shape = (len(self), *levels.shape[1:])
-        if levels.shape != shape or (levels != given).any() or levels.min() < 0 or levels.max() >= qoe.LEVELS:
+        outside = levels.shape != shape or levels.shape[1] > CHUNKS - first_chunk or (levels != given).any()
+        if outside or levels.min() < 0 or levels.max() >= qoe.LEVELS:
             raise ValueError(
                 f"levels must be integers 0..{qoe.LEVELS - 1} for {len(self)} episodes, got {given!r:.200}"
             )
         out = np.empty((5, *shape))
-        _play(self._world, clients, first_chunk, levels, out)
+        _play(self.world, clients, first_chunk, levels, out)
         delay_ms, rebuffer_ms, sleep_ms, residual_ms, buffer_ms = out
+        if not np.isfinite(delay_ms).all():
+            row = np.flatnonzero(~np.isfinite(delay_ms).all(axis=1))[0]
+            name = self.traces.names[self.episodes.trace_index[row]]
+            raise ValueError(f"trace {name}: a chunk does not arrive within {MOST_INTERVALS:,} of its samples")
         previous = np.concatenate([before[:, None], levels[:, :-1]], axis=1)
         kbps, previous_kbps = qoe.BITRATES_KBPS[levels], qoe.BITRATES_KBPS[previous]
         rebuffer_s = rebuffer_ms / 1000
         return Outcome(
             level=levels,
             bitrate_kbps=kbps,
-            size_bytes=self._world.sizes_bytes[levels, first_chunk + np.arange(levels.shape[1])],
+            size_bytes=self.world.sizes_bytes[levels, first_chunk + np.arange(levels.shape[1])],
             delay_ms=delay_ms,
             rebuffer_s=rebuffer_s,
             buffer_s=buffer_ms / 1000,

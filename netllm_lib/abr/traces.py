@@ -11,7 +11,6 @@ A new trace set or video is a new folder; no code changes.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,23 +23,33 @@ import pandas as pd
 import scipy.sparse.csgraph
 
 from netllm_lib import safe_pickle
+from netllm_lib.abr import FETCHED
 from netllm_lib.abr.qoe import CHUNKS, LEVELS
 from netllm_lib.arrays import array_hash
-from netllm_lib.runs import PROJECT
+from netllm_lib.runs import PROJECT, read_bytes, read_text
 
 POINTER_FILE = "mahimahi_ptrs.pkl"
+MOST_TRACE_BYTES, MOST_VIDEO_BYTES = 50_000_000, 1_000_000
 LEAST_PASS_BYTES, LEAST_PASS_S = 1000.0, 0.001
 """Of one pass through a trace: a chunk of megabytes then takes thousands of passes, not millions."""
+MOST_CHUNK_BYTES = 999_999_999
 SAMPLE = PROJECT / "data" / "sample"
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One bandwidth trace: `mbps[i]` applies over (time_s[i-1], time_s[i]]; `mbps[0]` is never used."""
+    """One bandwidth trace: `mbps[i]` applies over (time_s[i-1], time_s[i]]; `mbps[0]` is never used.
+
+    Raises ValueError for samples that the simulator could not play.
+    """
 
     name: str
-    time_s: np.ndarray  # [samples] float64, strictly increasing
+    time_s: np.ndarray  # [samples] float64, strictly increasing, from any time on
     mbps: np.ndarray  # [samples] float64, >= 0
+
+    def __post_init__(self) -> None:
+        if problem := _problem(self.time_s, self.mbps):
+            raise ValueError(f"trace {self.name}, sample {problem[0]}: {problem[1]}")
 
     def __repr__(self) -> str:
         samples = f"{len(self.mbps)} samples, {self.duration_s:.0f} s, mean {self.mean_mbps:.3f} Mbps"
@@ -57,32 +66,39 @@ class Trace:
         return float(np.average(self.mbps[1:], weights=np.diff(self.time_s)))
 
 
+def _problem(time_s: np.ndarray, mbps: np.ndarray) -> tuple[int, str] | None:
+    """The first sample with which a trace cannot be played, and why; None if it can."""
+    if time_s.shape != mbps.shape or time_s.ndim != 1 or len(mbps) < 2:
+        return max(len(mbps) - 1, 0), f"empty trace ({len(mbps)} samples; at least two are needed)"
+    for bad, why in (
+        (~(np.isfinite(time_s) & np.isfinite(mbps)), "time and bandwidth must be finite"),
+        ((time_s < 0) | (mbps < 0), "neither time nor bandwidth may be negative"),
+        (np.diff(time_s, prepend=-1.0) <= 0, "time does not increase"),
+    ):
+        if bad.any():
+            at = int(bad.argmax())
+            return at, f"{why} ({time_s[at]} s, {mbps[at]} Mbps)"
+    duration_s, pass_bytes = time_s[-1] - time_s[0], float((mbps[1:] * np.diff(time_s)).sum()) * 1e6 / 8
+    if pass_bytes < LEAST_PASS_BYTES or duration_s < LEAST_PASS_S:
+        return len(mbps) - 1, f"{pass_bytes:.3g} bytes in {duration_s:.3g} s, no chunk would ever arrive"
+    return None
+
+
 def read_trace(path: Path) -> Trace:
     """Parse a trace file. Raises ValueError naming file, line and value for anything the simulator could not play."""
-    samples: list[tuple[float, float]] = []
-    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where, found = f"{path}:{number}", f"found {line[:60]!r}"
-        try:
-            time_s, mbps = (float(word) for word in line.split())
-        except ValueError:
-            raise ValueError(f'{where}: expected "time_s Mbps", {found}') from None
-        if not (math.isfinite(time_s) and 0 <= mbps < math.inf):
-            raise ValueError(f"{where}: time and bandwidth must be finite and no bandwidth negative, {found}")
-        if samples and time_s <= samples[-1][0]:
-            raise ValueError(f"{where}: time {time_s} s does not increase (the line before has {samples[-1][0]} s)")
-        samples.append((time_s, mbps))
-    if len(samples) < 2:
-        raise ValueError(f"{path}: empty trace ({len(samples)} samples; at least two are needed)")
-    trace = Trace(Path(path).name, *np.array(samples).T.copy())
-    gaps_s = np.diff(trace.time_s)
-    if not 0 <= (start_s := trace.time_s[0]) <= gaps_s.max():
-        raise ValueError(f"{path}: it begins at {start_s} s; every pass begins at 0: take the first time from all")
-    pass_bytes = float((trace.mbps[1:] * gaps_s).sum()) * 1e6 / 8
-    if pass_bytes < LEAST_PASS_BYTES or trace.duration_s < LEAST_PASS_S:
-        raise ValueError(f"{path}: {pass_bytes:.3g} bytes in {trace.duration_s:.3g} s, no chunk would ever arrive")
-    return trace
+    samples: list[tuple[int, float, float]] = []
+    for number, line in enumerate(read_text(path, MOST_TRACE_BYTES).splitlines(), start=1):
+        if words := line.split():
+            try:
+                time_s, mbps = map(float, words)
+            except ValueError:
+                raise ValueError(f'{path}:{number}: expected "time_s Mbps", found {line[:60]!r}') from None
+            samples.append((number, time_s, mbps))
+    numbers, times, rates = np.array(samples).reshape(-1, 3).T.copy()
+    if problem := _problem(times, rates):
+        at = numbers[problem[0]] if samples else 1
+        raise ValueError(f"{path}:{at:.0f}: {problem[1]}")
+    return Trace(Path(path).name, times, rates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +129,12 @@ class TraceSet:
         return offsets, np.concatenate(times), np.concatenate(rates)
 
     @cached_property
+    def packed_from_zero(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`packed`, with the clock of each trace beginning at 0."""
+        offsets, time_s, mbps = self.packed
+        return offsets, time_s - np.repeat(time_s[offsets[:-1]], np.diff(offsets)), mbps
+
+    @cached_property
     def content_hash(self) -> str:
         """Digest of all samples, names and start pointers."""
         pointers = np.zeros(0) if self.start_ptrs is None else self.start_ptrs
@@ -133,7 +155,7 @@ class TraceSet:
 def _read_pointers(path: Path, traces: tuple[Trace, ...]) -> np.ndarray:
     """The original's pickled list of start pointers."""
     try:
-        values = safe_pickle.load(path.read_bytes())
+        values = safe_pickle.load(read_bytes(path, MOST_VIDEO_BYTES))
         if type(values) is not list or [type(value) for value in values] != [int] * len(traces):
             raise ValueError(f"not a list of {len(traces)} integers, one for each trace")
         for value, trace in zip(values, traces, strict=True):
@@ -147,7 +169,7 @@ def _read_pointers(path: Path, traces: tuple[Trace, ...]) -> np.ndarray:
 def read_trace_set(folder: Path) -> TraceSet:
     """All traces of a folder, sorted by file name; dotfiles are skipped, a pointer file is read."""
     folder = Path(folder)
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
     traces = tuple(read_trace(path) for path in files if path.name != POINTER_FILE)
     if not traces:
         raise FileNotFoundError(f"{folder}: no trace files in it")
@@ -157,10 +179,17 @@ def read_trace_set(folder: Path) -> TraceSet:
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """Chunk sizes of a video in all six levels."""
+    """Chunk sizes of a video in all six levels. Raises ValueError for sizes that the simulator could not play."""
 
     name: str
     sizes_bytes: np.ndarray  # [6, chunks >= 48] int64
+
+    def __post_init__(self) -> None:
+        sizes = self.sizes_bytes
+        if sizes.ndim != 2 or len(sizes) != LEVELS or sizes.shape[1] < CHUNKS or sizes.dtype.kind not in "iu":
+            raise ValueError(f"video {self.name}: sizes must be integers [{LEVELS}, at least {CHUNKS} chunks]")
+        if sizes.min() < 1 or sizes.max() > MOST_CHUNK_BYTES:
+            raise ValueError(f"video {self.name}: chunk sizes must be from 1 to {MOST_CHUNK_BYTES} bytes")
 
     def __repr__(self) -> str:
         mbps = np.round(self.sizes_bytes[:, :CHUNKS].mean(axis=1) * 8 / 4e6, 3).tolist()
@@ -176,9 +205,9 @@ def read_video(folder: Path) -> Video:
     folder, levels = Path(folder), []
     for level in range(LEVELS):
         path = folder / f"video_size_{level}"
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path}: size file of level {level} is missing ({LEVELS} levels are needed)")
-        lines = path.read_text(errors="replace").splitlines()
+        lines = read_text(path, MOST_VIDEO_BYTES).splitlines()
         for number, line in enumerate(lines, start=1):
             if not re.fullmatch(r"\s*([1-9][0-9]{0,8}\s*)?", line):
                 raise ValueError(f"{path}:{number}: expected a chunk size in bytes, found {line[:60]!r}")
@@ -273,8 +302,7 @@ def find_registry(data: str | Path | None = None) -> Registry:
                 f"{source} {named}: no folder traces/ in it (expected traces/, videos/, all_models/)"
             )
         return Registry(Path(named))
-    fetched = PROJECT / "data" / "netllm"
-    return Registry(fetched if (fetched / "traces").is_dir() else SAMPLE)
+    return Registry(FETCHED if (FETCHED / "traces").is_dir() else SAMPLE)
 
 
 # --- overlap between trace sets -----------------------------------------------------------------------------------------

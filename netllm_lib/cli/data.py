@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from netllm_lib import runs
+from netllm_lib.abr import FETCHED
 from netllm_lib.cli.options import DataOption, JsonOption, print_json, waiting
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 HELP = "Trace sets and videos: list, fetch, check, import, generate."
 app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
-FETCHED = runs.PROJECT / "data" / "netllm"
 FolderArgument = Annotated[Path, typer.Argument(help="Root folder [data/netllm of the checkout].", show_default=False)]
 
 

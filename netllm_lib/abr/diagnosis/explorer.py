@@ -105,8 +105,7 @@ class Explorer:
     def _states(self) -> np.ndarray:
         assert self.simulator is not None
         player = Replay(decisions.levels_of(self.table))
-        states = rollout(player, self.simulator.part([self._row]), keep_states=True).states
-        assert states is not None
+        states = rollout(player, self.simulator.part([self._row])).states
         return states[0]
 
     def decision(self) -> pd.DataFrame:

@@ -5,20 +5,20 @@ Predict the throughput of the next chunks, try every sequence of levels over the
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numba import njit
 
-from netllm_lib.abr.episodes import Episodes, Observation
+from netllm_lib.abr.episodes import FIRST_LEVEL, Episodes, Observation
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import BITRATES_KBPS, CHUNKS, LEVELS, REBUFFER_PENALTY
+from netllm_lib.abr.simulator import STATE_COLUMNS, Array, Simulator, World, begin, download, episode_of
 from netllm_lib.abr.traces import Video
 
 KBPS = BITRATES_KBPS.astype(np.float64)
+compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MPCConfig:
         return replace(handicaps, float32_throughput=rounded)
 
 
-@njit(cache=True)
+@compiled
 def plan(
     sizes_mb: np.ndarray,  # [horizon, 6]
     buffer_s: float,
@@ -99,14 +99,79 @@ def plan(
     return best_first
 
 
-@njit(cache=True)
-def _plans(
-    sizes_mb: np.ndarray, buffer_s: np.ndarray, last_level: np.ndarray, mb_per_s: np.ndarray, jump: int, cap_s: float, first: bool
-) -> np.ndarray:  # fmt: skip
+class Settings(NamedTuple):
+    """`MPCConfig` as compiled functions take it."""
+
+    horizon: int
+    jump_limit: int
+    late: int  # chunks by which the sizes are too far
+    buffer_cap_s: float
+    first_wins: bool
+    window: int
+    error_weight: float
+
+
+@compiled
+def choose(
+    settings: Settings,
+    sizes_mb: np.ndarray,  # [chunks, 6]
+    chunk: int,
+    throughput: np.ndarray,  # MB/s of the last chunks, the newest last
+    buffer_s: float,
+    last_level: int,
+    memory: np.ndarray,  # the last harmonic mean, 0 before the first, then the relative errors of the last ones
+) -> int:
+    """The level of `chunk`, and `memory` moves on."""
+    for place in range(1, len(memory) - 1):
+        memory[place] = memory[place + 1]
+    newest, total = throughput[-1], 0.0
+    memory[-1] = abs(memory[0] - newest) / newest if memory[0] else 0.0
+    count = min(settings.window, chunk, len(throughput))
+    for sample in throughput[-count:]:  # summed from left to right, as the original does
+        total += 1 / sample
+    memory[0] = 1 / (total / count)
+    mb_per_s = memory[0] / (1 + settings.error_weight * memory[1:].max())
+    start = chunk + settings.late
+    sizes = sizes_mb[start : start + min(settings.horizon, CHUNKS - chunk)]
+    return plan(sizes, buffer_s, last_level, mb_per_s, settings.jump_limit, settings.buffer_cap_s, settings.first_wins)
+
+
+@compiled
+def _choose_all(
+    settings: Settings,
+    sizes_mb: Array,
+    chunk: int,
+    throughput: Array,
+    buffer_s: Array,
+    last_level: Array,
+    memory: Array,
+) -> Array:
+    """`choose` for N episodes."""
     levels = np.empty(len(buffer_s), np.int64)
     for i in range(len(levels)):
-        levels[i] = plan(sizes_mb, buffer_s[i], last_level[i], mb_per_s[i], jump, cap_s, first)
+        levels[i] = choose(settings, sizes_mb, chunk, throughput[i], buffer_s[i], last_level[i], memory[i])
     return levels
+
+
+@compiled
+def _play_all(
+    settings: Settings, sizes_mb: Array, world: World, decisions: int, rounded: Array, memory: Array, levels: Array
+) -> None:
+    """Play whole episodes: fills in `levels` [N, chunks] behind the first. A memory of one row goes from trace to trace."""
+    throughput = np.empty(STATE_COLUMNS)
+    for i in range(len(levels)):
+        episode = episode_of(world, i)
+        client, level = begin(episode), levels[i, 0]
+        mine = memory[min(i, len(memory) - 1)]
+        for chunk in range(1, decisions + 1):
+            client, took = download(episode, client, chunk - 1, level)
+            throughput[:-1] = throughput[1:].copy()
+            throughput[-1] = episode.sizes_bytes[level, chunk - 1] / took.delay_ms / 1000
+            if rounded[i]:
+                throughput[-1] = np.float32(throughput[-1])
+            level = choose(settings, sizes_mb, chunk, throughput, client.buffer_ms / 1000, level, mine)
+            if chunk < levels.shape[1]:
+                levels[i, chunk] = level
 
 
 class RobustMPC(Policy):
@@ -115,42 +180,49 @@ class RobustMPC(Policy):
     name = "mpc"
 
     def __init__(self, video: Video, config: MPCConfig | None = None):
-        self.config = config or MPCConfig()
-        self.carries_state = self.acts_after_last = self.config.carry_history
-        self._late = int(self.config.size_index == "one-late")
-        if self._late and video.sizes_bytes.shape[1] < CHUNKS + 1:
+        self.config = config = config or MPCConfig()
+        self.carries_state = self.acts_after_last = config.carry_history
+        late = int(config.size_index == "one-late")
+        if late and video.sizes_bytes.shape[1] < CHUNKS + 1:
             needed = f"needs {CHUNKS + 1} lines in each size file, found {video.sizes_bytes.shape[1]}"
             raise ValueError(
                 f"video {video.name}: the original's MPC reads past the end and {needed}; play the sound form"
             )
-        self._sizes_mb = video.sizes_bytes.T / 1000000.0  # [chunks, 6]
-
-    def reset(self, episodes: Episodes) -> None:
-        self._errors = deque[np.ndarray](maxlen=self.config.error_window)  # relative errors [N] of the last means
-        self._mean: np.ndarray | None = None  # the last harmonic mean [N]
-
-    def act(self, observation: Observation) -> np.ndarray:
-        config, chunk = self.config, observation.chunk
-        if chunk == 1 and not config.carry_history:
-            self._errors.clear()
-            self._mean = None
-        past = observation.state[:, 2, -min(config.window, chunk) :]  # MB/s
-        first_trace = config.float32_throughput == "first-trace" and observation.episode[0] == 0
-        if config.float32_throughput == "all" or first_trace:
-            past = past.astype(np.float32).astype(np.float64)
-        newest = past[:, -1]
-        self._errors.append(np.zeros(len(past)) if self._mean is None else abs(self._mean - newest) / newest)
-        self._mean = 1 / (
-            sum(1 / sample for sample in past.T) / past.shape[1]
-        )  # summed from left to right, as the original does
-        weight = config.error_weight if config.robust else 0.0
-        start = chunk + self._late
-        return _plans(
-            self._sizes_mb[start : start + min(config.horizon, CHUNKS - chunk)],
-            observation.buffer_s,
-            observation.last_level,
-            self._mean / (1 + weight * reduce(np.maximum, self._errors)),
+        self._sizes_mb = np.ascontiguousarray(video.sizes_bytes.T / 1000000.0)  # [chunks, 6]
+        self._settings = Settings(
+            config.horizon,
             LEVELS if config.jump_limit is None else config.jump_limit,
+            late,
             np.inf if config.buffer_cap_s is None else config.buffer_cap_s,
             config.ties == "first",
+            config.window,
+            config.error_weight if config.robust else 0.0,
         )
+
+    def reset(self, episodes: Episodes) -> None:
+        self._forget(1)
+
+    def _forget(self, clients: int) -> None:
+        self._memory = np.zeros((clients, 1 + self.config.error_window))
+
+    def act(self, observation: Observation) -> np.ndarray:
+        if observation.chunk == 1 and not self.config.carry_history:
+            self._forget(len(observation.episode))
+        throughput = np.ascontiguousarray(observation.state[:, 2])  # MB/s
+        rounded = self._rounded(observation.episode)[:, None]
+        throughput = np.where(rounded, throughput.astype(np.float32).astype(np.float64), throughput)
+        seen = observation.chunk, throughput, observation.buffer_s, observation.last_level
+        return _choose_all(self._settings, self._sizes_mb, *seen, self._memory)
+
+    def play_through(self, simulator: Simulator) -> np.ndarray:
+        if not self.config.carry_history:
+            self._forget(len(simulator))
+        levels = np.full((len(simulator), CHUNKS), FIRST_LEVEL)
+        decisions, rounded = CHUNKS - (not self.acts_after_last), self._rounded(simulator.rows)
+        _play_all(self._settings, self._sizes_mb, simulator.world, decisions, rounded, self._memory, levels)
+        return levels
+
+    def _rounded(self, episode: np.ndarray) -> np.ndarray:
+        """[N] True for the episodes whose throughput samples are rounded to float32."""
+        traces = self.config.float32_throughput
+        return np.full(len(episode), traces == "all") | ((traces == "first-trace") & (episode == 0))
