@@ -163,7 +163,6 @@ def test_inline_commands_have_the_options_that_they_name() -> None:
 JSON_LINES = {
     "netllm data list": "",
     "netllm data fetch": "",
-    "netllm data check": "data/sample  # exits with 1",
     "netllm data import": "lte_logs new --format mahimahi",
     "netllm data generate": "made --train 2 --test 2",
     "netllm pool show": "reports/runs/03_experience_pool/demo-*/pool",

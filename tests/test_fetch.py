@@ -1,4 +1,4 @@
-"""`netllm data fetch` and `check`, against a repository that is made here and has the layout of NetLLM's."""
+"""`netllm data fetch`, against a repository that is made here and has the layout of NetLLM's."""
 
 from __future__ import annotations
 
@@ -320,11 +320,12 @@ def test_the_commands(upstream: Upstream, tmp_path: Path, capsys: pytest.Capture
     with upstream.as_netllm():
         assert netllm("fetch", to, "--json") == 0
         last = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert last == {"folder": to, "files": count, "brought": count}
-        assert netllm("check", to) == 0
+        assert last == {"folder": to, "files": count, "brought": count, "foreign": []}
+        (tmp_path / "to" / name).with_name("stray").touch()
+        assert netllm("fetch", to) == 0
+        assert "1 other files lie among them: " in capsys.readouterr().out
+        (tmp_path / "to" / name).with_name("stray").unlink()
         flip(tmp_path / "to" / name)
-        assert netllm("check", to) == 1
-        assert f"1 wrong: {name}" in capsys.readouterr().out
         assert netllm("fetch", to, "--from", str(upstream.folder)) == 2
         assert netllm("fetch", to, "--from", str(upstream.folder), "--replace") == 0
     assert sums_of(tmp_path / "to") == upstream.sums

@@ -23,7 +23,7 @@ from netllm_lib.config import parse
 TO_MBPS = {"Mbps": 1.0, "kbps": 1e-3, "bps": 1e-6, "MB/s": 8.0, "kB/s": 8e-3, "B/s": 8e-6}
 TO_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 PACKET_MBIT = 1500 * 8 / 1e6  # what mahimahi lets through at each timestamp
-MOST_INTERVALS = 10**6  # of a mahimahi trace: at one second each, eleven days
+MOST_S = 1_000_000  # eleven days
 
 
 def import_traces(
@@ -33,12 +33,11 @@ def import_traces(
     *,
     name: str | None = None,
     split: str = "train",
-    replace: bool = False,
 ) -> tuple[TraceSet, Path]:
     """A file, or all files of a folder, as the trace set `<root>/traces/<split>/<name>/`: (trace set, its folder).
 
     `read` is one of the readers below. Raises ValueError by file for what cannot be read, FileNotFoundError if there are no
-    files, and FileExistsError if the root has a trace set of that name, unless `replace`.
+    files, and FileExistsError if the root has a trace set of that name.
     """
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [path for path in files if path.is_file() and not path.name.startswith(".") and path.name != POINTER_FILE]
@@ -48,9 +47,8 @@ def import_traces(
     for word in (name, split):
         if word.startswith(".") or word != Path(word).name or "\\" in word:
             raise ValueError(f"{word!r} cannot be the name of a folder for traces")
-    there = Registry(root).trace_folders().get(name)
-    if there is not None and not (replace and there.parent.name == split):
-        raise FileExistsError(f"{there} is there; give another --name, or --replace it")
+    if (there := Registry(root).trace_folders().get(name)) is not None:
+        raise FileExistsError(f"{there} is there; give another --name, or remove it")
     traces = TraceSet(name, tuple(read(path) for path in files))
     return traces, write_traces(traces, root, split)
 
@@ -75,13 +73,11 @@ def _trace(path: Path, time_s: np.ndarray, mbps: np.ndarray) -> Trace:
     return Trace(path.stem if known else path.name, time_s, mbps)
 
 
-def read_mahimahi(path: Path, interval_s: float = 1.0) -> Trace:
-    """Packet timestamps, one time in milliseconds a line, counted over intervals of `interval_s`.
+def read_mahimahi(path: Path) -> Trace:
+    """Packet timestamps, one time in milliseconds a line, counted over intervals of a second.
 
     The trace ends with the last packet, as mahimahi then begins again; its bytes are those of the packets.
     """
-    if not interval_s >= 0.001:
-        raise ValueError(f"--interval {interval_s}: give seconds, at least 0.001")
     stamps = []
     for number, line in enumerate(runs.read_text(path).split("\n"), start=1):
         try:
@@ -90,10 +86,9 @@ def read_mahimahi(path: Path, interval_s: float = 1.0) -> Trace:
             raise ValueError(f"{path}:{number}: expected a packet's time in ms, found {line[:60]!r}") from None
     if not np.isfinite(stamps).all() or (np.diff(stamps, prepend=0) < 0).any() or not any(stamps):
         raise ValueError(f"{path}: packet times must be finite, never decrease, and end after 0 ms")
-    if stamps[-1] / interval_s > MOST_INTERVALS:
-        raise ValueError(f"{path}: it ends after {stamps[-1]:g} s, more than {MOST_INTERVALS} intervals")
-    whole = math.ceil(round(stamps[-1] / interval_s, 9))
-    edges_s = np.append(np.arange(whole) * interval_s, stamps[-1])
+    if stamps[-1] > MOST_S:
+        raise ValueError(f"{path}: it ends after {stamps[-1]:g} s, more than {MOST_S} s")
+    edges_s = np.append(np.arange(math.ceil(round(stamps[-1], 9))), stamps[-1])
     # a packet at the edge of two intervals ends the first one; rounding must not carry it over
     counts = np.diff(np.searchsorted(stamps, edges_s + 1e-7, side="right"), prepend=0)
     counts[1] += counts[0]  # packets at 0 ms

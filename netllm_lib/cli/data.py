@@ -15,7 +15,7 @@ from netllm_lib.cli.options import DataOption, JsonOption, print_json, waiting
 if TYPE_CHECKING:
     from netllm_lib.abr.traces import Trace
 
-HELP = "Trace sets and videos: list, fetch, check, import, generate."
+HELP = "Trace sets and videos: list, fetch, import, generate."
 app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None)
 FolderArgument = Annotated[Path, typer.Argument(help="Root folder [data/netllm of the checkout].", show_default=False)]
 
@@ -49,28 +49,14 @@ def data_fetch(
     """Bring NetLLM's own data, every file checked: by git, without the rest of the repository, or from a folder."""
     from netllm_lib.abr import fetch
 
-    count = len(fetch.read_sums())
     with waiting("fetching"):
-        repository = repository or fetch.REPOSITORY
-        brought = fetch.fetch_data(folder, source=source, repository=repository, replace=replace)
+        brought = fetch.fetch_data(folder, source=source, repository=repository or fetch.REPOSITORY, replace=replace)
+        found = fetch.check_data(folder)
+    count = len(found["right"])
     print(f"{folder}: all {count} files are there and right; {brought} of them are new")
-    print_json(as_json, {"folder": folder, "files": count, "brought": brought})
-
-
-@app.command("check")
-def data_check(folder: FolderArgument = FETCHED, as_json: JsonOption = False) -> None:
-    """Compare fetched data with the sums; exit code 1 if a file is missing or wrong."""
-    from netllm_lib.abr import fetch
-
-    found = fetch.check_data(folder)
-    complete = not found["wrong"] and not found["missing"]
-    print(f"{folder}: {len(found['right'])} files are there and right")
-    for what in ("wrong", "missing", "foreign"):
-        if found[what]:
-            print(f"{len(found[what])} {what}: {fetch.few(found[what])}")
-    print_json(as_json, {"folder": folder, "complete": complete, **found, "right": len(found["right"])})
-    if not complete:
-        raise typer.Exit(1)
+    if found["foreign"]:
+        print(f"{len(found['foreign'])} other files lie among them: {fetch.few(found['foreign'])}")
+    print_json(as_json, {"folder": folder, "files": count, "brought": brought, "foreign": found["foreign"]})
 
 
 @app.command("import")
@@ -84,8 +70,6 @@ def data_import(
     bandwidth: Annotated[str, typer.Option(metavar="COLUMN", help="CSV: the column of bandwidths.")] = "mbps",
     unit: Annotated[str, typer.Option(help="CSV, required: Mbps, kbps, bps, MB/s, kB/s or B/s.")] = "",
     time_unit: Annotated[str, typer.Option(help="CSV: of times, s, ms, us or ns.")] = "s",
-    interval: Annotated[float, typer.Option(metavar="SECONDS", help="mahimahi: packets are counted over this.")] = 1.0,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace what is there under that name.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Turn other tools' files into a trace set: mahimahi packet timestamps, CSV with a header, sabre's JSON."""
@@ -93,11 +77,11 @@ def data_import(
 
     read: dict[str, Callable[[Path], Trace]] = {
         "csv": partial(convert.read_csv, unit=unit, bandwidth=bandwidth, time=time, time_unit=time_unit),
-        "mahimahi": partial(convert.read_mahimahi, interval_s=interval),
+        "mahimahi": convert.read_mahimahi,
         "sabre": convert.read_sabre,
     }
     with waiting("converting traces"):
-        traces, written = convert.import_traces(source, folder, read[form], name=name, split=split, replace=replace)
+        traces, written = convert.import_traces(source, folder, read[form], name=name, split=split)
     means = traces.describe()["mean_mbps"]
     print(f"{written}: {len(traces)} traces, mean bandwidths from {means.min():.3f} to {means.max():.3f} Mbps")
     print_json(

@@ -34,20 +34,18 @@ def import_(
     with waiting("importing"):
         imported = import_run(folder, pool=pool, plm=plm, data=data, run=run)
     about = runs.read_json(imported.folder / IMPORT)
-    has_policy, console = (imported.folder / "policy").is_dir(), about["console"]
     means = {name: result["mean_reward"] for name, result in about["results"].items()}
     lines = [
         f"{name}: {about['results'][name]['files']} traces, mean reward {mean:.6f}" for name, mean in means.items()
     ]
-    if console is not None:
-        printed = "" if console["mean_reward"] is None else f", mean reward {console['mean_reward']:.6f}"
-        lines.append(f"console log: {console['epochs']} epochs{printed}")
-    for weights in about["weights"]:
-        epoch = "" if weights["epoch"] is None else f" of epoch {weights['epoch']}"
-        lines.append(f"weights{epoch}: {Path(weights['folder']).name}, {weights['problem'] or 'complete'}")
+    printed = (about["console"] or {}).get("mean_reward")
+    if about["console"] is not None:
+        tested = "" if printed is None else f", mean reward {printed:.6f}"
+        lines.append(f"console log: {about['console']['epochs']} epochs{tested}")
+    lines += [f"weights: {Path(saved['folder']).name}, {saved['problem'] or 'complete'}" for saved in about["weights"]]
     if about["pool"]["origin"] is not None:
         lines.append(f"pool: {about['pool']['origin']}, {about['pool']['hash']}")
-    if has_policy:
+    if has_policy := (imported.folder / "policy").is_dir():
         lines.append(f"policy: netllm play --preset upstream --policy {imported.folder}")
     lists = {key: about[key] for key in ("contradictions", "notes", "missing")}
     lists["problems"] = [problem["text"] for problem in about["problems"]]
@@ -56,4 +54,4 @@ def import_(
             print("\n  ".join([title if texts is lines else f"{title}:", *texts]))
     print(f"run folder: {imported.folder}")
     report = {"name": about["name"], "mean_reward": means, "policy": has_policy, **lists, "run": imported.folder}
-    print_json(as_json, report | {"console_mean_reward": console and console["mean_reward"]})
+    print_json(as_json, report | {"console_mean_reward": printed})

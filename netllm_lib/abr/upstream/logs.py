@@ -7,7 +7,6 @@ only a copy of the terminal has it. `read_console` understands both.
 from __future__ import annotations
 
 import ast
-import codecs
 import dataclasses
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from netllm_lib import runs
 from netllm_lib.abr import qoe
 from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.traces import TraceSet
@@ -25,22 +25,9 @@ RESULT_COLUMNS = (
     "time_s", "bitrate_kbps", "buffer_s", "rebuffer_s", "size_bytes", "delay_ms", "smoothness_mbps", "reward",
 )  # fmt: skip
 """Of a result file, tab-separated, in this order."""
+MOST_RESULT_BYTES = 1_000_000
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|inf|nan)"
 _NUMBER_ALONE = re.compile(_NUMBER)
-
-
-def read_text(path: Path, most: int = 200_000_000) -> str:
-    """The text of a file, see `decoded`. Raises ValueError if it is larger than `most` bytes."""
-    if (size := path.stat().st_size) > most:
-        raise ValueError(f"{path}: {size} bytes, more than such a file can have")
-    return decoded(path.read_bytes())
-
-
-def decoded(data: bytes) -> str:
-    """Text with single line ends, from UTF-8, or from UTF-16 with its mark, as PowerShell's `>` writes it."""
-    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = data.decode("utf-16" if marked else "utf-8-sig", errors="replace")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 # --- result files -------------------------------------------------------------------------------------------------------
@@ -52,7 +39,7 @@ def read_result_file(path: Path) -> pd.DataFrame:
     Raises ValueError naming file, line and value for a file that is cut, has other columns, a number that is not finite, a bitrate
     that is not one of the six, or a reward or smoothness that does not follow from the rest of the line.
     """
-    lines = read_text(path, most=1_000_000).rstrip("\n").split("\n")
+    lines = runs.read_text(path, MOST_RESULT_BYTES).rstrip("\n").split("\n")
     rows = [line.split("\t") for line in lines[:CHUNKS]]
     for number, row in enumerate(rows, start=1):
         if len(row) != len(RESULT_COLUMNS):
@@ -145,7 +132,7 @@ def train_losses(path: Path) -> Losses:
     A last line without its end is a cut one: it is left out and reported. Raises ValueError naming file, line and value for
     anything else that is not a number, and for a file without any.
     """
-    *lines, last = read_text(path).split("\n")
+    *lines, last = runs.read_text(path).split("\n")
     for number, line in enumerate(lines, start=1):
         if not _NUMBER_ALONE.fullmatch(line):
             raise ValueError(f"{path}:{number}: {line[:40]!r} is not a loss")
@@ -215,7 +202,7 @@ def read_console(source: Path | str) -> Console:
     no line of the original's is in it. If the text holds several training runs, the last one is returned. Takes time in
     proportion to the text.
     """
-    text = source if isinstance(source, str) else read_text(source)
+    text = source if isinstance(source, str) else runs.read_text(source)
     *lines, _ = _ESCAPES.sub("", text).split("\n")  # what follows the last end of a line is cut
     console, known, running = Console(), False, False
     for event in (event for line in lines if len(line) <= _MOST_LINE for event in _EVENT.finditer(line)):
@@ -260,7 +247,7 @@ def is_console(path: Path) -> bool:
     """Whether a file begins as a log of the original's does."""
     try:
         with open(path, "rb") as stream:
-            return bool(read_console(decoded(stream.read(200_000))))
+            return bool(read_console(runs.decoded(stream.read(200_000))))
     except (ValueError, OSError):
         return False
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from netllm_lib.runs import atomic_path
+from netllm_lib.runs import atomic_path, read_bytes
 from netllm_lib.safe_pickle import Part, load
 
 if TYPE_CHECKING:
@@ -92,9 +92,7 @@ def read_pool(path: Path) -> dict[str, np.ndarray]:
 
     Raises ValueError for anything else; nothing in the file is run. `load_pool` makes a pool of them.
     """
-    if (size := path.stat().st_size) > _MOST_BYTES:
-        raise ValueError(f"{size} bytes, larger than any experience pool")
-    record = load(path.read_bytes(), _NAMES)
+    record = load(read_bytes(path, _MOST_BYTES), _NAMES)
     states = [value.values for value in _entries(record, "states", _Array)]
     if not all(state is not None and state.shape == (6, 6) and state.dtype.kind == "f" for state in states):
         raise ValueError("a state is not a 6 × 6 array of floating point numbers")
