@@ -59,7 +59,9 @@ def test_columns_and_units_of_a_csv(tmp_path: Path) -> None:
     trace = read(bandwidth="down", unit="kbps")
     assert (trace.name, trace.time_s.tolist(), trace.mbps.tolist()) == ("x.log", [0, 1], [1.5, 1])
     np.testing.assert_allclose(read(bandwidth="down", unit="kB/s").mbps, [12, 8])
-    with pytest.raises(ValueError, match="no column 'Down'; name one of when, rtt, down, up with --bandwidth"):
+    with pytest.raises(
+        ValueError, match=r"no column 'Down'; name one of \['when', 'rtt', 'down', 'up'\] with --bandwidth"
+    ):
         read(bandwidth="Down", unit="kbps")
     with pytest.raises(ValueError, match="--unit Kbps: name the unit, one of Mbps, kbps"):
         read(bandwidth="down", unit="Kbps")
@@ -91,19 +93,6 @@ def test_broken_files_are_refused_by_name(tmp_path: Path, form: str, text: str, 
         READERS[form](tmp_path / "x")
     assert str(caught.value).startswith(str(tmp_path / "x"))
     assert "\n" not in str(caught.value)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.sampled_from(sorted(READERS)), st.text(alphabet='0123456789.,-e\n[]{}":timesbpk nau_', max_size=120))
-def test_any_text_is_a_trace_or_a_value_error(tmp_path_factory: pytest.TempPathFactory, form: str, text: str) -> None:
-    path = tmp_path_factory.mktemp("fuzz") / "x"
-    path.write_text(text)
-    try:
-        trace = READERS[form](path)
-    except ValueError:
-        return
-    assert (np.diff(trace.time_s) > 0).all()
-    assert (trace.mbps >= 0).all()
 
 
 # --- folders and commands -----------------------------------------------------------------------------------------------

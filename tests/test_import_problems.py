@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from netllm_lib.abr.upstream.pickles import write_pool
 from netllm_lib.abr.upstream.remake import remake_pool
 from netllm_lib.checkpoint import read_meta
 from netllm_lib.runs import read_json
-from test_importing import about, problems
+from test_importing import about, problems, replayed
 from upstream_tree import PARTS, SETTINGS, Tree, remove, write_tree
 
 # --- the pool -------------------------------------------------------------------------------------------------------
@@ -110,6 +111,27 @@ def test_pools_of_the_original_are_made_anew(golden: Golden, real_data: Path) ->
         except OSError as error:
             pytest.skip(str(error))
         np.testing.assert_array_equal(made.actions, np.load(golden("abr", "pools", f"{name}.npz"))["actions"])
+
+
+def test_a_pool_that_ends_within_an_episode(tree: Tree, reports: Path, tmp_path: Path, nowhere: Path) -> None:
+    some, pool = tree.copy(tmp_path / "some"), load_pool(tree.pool)
+    write_pool(dataclasses.replace(pool, dones=pool.dones & (np.arange(len(pool)) < len(pool) - 1)), some.pool)
+    run = import_run(some.root, data=nowhere)
+    assert about(run)["problems"] == []
+    assert (load_pool(run.folder).dones.sum(), len(load_pool(run.folder).episode_starts)) == (5, 6)
+    assert (run.folder / "policy").is_dir()
+
+
+def test_a_whole_gpt2_with_an_early_stop_is_the_original_s_file_both_ways(tmp_path: Path, reports: Path) -> None:
+    """It has no positions, and layers that are never reached; the test is that of the weights."""
+    tree = write_tree(tmp_path / "NetLLM", plm_type="gpt2", rank=-1, early_stop=0)
+    keys = torch.load(tree.best_model / "model.bin", weights_only=True).keys()
+    assert "plm.wpe.weight" not in keys
+    assert {"plm.wte.weight", "plm.h.0.mlp.c_fc.weight", "plm.h.1.mlp.c_fc.weight"} <= keys
+    run = import_run(tree.root, data=SAMPLE)
+    assert problems(run) == []
+    played, recorded = replayed(run, "results", Registry(SAMPLE))
+    np.testing.assert_array_equal(played["level"], recorded["level"])
 
 
 # --- broken files ---------------------------------------------------------------------------------------------------

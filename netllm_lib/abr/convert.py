@@ -110,13 +110,13 @@ def read_csv(path: Path, unit: str, bandwidth: str = "mbps", time: str = "time_s
         header = rows.fieldnames or []
         for option, column in (("--time", time), ("--bandwidth", bandwidth)):
             if header.count(column) != 1:
-                raise ValueError(f"no column {column!r}; name one of {', '.join(header) or 'none'} with {option}")
+                raise ValueError(f"no column {column!r}; name one of {header!r:.200} with {option}")
         for row in rows:
             if None in row or None in row.values():
                 raise ValueError(f"another number of fields than the header's {len(header)}")
             samples.append((float(row[time]) * TO_S[time_unit], float(row[bandwidth]) * TO_MBPS[unit]))
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path}:{max(rows.line_num, 1)}: {error}") from None
+        raise ValueError(f"{path}:{max(rows.line_num, 1)}: {error!s:.200}") from None
     time_s, mbps = np.array(samples, dtype=float).reshape(-1, 2).T
     return _trace(path, time_s, mbps)
 

@@ -61,7 +61,7 @@ def load_upstream_checkpoint(
         said = f"neither {checkpoint.ADAPTER_CONFIG} (LoRA) nor {WHOLE} (rank -1); not a model the original saved"
         raise FileNotFoundError(f"{folder}: {said}")
     path = folder / (WHOLE if whole else MODULES)
-    lora: dict[str, Any] = {"rank": -1} if whole else _read_lora(folder / checkpoint.ADAPTER_CONFIG)
+    lora: dict[str, Any] = {"rank": -1} if whole else read_lora(folder / checkpoint.ADAPTER_CONFIG)
     inner, modules = {}, _read(path)
     if whole:
         inner, modules = (_below(modules, prefix) for prefix in ("plm.", "modules_except_plm."))
@@ -161,7 +161,8 @@ class _Lora:
             raise ValueError(f"r is {self.r}")
 
 
-def _read_lora(path: Path) -> dict[str, Any]:
+def read_lora(path: Path) -> dict[str, Any]:
+    """LoRA's settings in an adapter_config.json, as a PLMConfig has them. Raises ValueError, naming the file."""
     values, names = runs.read_json(path), [field.name for field in dataclasses.fields(_Lora)]
     wanted = {name: values.get(name) for name in names} if isinstance(values, dict) else values
     lora: _Lora = config.parse(_Lora, wanted, f"{path}: not a LoRA adapter config")

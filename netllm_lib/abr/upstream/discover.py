@@ -23,6 +23,7 @@ and others are not in the name of the test's folder: the original overwrites the
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHT_FILES = ("adapter_config.json", *ADAPTERS, "modules_except_plm.bin", "model.bin")
 LOSSES = "train_losses.txt"
+MOST_SAID = 20  # contradictions
 _POOL_MARK = b"plm_special.data.exp_pool"
 # what the original's arguments and adapter configs call our settings
 _ARGUMENTS = {
@@ -84,7 +85,7 @@ class Found:
         parts = [f"{s['plm_type']}_{s['plm_size']}"] if "plm_type" in s else []
         parts += ["_".join(s["pool_models"])] if "pool_models" in s else []
         parts += [f"rank_{s['rank']}"] if "rank" in s else []
-        return _file_name("-".join(parts) or self.folder.stem).strip("._") or "run"
+        return _file_name("-".join(parts) or self.folder.stem).strip("._")[:100] or "run"
 
     @property
     def best(self) -> SavedWeights | None:
@@ -100,7 +101,8 @@ class Found:
                 self.sources.setdefault(key, source)
                 continue
             said = f"{key}: {self.settings[key]} ({self.sources[key]}), {value} ({source})"
-            self.contradictions += [said] if said not in self.contradictions else []
+            if len(self.contradictions) < MOST_SAID and said not in self.contradictions:
+                self.contradictions.append(said)
 
 
 def discover(folder: Path, run: str | None = None) -> Found:
@@ -231,7 +233,8 @@ def _file_name(text: str) -> str:
 
 
 def _some(values: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    return {ours: values[theirs] for theirs, ours in keys.items() if theirs in values}
+    told = {ours: values[theirs] for theirs, ours in keys.items() if theirs in values}
+    return {key: value for key, value in told.items() if names.possible(key, value)}
 
 
 def _settings_from_console(found: Found, console: logs.Console) -> None:
@@ -244,7 +247,9 @@ def _settings_from_console(found: Found, console: logs.Console) -> None:
         told = _some(known, _ARGUMENTS)
         found.tell(source, told | ({"plm_type": names.family(told["plm_type"])} if "plm_type" in told else {}))
         if trains and isinstance(pool, str):  # the original takes the last three folders of the path, whatever they are
-            found.tell(source, names.settings_of(pool) or {"pool": "_".join(pool.split("/")[-4:-1])})
+            found.tell(
+                source, names.settings_of(pool) or _some({"pool": "_".join(pool.split("/")[-4:-1])}, {"pool": "pool"})
+            )
     epochs = found.settings.get("epochs")
     if epochs is not None and console.epochs and len(console.epochs) < epochs:
         found.notes.append(f"the console log ends after epoch {console.epochs[-1].epoch + 1} of {epochs}")

@@ -28,7 +28,22 @@ TEST_SET = "trace_num_{test_trace_num}_fixed_{test_fixed}"
 BASELINE = "seed_{test_seed}"
 POOL = "seed_{pool_seed}_trace_num_{pool_trace_num}_fixed_{pool_fixed}"
 
-_REALS = frozenset({"gamma", "lr", "weight_decay", "target_return_scale"})
+_REALS = frozenset({"gamma", "lr", "weight_decay", "target_return_scale", "scale", "lora_dropout"})
+_WORDS = frozenset(
+    {"pool", "policy", "plm_type", "plm_size"}
+    | {f"{set}_{what}" for set in ("train", "test") for what in ("traces", "video")}
+)
+_LEAST = {
+    "rank": -1,
+    "w": 1,
+    "epochs": 1,
+    "sample_step": 1,
+    "state_feature_dim": 1,
+    "warmup_steps": 0,
+    "grad_accum_steps": 1,
+    "scale": 1e-9,
+}
+_LONGEST = 255  # characters of a name, in most file systems
 _INTEGER = r"-?\d{1,15}"
 _REAL = r"-?(?:\d{1,15}(?:\.\d{0,20})?(?:e[-+]?\d{1,3})?|inf|nan)"
 
@@ -63,7 +78,7 @@ def settings_of(path: Path | str) -> dict[str, Any]:
     `test_traces`, `test_video`, `plm_type`, `plm_size`, and a baseline's `policy`. `early_stop` is the original's `--which-layer`.
     Names of trace sets may hold underscores, names of videos may not.
     """
-    parts = ["", *str(path).replace("\\", "/").split("/"), "", ""]
+    parts = ["", *(part if len(part) <= _LONGEST else "" for part in str(path).replace("\\", "/").split("/")), "", ""]
     found: dict[str, Any] = {}
     for index in range(1, len(parts) - 2):
         above, before, part = parts[index - 2] if index > 1 else "", parts[index - 1], parts[index]
@@ -80,7 +95,17 @@ def settings_of(path: Path | str) -> dict[str, Any]:
             found |= _values(match) | _pair(before, "test_traces", "test_video")
             if seed := _BASELINE.fullmatch(parts[index + 2]):
                 found |= {"policy": parts[index + 1]} | _values(seed)
-    return found
+    return {key: value for key, value in found.items() if possible(key, value)}
+
+
+def possible(key: str, value: Any) -> bool:
+    """Whether a setting can have this value: names, logs and configs may be damaged, and tell what no run can have."""
+    if key in _WORDS:
+        return type(value) is str and len(value) <= _LONGEST
+    if key == "pool_models" or key.endswith("_fixed") or (key == "sample_step" and value is None):
+        return True
+    kinds = (int, float) if key in _REALS else (int,)
+    return type(value) in kinds and _LEAST.get(key, -1e9) <= value <= 1e9
 
 
 def run_of(path: Path) -> tuple[Path, int] | None:
