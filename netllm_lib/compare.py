@@ -7,6 +7,7 @@ test: what the policy got there. A metric of the runs has one column. All compar
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,16 +37,23 @@ def collect(points: pd.DataFrame) -> pd.DataFrame:
     """One row per point × test × policy × sample, from the scores of all tests; empty where nothing was tested.
 
     `points` is the table of `sweeps.points_table`. Columns: `KEYS` (value is that of the measure) and the parts of the scores.
+    Scores that cannot be read are left out, with a line on standard error.
     """
     found = [pd.DataFrame(columns=list(KEYS))]
     for row in points.filter(regex=f"^point$|^{RUN}").to_dict("records"):
         folders = {str(name).removeprefix(RUN): Path(place) for name, place in row.items() if isinstance(place, str)}
         for step, folder in measure.tests(folders).items():
-            scores = Scores.read(folder)
+            try:
+                scores = Scores.read(folder)
+            except (OSError, ValueError) as error:
+                print(f"not compared: {error}", file=sys.stderr)
+                continue
             about = scores.measure
-            table = scores.table.rename(columns={about.sample: "sample", about.name: "value"})
-            table = table.assign(point=row["point"], step=step, tested_on=scores.tested_on, subject=scores.subject)
-            found.append(table.assign(measure=about.name, unit=about.unit, better=about.better))
+            key = pd.DataFrame({"policy": scores.table["policy"], "sample": scores.table[about.sample]}).astype(str)
+            key = key.assign(point=row["point"], step=step, tested_on=scores.tested_on, subject=scores.subject)
+            key = key.assign(measure=about.name, unit=about.unit, better=about.better, value=scores.table[about.name])
+            parts = scores.table.drop(columns=[*KEYS, about.sample, about.name], errors="ignore")
+            found.append(key.join(parts.select_dtypes("number")))
     return pd.concat(found[1:] or found, ignore_index=True)
 
 
@@ -238,7 +246,11 @@ def plot_ranking(samples: Figures, baselines: Figures, better: str, best: str = 
                 samples[name].mean(axis="columns"), [row + 0.2] * len(samples[name]), "|", color=color, markersize=7
             )
     ax.set_yticks(range(len(shown)), [f"{name} (chosen)" if name == best else name for name in shown.index])
-    ax.set(xlabel=f"{what}, 95 % interval (| one run)", ylim=(-0.7, len(shown) - 0.3), title="Settings")
+    ax.set(
+        xlabel=f"{what}, 95 % interval (| one run)",
+        ylim=(-0.7, len(shown) - 0.3),
+        title="Settings (squares: other policies)" if baselines else "Settings",
+    )
     return ax
 
 

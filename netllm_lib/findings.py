@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from netllm_lib.runs import plain, printable, write_json
+from netllm_lib.runs import plain, write_json
 from netllm_lib.stats import Interval
+from netllm_lib.text import printable
 
 T = TypeVar("T")
 FINDINGS = "findings.json"

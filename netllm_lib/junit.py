@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -10,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netllm_lib import runs
+from netllm_lib.text import printable
 
 if TYPE_CHECKING:
     from netllm_lib.gate import Verdict
     from netllm_lib.pipelines import Outcome
-
-NOT_TEXT = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Colours of a terminal, as tracebacks have them, and what XML 1.0 cannot hold, escaped or not."""
 
 TAGS = {"failed": "failure", "error": "error", "skipped": "skipped"}
 
@@ -31,7 +28,7 @@ def write(path: Path, suite: str, outcomes: Sequence[Outcome], verdicts: Sequenc
         rows.append((suite, o.name, o.seconds, o.state, o.problem, "\n".join(o.traceback), folder))
     rows += [(f"{suite}.gates", v.title, 0.0, v.state, v.reason, v.reason, v.reason) for v in verdicts]
     for group, name, seconds, state, *texts in rows:
-        name, problem, details, output = (NOT_TEXT.sub("", text) for text in (name, *texts))
+        name, problem, details, output = map(printable, (name, *texts))
         case = ET.SubElement(element, "testcase", classname=group, name=name, time=f"{seconds:.3f}")
         if tag := TAGS.get(state):
             ET.SubElement(case, tag, message=problem).text = details

@@ -72,6 +72,10 @@ class Scores:
         if missing := [name for name in (*keys, self.measure.name) if name not in self.table]:
             there = ", ".join(map(str, self.table))
             raise ValueError(f"a table of scores has no column {', '.join(missing)}; it has: {there}")
+        if self.measure.name in keys or not self.table.columns.is_unique:
+            raise ValueError(f"columns of a table of scores have the same name: {', '.join(map(str, self.table))}")
+        if not pd.api.types.is_numeric_dtype(self.table[self.measure.name]):
+            raise ValueError(f"the scores in {self.measure.name} are no numbers")
         if len(twice := self.table[self.table.duplicated(keys)]):
             raise ValueError(f"scores of the same {self.measure.sample} are there twice: {list(twice[keys].iloc[0])}")
         if self.subject:
@@ -142,10 +146,17 @@ def tests(folders: Mapping[str, Path]) -> dict[str, Path]:
     """Of some run folders, by name, those that hold a test of their own: not those that report on another one's (its parent)."""
     found = {name: folder for name, folder in folders.items() if (folder / FILE).is_file()}
     places = [folder.resolve() for folder in found.values()]
-    return {name: folder for name, folder in found.items() if runs.Run(folder).parents.get("test") not in places}
+    parents = dict.fromkeys(found, Path())
+    for name, folder in found.items():
+        with contextlib.suppress(OSError, ValueError):  # a broken manifest names no parent
+            parents[name] = runs.Run(folder).parents.get("test", Path())
+    return {name: folder for name, folder in found.items() if parents[name] not in places}
 
 
 def read_headline(folder: Path) -> dict[str, Any]:
-    """Of the scores in a folder what the index shows, without reading their table. ValueError if the file is broken."""
+    """Of the scores in a folder what the index shows, without reading their table. ValueError if the file is broken.
+
+    Keys: measure, tested on, and, where they are known, policy, score, low, high, best other, difference.
+    """
     about = _About.read(folder)
     return {"measure": about.measure.name, "tested on": about.tested_on, **about.headline}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import html
+import contextlib
+import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,12 +14,15 @@ import pandas as pd
 
 from netllm_lib import measure, runs
 from netllm_lib.findings import FINDINGS
+from netllm_lib.text import escaped, printable
 
 REPORT, INDEX = "report.html", "index.html"
 COLUMNS = (
     *("run", "kind", "state", "tested on", "measure", "policy", "score", "low", "high", "best other", "difference"),
     *("first finding", "seconds", "finished"),
 )
+NUMBERS = ("score", "low", "high", "difference", "seconds")
+LONGEST = 200  # letters of a cell
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -112,22 +117,30 @@ def list_runs(root: Path | None = None) -> list[dict[str, Any]]:
 
 
 def _row(folder: Path) -> dict[str, Any]:
-    row: dict[str, Any] = dict.fromkeys(COLUMNS) | {"run": folder.name, "kind": folder.parent.name, "folder": folder}
-    row["report"] = folder / REPORT if (folder / REPORT).is_file() else None
+    """Whatever is in the folder's files, the row has text and finite numbers where it should."""
+    found: dict[str, Any] = {"run": folder.name, "kind": folder.parent.name}
     try:
         manifest = runs.Run(folder).manifest
-        row |= {"state": str(manifest.get("status")), "seconds": manifest.get("seconds")}
-        row["finished"] = str(manifest.get("finished") or manifest.get("started") or "")
+        found |= {"state": manifest.get("status"), "seconds": manifest.get("seconds")}
+        found["finished"] = manifest.get("finished") or manifest.get("started")
         if (folder / measure.FILE).is_file():
-            row |= measure.read_headline(folder)
+            found = measure.read_headline(folder) | found
         if (folder / FINDINGS).is_file() and (findings := runs.read_json(folder / FINDINGS)["findings"]):
-            row["first finding"] = str(findings[0]["id"])
+            found["first finding"] = findings[0]["id"]
     except (OSError, ValueError, LookupError, TypeError):
-        row["state"] = "unreadable"
-    for name, value in row.items():
-        if isinstance(value, str):  # foreign names may have control characters
-            row[name] = runs.printable(value).replace("\n", "?")
-    return row
+        found["state"] = "unreadable"
+    row = {name: (_number if name in NUMBERS else _words)(found.get(name)) for name in COLUMNS}
+    return row | {"folder": folder, "report": folder / REPORT if (folder / REPORT).is_file() else None}
+
+
+def _number(value: Any) -> float | None:
+    with contextlib.suppress(TypeError, OverflowError):  # no number, or an integer beyond all floats
+        return float(value) if math.isfinite(value) else None
+    return None
+
+
+def _words(value: Any) -> str | None:
+    return None if value is None else printable(value).replace("\n", "?")[:LONGEST]
 
 
 def write_index(root: Path | None = None) -> Path:
@@ -135,15 +148,22 @@ def write_index(root: Path | None = None) -> Path:
     page = (root or runs.reports_root()) / INDEX
     rows = []
     for row in list_runs(root):
-        cells = {
-            name: html.escape(row[name] or "") if isinstance(row[name], str | None) else row[name] for name in COLUMNS
-        }
+        cells = {name: row[name] if name in NUMBERS else escaped(row[name] or "") for name in COLUMNS}
         cells["finished"] = cells["finished"][:16].replace("T", " ")
         if row["report"]:
-            cells["run"] = f'<a href="{quote(os.path.relpath(row["report"], page.parent))}">{cells["run"]}</a>'
+            link = quote(os.fsencode(os.path.relpath(row["report"], page.parent)))
+            cells["run"] = f'<a href="{link}">{cells["run"]}</a>'
         rows.append(cells)
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(NUMBERS, float))
     with pd.option_context("display.max_colwidth", None), runs.atomic_path(page) as aside:
         shown = table.to_html(index=False, border=0, escape=False, na_rep="", float_format="{:.3f}".format)
         aside.write_text(_PAGE.replace("TABLE", shown), encoding="utf-8")
     return page
+
+
+def update_index() -> None:
+    """`write_index` after a run: its work is done, so a page that cannot be written is one line on standard error."""
+    try:
+        write_index()
+    except OSError as error:
+        print(f"the index of all runs was not written: {error}", file=sys.stderr)

@@ -105,11 +105,6 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
-def printable(text: str) -> str:
-    """The text with a question mark for every control character but line breaks: what others named may hold some."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
-
-
 def content_hash(value: Any, digits: int = 10) -> str:
     """Hex digest of any JSON-like value, independent of key order."""
     text = json.dumps(plain(value, finite=False), sort_keys=True, separators=(",", ":"))
@@ -356,8 +351,8 @@ def latest(notebook: str) -> Path:
     """The run folder of a notebook that was finished last, by the manifests. Raises FileNotFoundError if there is none."""
     finished = {}
     for path in (reports_root() / "runs" / notebook).glob(f"*/{MANIFEST}"):
-        with suppress(ValueError, TypeError, KeyError):  # a broken manifest, or a run that is not finished
-            finished[datetime.fromisoformat(Run(path.parent).manifest["finished"])] = path.parent
+        with suppress(OSError, ValueError, TypeError, KeyError, OverflowError):  # broken, or not finished
+            finished[datetime.fromisoformat(Run(path.parent).manifest["finished"]).timestamp()] = path.parent
     if not finished:
         where = reports_root() / "runs"
         raise FileNotFoundError(f"no finished run of {notebook} under {where}: run that notebook first")

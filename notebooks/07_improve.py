@@ -165,9 +165,6 @@ for name in registry.trace_folders():
     other = registry.trace_set(name)
     if name != test.name and not sets.overlapping(other, split.training).any():
         places[f"{name}, {clip.name}"] = (other, clip)
-subset = test.subset(clean.nonzero()[0], f"{test.name}, no overlap at all")
-if 1 < len(subset) < len(test):
-    places[subset.name] = (subset, clip)
 
 
 # %%
@@ -185,6 +182,8 @@ rows = {f"{test.name}, {clip.name}": compared(scores)}
 for place, (trace_set, other_clip) in places.items():
     there = {"improved": players["improved"]} | rivals(other_clip)
     rows[place] = compared(evaluate.test(there, trace_set, other_clip, subject="improved").scores())
+if 1 < clean.sum() < len(test):  # as they were played above
+    rows[f"{test.name}, no overlap at all"] = compared(tested.part(clean).scores())
 elsewhere = pd.DataFrame.from_dict(rows, orient="index")
 elsewhere.to_parquet(out / "elsewhere.parquet")
 elsewhere[["traces", *players, "− mpc", "− mpc low", "− mpc (strong)", "− mpc (strong) low"]].round(4)

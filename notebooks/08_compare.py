@@ -49,17 +49,18 @@ tested = len(tables.results) > 0 and not metric
 print(
     f"{tables.name}: {len(tables.points)} points done, {len(tables.failed)} failed; varied: {', '.join(tables.varied)}"
 )
-tables.failed[["point", "setting", "seed", "problem"]]
+tables.failed[["point", "setting", "seed", "problem"]] if len(tables.failed) else None
 
 # %%
 if tested:
     about, subject = tables.measure, policy or tables.subject
     samples = comparing.figures(tables, subject)
     others = {name: comparing.baseline_figures(tables, name) for name in tables.policies if name != subject}
-    better, what = about.better, f"{about.name} of {subject}"
+    better, axis, what = about.better, about.name, f"{about.name} of {subject}"
 else:
-    subject, what = "", metric or next(iter(comparing.numeric_metrics(tables.points)))
-    samples, others = comparing.metric_figures(tables, what), {}
+    subject, axis = "", metric or next(iter(comparing.numeric_metrics(tables.points)))
+    what = axis
+    samples, others = comparing.metric_figures(tables, axis), {}
 print(f"compared: {what}, {better} is better")
 
 # %% [markdown]
@@ -76,7 +77,7 @@ print(f"chosen: {best}, by {by}" + ("" if by == choose_by else "; its figure is 
 ranking.round(4)
 
 # %%
-comparing.plot_ranking(samples, others, better, best, what)
+comparing.plot_ranking(samples, others, better, best, axis)
 plt.savefig(out / "ranking.png", dpi=120)
 plt.show()
 
@@ -92,7 +93,7 @@ between = comparing.differences({name: samples[name] for name in samples if name
 for title, intervals in ((f"minus {baseline}", against), (f"minus {best}", between)):
     if intervals:
         ax = plots.plot_differences(intervals)
-        ax.set(title=f"{title} (hollow: no difference shown)", xlabel=f"difference of {what}, 95 % interval")
+        ax.set(title=f"{title} (hollow: no difference shown)", xlabel=f"difference of {axis}, 95 % interval")
         plt.savefig(out / f"differences_{'baseline' if intervals is against else 'settings'}.png", dpi=120)
         plt.show()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -155,8 +156,8 @@ def test_rounds_leave_pools_values_and_a_policy(whole: tuple[Path, PolicyNetwork
     for number, player in enumerate(("mpc exploring", "llm exploring"), start=1):
         pool = load_pool(folder / f"round-{number}")
         assert pool.source["policies"] == [player]
-        (values_path,) = (folder / f"round-{number}").glob("values-*.npy")
-        values = np.load(values_path)
+        (values_path,) = (folder / f"round-{number}").glob("values-*.npz")
+        values = np.load(values_path)["values"]
         assert values.shape == (len(pool), 6)
         assert np.isfinite(values).all()
         # the value of a state's last level is its reward: nothing comes after it
@@ -170,6 +171,16 @@ def test_rounds_leave_pools_values_and_a_policy(whole: tuple[Path, PolicyNetwork
     assert (meta.network.tokens, (meta.train or {})["data"]["learn"]) == ("step", "values")
     with pytest.raises(ValueError, match="another configuration"):
         improve(tiny_network(), TRACES, VIDEO, replace(SMALL, learn="best"), folder=folder)
+
+
+def test_damaged_values_are_made_again(whole: tuple[Path, PolicyNetwork, Improved], tmp_path: Path) -> None:
+    folder = shutil.copytree(whole[0], tmp_path / "again")
+    (path,) = (folder / "round-1").glob("values-*.npz")
+    good, values = path.read_bytes(), np.load(path)["values"]
+    path.write_bytes(good[:1000] + bytes([good[1000] ^ 1]) + good[1001:])
+    again = run(folder)[1]
+    np.testing.assert_array_equal(np.load(path)["values"], values)
+    np.testing.assert_array_equal(again.rounds["regret"], whole[2].rounds["regret"])
 
 
 def test_an_interrupted_improvement_ends_the_same(whole: tuple[Path, PolicyNetwork, Improved], tmp_path: Path) -> None:

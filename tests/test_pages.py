@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,10 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from netllm_lib import reports, runs
+from netllm_lib import compare, gate, reports, runs, stats
 from netllm_lib.measure import Measure, Scores
-from netllm_lib.reports import COLUMNS, list_runs, write_index
+from netllm_lib.reports import COLUMNS, list_runs, update_index, write_index
+from netllm_lib.text import escaped, printable, printable_output
 
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
@@ -79,6 +85,25 @@ def test_a_report_keeps_the_last_line_of_each_stage(tmp_path: Path, capsys: pyte
     ]  # fmt: skip
 
 
+def test_foreign_text_is_only_shown(tmp_path: Path) -> None:
+    hostile = "<img src=x onerror=alert(1)>\x1b]0;title\x07\u202eevil\udcff"
+    assert printable(f"\x1b[31mred\x1b[0m {hostile}\r\n\ta\rb") == (
+        "red <img src=x onerror=alert(1)>?]0;title??evil?\r\n\ta?b"
+    )
+    assert "<" not in escaped(hostile)
+    text = hostile[:-1]
+    table = pd.DataFrame({text: [text]}, [text]).to_html()  # as a notebook shows one
+    outputs = [new_output("display_data", {"text/html": table}), new_output("stream", text=text)]
+    assert "<img" not in export(tmp_path, new_code_cell("1", outputs=outputs)).read_text()
+
+
+def test_printable_output(capsys: pytest.CaptureFixture[str]) -> None:
+    with printable_output():
+        print("\rbar: 3 %\x1b[A")
+        print("\x1b]0;owned\x07", file=sys.stderr)
+    assert capsys.readouterr() == ("\rbar: 3 %\n", "?]0;owned?\n")
+
+
 # --- the index ----------------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +148,68 @@ def test_the_index_shows_every_run_and_a_bad_one_hides_no_other(root: Path) -> N
     assert "<td>-0.500</td>" in page
     assert all(f"<th>{name}</th>" in page for name in COLUMNS)
     assert not re.search(r"<td>(?:nan|None|NaN)</td>", page)
+
+
+ODD: list[Any] = [
+    *(None, [], {}, "", True, -1, 3.5, 1e308, float("nan"), float("inf"), 10**400, "9" * 5000, [[[]]], {"a": {}}),
+    *("<script>", "x\x1b[31m\x07", "\ud800", "../../x", "a\0b", "2026-01-01", "2026-01-01T00:00:00"),
+]
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Some bytes changed, or in JSON a value or a name replaced by an odd one."""
+    if data.startswith(b"{") and rng.random() < 0.6:
+        whole = at = json.loads(data)
+        while isinstance(at, dict | list) and at:
+            key = rng.choice(list(at) if isinstance(at, dict) else range(len(at)))
+            if not isinstance(at[key], dict | list) or rng.random() < 0.3:
+                break
+            at = at[key]
+        if isinstance(at, dict) and rng.random() < 0.2:
+            key = rng.choice(["run", "folder", "report", "state", "finished", "parents", "é"])
+        if not at or rng.random() < 0.05:
+            whole = rng.choice(ODD)
+        else:
+            at[key] = rng.choice(ODD)
+        return json.dumps(whole).encode()
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 8)):
+        at, count = rng.randrange(len(changed) + 1), rng.choice([0, 1, 1, 40])
+        changed[at : at + count] = rng.randbytes(rng.choice([0, 1, 1, 20]))
+    return bytes(changed)
+
+
+def test_whatever_is_in_a_folder_hides_no_other(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "RESAMPLES", 20)
+    good = root / "runs" / "05_test" / "b & co"
+    bad = shutil.copytree(good, good.with_name("odd"))
+    runs.write_json(bad / runs.METRICS, {"policies": {"mine": 0.9}})
+    kept = {path: path.read_bytes() for path in bad.iterdir() if path.suffix in (".json", ".parquet")}
+    points = pd.DataFrame([{"point": 1, "run.a": str(good)}, {"point": 2, "run.b": str(bad)}])
+
+    def others() -> list[dict[str, Any]]:
+        return [row for row in list_runs() if row["folder"] != bad]
+
+    rng, expected = random.Random(0), others()
+    for number in range(int(os.environ.get("NETLLM_MUTATIONS", "100"))):
+        path = rng.choice(sorted(kept))
+        path.write_bytes(mutated(kept[path], rng))
+        assert others() == expected, (number, path.name)
+        assert number % 10 or write_index().read_text().count("<script") == 1
+        results = compare.collect(points)
+        assert 1 in set(results["point"])
+        assert number % 10 or results.to_parquet() is not None
+        verdicts = gate.judge([gate.Gate("mpc", 9)], {"good": good, "bad": bad})
+        assert verdicts[0].state == "passed"
+        assert runs.latest("05_test").parent == good.parent
+        path.write_bytes(kept[path])
+
+
+def test_a_page_that_cannot_be_written_fails_no_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "index.html").mkdir()
+    (root / "index.html" / "taken").touch()
+    update_index()
+    assert "the index of all runs was not written: " in capsys.readouterr().err
 
 
 def test_an_empty_reports_folder_has_an_index_too(tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ class Test:
         where = ", ".join(str(self.setting[key]) for key in ("traces", "video") if key in self.setting)
         return Scores(REWARD, self.subject, pd.concat(parts, ignore_index=True), where)
 
+    def part(self, traces: np.ndarray) -> Test:
+        """Some of the traces, `traces` [N] bool in playing order, as they were played."""
+        first = next(iter(self.tables.values()))
+        names = first["trace"].unique()[np.asarray(traces, dtype=bool)]
+        return Test({name: table[table["trace"].isin(names)] for name, table in self.tables.items()}, self.subject)
+
     def league(self) -> pd.DataFrame:
         """`Scores.league`, with the seconds that playing took where they are known."""
         league = self.scores().league()

@@ -7,11 +7,12 @@ pools, starting from the round before; the level of the highest predicted value 
 with values in place of actions). The values know the future of the trace, the network does not: it learns their mean over
 the futures that look alike so far, which is why values can be cloned where the optimum's actions cannot.
 
-    folder/round-1/pool/, values-<what they are of>.npy, training/     the same for every round
+    folder/round-1/pool/, values-<what they are of>.npz, training/     the same for every round
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable
@@ -178,14 +179,16 @@ def improve(
 
 
 def _values(pool: ExperiencePool, simulator: Simulator, grid: Grid, folder: Path) -> np.ndarray:
-    """[T, 6] what every level would have earned in the states of a pool; kept in `folder`."""
-    path = folder / f"values-{runs.content_hash([grid, pool.content_hash()])}.npy"
-    if not path.is_file():
-        levels = np.pad(pool.actions.reshape(-1, DECISIONS), ((0, 0), (1, 0)))
-        values = hindsight_values(simulator, levels, grid)[:, 1:].reshape(-1, 6)
-        with runs.atomic_path(path) as aside, open(aside, "wb") as stream:
-            np.save(stream, values.astype(np.float32))
-    return np.load(path)
+    """[T, 6] what every level would have earned in the states of a pool; kept in `folder`, made again where that is damaged."""
+    path = folder / f"values-{runs.content_hash([grid, pool.content_hash()])}.npz"
+    with contextlib.suppress(Exception), np.load(path) as kept:  # each way of being broken has its own error
+        values: np.ndarray = kept["values"]  # of which the file has a checksum
+        return values.reshape(len(pool), 6)
+    levels = np.pad(pool.actions.reshape(-1, DECISIONS), ((0, 0), (1, 0)))
+    values = hindsight_values(simulator, levels, grid)[:, 1:].reshape(-1, 6).astype(np.float32)
+    with runs.atomic_path(path) as aside, open(aside, "wb") as stream:
+        np.savez(stream, values=values)
+    return values
 
 
 def _episodes(traces: TraceSet, config: ImproveConfig, number: int, groups: int) -> tuple[TraceSet, Episodes]:

@@ -22,6 +22,7 @@ from netllm_lib.cli.options import DataOption, JsonOption, print_json, waiting
 from netllm_lib.cli.play import play
 from netllm_lib.cli.run import run
 from netllm_lib.cli.sweep import sweep
+from netllm_lib.text import printable_output
 
 app = typer.Typer(
     name="netllm",
@@ -108,6 +109,7 @@ def join_parameters(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
+@printable_output()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `netllm`; ends with SystemExit."""
     from netllm_lib.envcheck import CheckFailed

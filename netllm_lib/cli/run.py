@@ -42,14 +42,14 @@ def run(
     """
     from netllm_lib import gate, pipelines
     from netllm_lib import junit as junit_xml
-    from netllm_lib.reports import write_index
+    from netllm_lib.reports import update_index
 
     read = pipelines.read_pipeline if target.endswith(".toml") else pipelines.single
     pipeline = read(target, dict(item.split("=", 1) for item in parameters or []))
     gates = gate.read_gates(pipeline.gate, target, [step.name for step in pipeline.step], fail_below or [], margin)
 
     outcomes = pipelines.run_steps(pipeline, timeout_s=timeout, force=force, echo=echo)
-    write_index()
+    update_index()
     verdicts = gate.judge(gates, {one.name: one.run.folder if one.run else None for one in outcomes})
     for verdict in verdicts:
         echo(f"gate {verdict.state}: {verdict.reason}")

@@ -30,7 +30,7 @@ def sweep(
     """
     from netllm_lib import clusters, compare, notebooks, runs, sweeps
     from netllm_lib.pipelines import shown
-    from netllm_lib.reports import write_index
+    from netllm_lib.reports import update_index
     from netllm_lib.sweep_file import read_sweep
 
     asked = read_sweep(file)
@@ -60,7 +60,7 @@ def sweep(
         folder = notebooks.run_notebook("08_compare", settings, group=asked.name, echo=lambda _: None).folder
         echo(f"\n{(folder / 'summary.txt').read_text().rstrip()}\n\nreport: {shown(folder / notebooks.REPORT)}")
         answer["comparison"] = folder
-    write_index()
+    update_index()
     print_json(as_json, answer)
     if failed:
         labels = {point.number: point.label for point in asked.points}
