@@ -96,7 +96,9 @@ def test_given_axes_are_used_and_labelled(tables: dict, pool: ExperiencePool) ->
     gap = qoe.per_trace(other)["reward"] - qoe.per_trace(ours)["reward"]
     by_chunk = decisions.breakdown(ours, "chunk"), decisions.breakdown(other, "chunk")
     counts = decisions.confusion(decisions.levels_of(ours), decisions.levels_of(other))
-    costly = pd.DataFrame({"trace": ["a"], "chunk": [3], "level": [5], "instead": [1], "gain": [9.0], "share": [0.5]})
+    costly = pd.DataFrame(
+        {"trace": [r"$\odd$"], "chunk": [3], "level": [5], "instead": [1], "gain": [9.0], "share": [0.5]}
+    )
     trained = TrainingRun(history=history(np.linspace(1.8, 0.5, 60)), lr=1e-3, steps=60, warmup_steps=100)
     drawings: list[Callable[..., Axes]] = [
         partial(figures.waterfall, fall()),
@@ -198,7 +200,9 @@ def test_timeline_links_its_panels_and_marks_stalls(tables: dict) -> None:
 
 
 def test_timeline_leaves_out_what_is_not_known(tables: dict) -> None:
-    assert len(timeline({"mpc": tables["mpc"]}, TRACES.names[0])) == 2
+    axes = timeline({"mpc": tables["mpc"].assign(trace=r"$\odd$")}, r"$\odd$")
+    assert len(axes) == 2
+    axes[0].figure.draw_without_rendering()
     assert len(timeline(tables, TRACES.names[0], subject="mpc")) == 2
     with pytest.raises(ValueError, match="not in the tables"):
         timeline(tables, "other")

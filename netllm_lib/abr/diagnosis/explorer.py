@@ -8,7 +8,6 @@ All of it but the widgets is in `Explorer`, which needs no browser.
 from __future__ import annotations
 
 import functools
-import html
 import io
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +27,7 @@ from netllm_lib.abr.optimum import best_plans, regret
 from netllm_lib.abr.play import play, rollout
 from netllm_lib.abr.policies.simple import Prefixed, Replay
 from netllm_lib.abr.qoe import CHUNKS
+from netllm_lib.text import escaped
 
 if TYPE_CHECKING:
     from netllm_lib.abr.policies.llm import EvalConfig
@@ -245,7 +245,7 @@ def explore(evidence: Evidence) -> Any:
                 action(change)
                 redraw()
             except (ValueError, OSError, RuntimeError) as error:
-                status.value = f"<b>{type(error).__name__}</b>: {html.escape(str(error))}"
+                status.value = f"<b>{type(error).__name__}</b>: {escaped(error)}"
 
         return called
 

@@ -145,7 +145,8 @@ def costliest(found: pd.DataFrame, what: str = "gap", axes: Axes | None = None) 
     of_gap = ["" if np.isnan(share) else f"  ({share:.1%} of the {what})" for share in found["share"]]
     texts = [f"{gain:.2f}{text}" for gain, text in zip(found["gain"], of_gap, strict=True)]
     ax.bar_label(bars, texts, padding=4, fontsize=8)
-    ax.set_yticks(range(len(found)), [name + swap for name, swap in zip(names, swaps, strict=True)], fontsize=8)
+    labels = [name + swap for name, swap in zip(names, swaps, strict=True)]
+    ax.set_yticks(range(len(found)), labels, fontsize=8, parse_math=False)  # a trace may have any name
     ax.set(ylim=(len(found) - 0.4, -0.6), xlabel="what swapping this one decision gains (summed reward of the episode)")
     ax.set_xlim(0, 1.45 * max(found["gain"].max(), 1e-9) if len(found) else 1)
     together = found["share"].sum(min_count=1)

@@ -55,7 +55,8 @@ def timeline(
         size = 25 + 60 * stalls["rebuffer_s"].clip(upper=5)
         axes[1].scatter(stalls["elapsed_s"], stalls["buffer_s"], s=size, marker="x", color=style["color"], zorder=3)
     highest = max(float(r["bitrate_kbps"].max()) for r in rows.values()) / 1000
-    axes[0].set(ylabel="Mbps", title=f"{label}: bandwidth and chosen bitrate", ylim=(0, max(1.35 * highest, 2.0)))
+    axes[0].set(ylabel="Mbps", ylim=(0, max(1.35 * highest, 2.0)))
+    axes[0].set_title(f"{label}: bandwidth and chosen bitrate", parse_math=False)  # a trace may have any name
     axes[0].legend(frameon=False, fontsize=8, ncols=min(5, len(rows) + 1), loc="upper right")
     axes[1].set(ylabel="buffer (s)", title="Buffer (× marks a stall, larger for longer)", ylim=(0, None))
     if inside:
