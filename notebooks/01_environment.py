@@ -34,6 +34,7 @@ from netllm_lib.abr.traces import find_registry
 this_run = runs.notebook_run(run_dir, "01_environment")
 out = this_run.folder
 checks = llm_checks(data or None, plm, layers or None, load)
+pd.set_option("display.max_colwidth", None)  # what to do is a long line
 pd.DataFrame(checks)
 
 # %% [markdown]

@@ -114,7 +114,7 @@ folder = out / "rounds" / runs.content_hash([config, network.plm.identity, split
 improved = improve(network, split.training, clip, config, folder=folder, first=first, held=held, progress=runs.progress)
 with runs.atomic_path(out / "policy") as aside:
     shutil.copytree(improved.policy, aside)
-improved.rounds.round(4)
+improved.rounds.set_index("round").round(4)
 
 # %% [markdown]
 # ## Before and after

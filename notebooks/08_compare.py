@@ -49,7 +49,7 @@ tested = len(tables.results) > 0 and not metric
 print(
     f"{tables.name}: {len(tables.points)} points done, {len(tables.failed)} failed; varied: {', '.join(tables.varied)}"
 )
-tables.failed[["point", "setting", "seed", "problem"]] if len(tables.failed) else None
+tables.failed.set_index("point")[["setting", "seed", "problem"]] if len(tables.failed) else None
 
 # %%
 if tested:

@@ -22,7 +22,9 @@ A_RANDOM, B_RANDOM = A.replace("False", "True"), B.replace("False", "True")
 VALIDATION, LOSS, RANK = "04_finetune.validation", "04_finetune.held_out_loss", "04_finetune.rank"
 
 
-def make_sweep(folder: Path, tests: bool = True, validation: bool = True, measure: Measure = REWARD) -> Path:
+def make_sweep(
+    folder: Path, tests: bool = True, validation: bool = True, measure: Measure = REWARD, failed: bool = True
+) -> Path:
     """A sweep's folder over rank × random_weights with its tests, as `netllm sweep` leaves it; rank 32 is better by any measure."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -46,7 +48,8 @@ def make_sweep(folder: Path, tests: bool = True, validation: bool = True, measur
                 row[f"run.{name}"] = str(place)
                 scores.save(place)
         rows.append(row)
-    rows.append(rows[0] | {"point": len(rows) + 1, f"parameter.{RANK}": 64, "state": "failed", "problem": "no"})
+    if failed:
+        rows.append(rows[0] | {"point": len(rows) + 1, f"parameter.{RANK}": 64, "state": "failed", "problem": "no"})
     points = pd.DataFrame(rows).astype({"seed": "Int64"})
     points.to_parquet(folder / compare.POINTS)
     compare.collect(points).to_parquet(folder / compare.RESULTS)
@@ -158,12 +161,14 @@ def test_metrics_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_notebook(tmp_path: Path, tests: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path / "reports"))
-    asked = {"sweep_dir": str(make_sweep(tmp_path / "sweep", tests)), "choose_by": VALIDATION}
+    asked = {"sweep_dir": str(make_sweep(tmp_path / "sweep", tests, failed=tests)), "choose_by": VALIDATION}
     run = notebooks.run_notebook("08_compare", asked | ({} if tests else {"better": "lower"}), echo=lambda line: None)
     metrics = run.metrics
-    assert (metrics["best"], metrics["failed"]) == (A_RANDOM if tests else B, 1)
+    assert (metrics["best"], metrics["failed"]) == (A_RANDOM if tests else B, tests)
     assert set(metrics["settings"]) == {A, B, A_RANDOM, B_RANDOM}
     assert metrics["effects"][RANK][1]["difference"] == pytest.approx(0.3 if tests else -0.3, abs=0.01)
     assert (metrics["minus_baseline"] != {}) == tests
     assert metrics["baseline"] == ("mpc" if tests else None)
-    assert "failed and not compared (1): rank=64 random_weights=False" in (run.folder / "summary.txt").read_text()
+    lost = "failed and not compared (1): rank=64 random_weights=False"
+    assert (lost in (run.folder / "summary.txt").read_text()) == tests
+    assert ("<th>problem</th>" in (run.folder / "report.html").read_text()) == tests  # no table of nothing

@@ -71,6 +71,7 @@ def test_the_league_has_the_tail_and_the_clean_traces(tested: evaluate.Test) -> 
     assert row["iqm"] == pytest.approx(by_trace[2:6].mean())
     assert row["worst_5%"] == pytest.approx(by_trace[0])
     assert row["reward_clean"] == pytest.approx(qoe.per_trace(tested.tables["mine"])["reward"].to_numpy()[5:].mean())
+    assert tested.part(tested.setting["clean"]).scores().mean("mine").mean == pytest.approx(row["reward_clean"])
     assert row[list(quality._fields)].tolist() == pytest.approx(list(quality))
     plain = evaluate.Test(tested.tables).league()
     assert not {"reward_clean", "clean", "seconds"} & set(plain)
