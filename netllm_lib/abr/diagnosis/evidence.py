@@ -150,7 +150,8 @@ class Evidence:
     @functools.cached_property
     def reference(self) -> str | None:
         """The baseline that the run is held against: MPC, else MPC as the original plays it, else the best other policy."""
-        others = {name: qoe.summarise(table).reward for name, table in self.tables.items() if name != self.run}
+        means = {name: qoe.summarise(table).reward for name, table in self.tables.items() if name != self.run}
+        others = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         known = [name for name in ("mpc", f"mpc{ORIGINAL}") if name in others]
         return next(iter(known), None) or max(others, key=lambda name: others[name], default=None)
 
