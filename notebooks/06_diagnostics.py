@@ -24,7 +24,6 @@ test_dir: Path = ""  # run folder of notebook 05, or a tree of the original's; e
 train_dir: Path = ""  # run folder of notebook 04; empty: the one that the test names
 pool_dir: Path = ""  # run folder of notebook 03, or a pool; empty: the one that the training names
 seeds: list[Path] = []  # further tests of the same recipe, with other training seeds
-more: list[Path] = []  # further tests on the same traces, to compare with
 plm: Path = ""  # where the PLM is; empty: where the training found it
 budget_s: float = 30.0  # for playing the test again, one switch at a time; 0: not
 retrain_s: float = 0.0  # for training the PLM anew by the sound defaults; 0: not
@@ -40,7 +39,7 @@ from netllm_lib import runs
 from netllm_lib.abr import diagnosis, evaluate, plots, qoe
 from netllm_lib.abr.diagnosis import decisions, explorer, figures
 from netllm_lib.abr.diagnosis import replay as ablation
-from netllm_lib.abr.diagnosis.load import load, with_runs
+from netllm_lib.abr.diagnosis.load import load
 from netllm_lib.abr.diagnosis.timeline import timeline
 from netllm_lib.abr.optimum import best_plans, regret
 from netllm_lib.abr.play import play
@@ -76,8 +75,7 @@ def keep(axes, name):
 # and the mean on traces that share no content with the training traces.
 
 # %%
-compared = with_runs(loaded, more, data or None)
-tested = evaluate.Test(compared.tables, subject, {"clean": loaded.clean})
+tested = evaluate.Test(tables, subject, {"clean": loaded.clean})
 tested.scores().save(out)
 league = tested.league()
 league.to_parquet(out / "league.parquet")
@@ -115,7 +113,7 @@ else:
 # ## Where the reward goes
 
 # %%
-keep(plots.plot_decomposition(compared.tables), "decomposition")
+keep(plots.plot_decomposition(tables), "decomposition")
 if reference is not None:
     keep(plots.plot_differences(figures.differences(loaded)), "differences")
 
@@ -123,9 +121,9 @@ if reference is not None:
 # Which part of the reward is lost, on slow or on fast traces, early or late in the video?
 
 # %%
-groups = ["regime", "chunk"] if loaded.traces else ["chunk"]
-for by in groups if reference is not None else []:
-    ours, theirs = (decisions.breakdown(t, by, loaded.traces) for t in (run, tables[reference]))
+groups = {"chunk": None} | ({"regime": loaded.traces} if loaded.traces else {})
+for by, traces in groups.items() if reference is not None else []:
+    ours, theirs = (decisions.breakdown(table, traces) for table in (run, tables[reference]))
     keep(figures.parts(ours, theirs, (subject, reference)), f"parts_by_{by}")
 
 # %%
@@ -206,7 +204,7 @@ keep(timeline(shown, label, bandwidth, figure=plt.figure(figsize=(10, 9.7), layo
 
 # %%
 if not runs.headless():
-    display(explorer.explore(compared))
+    display(explorer.explore(loaded))
 
 # %%
 where = (

@@ -220,24 +220,22 @@ def test_breakdown_by_hand() -> None:
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["trace", "chunk", "level", "bitrate_kbps", "rebuffer_s", "smoothness_mbps"])
     table["reward"] = table["bitrate_kbps"] / 1000 - 4.3 * table["rebuffer_s"] - table["smoothness_mbps"]
-    by_level = breakdown(table, "level")
-    assert by_level.index.tolist() == [1, 2]
-    np.testing.assert_allclose(by_level.loc[1], [1, 0.3, 0.75, 0, 0.45])
-    np.testing.assert_allclose(by_level.loc[2, ["chunks", "rebuffering"]], [3, 2.15 / 3])
-    assert breakdown(table, "chunk").index.tolist() == [1, 2]
+    by_chunk = breakdown(table)
+    assert by_chunk.index.tolist() == [1, 2]
+    np.testing.assert_allclose(
+        by_chunk.loc[1, ["chunks", "quality", "rebuffering", "smoothness"]], [2, 0.975, 0, 0.675]
+    )
+    np.testing.assert_allclose(by_chunk.loc[2, ["chunks", "rebuffering"]], [2, 2.15 / 2])
 
 
-def test_regimes_follow_the_traces_bandwidth_and_parts_add_up(simulator: Simulator) -> None:
+def test_breakdown_by_bandwidth_adds_up(simulator: Simulator) -> None:
     table = play(BBA(), simulator)
-    whole = breakdown(table, "regime", TRACES, bands=3)
-    assert whole["chunks"].tolist() == [3 * 47, 3 * 47, 2 * 47]
-    means = TRACES.describe()["mean_mbps"].sort_values().to_numpy()
-    assert whole.index[0] == f"1: {means[0]:.2f}–{means[2]:.2f} Mbps"
-    for by in ("regime", "chunk", "level"):
-        groups = breakdown(table, by, TRACES)
-        np.testing.assert_allclose(groups["reward"], groups["quality"] - groups["rebuffering"] - groups["smoothness"])
-        total = np.average(groups["reward"], weights=groups["chunks"])
-        assert total == pytest.approx(qoe.summarise(table).reward)
-    for others, bands, message in ((None, 3, "give the trace set"), (TRACES, 9, r"give 1\.\.8")):
-        with pytest.raises(ValueError, match=message):
-            breakdown(table, "regime", others, bands)
+    groups = breakdown(table, TRACES)
+    assert groups["chunks"].tolist() == [3 * 47, 2 * 47, 3 * 47]
+    means = TRACES.describe()["mean_mbps"].sort_values()
+    limits = [groups.index[0].left, groups.index[2].right]
+    np.testing.assert_allclose(limits, means.iloc[[0, -1]], atol=0.015)
+    np.testing.assert_allclose(groups["reward"], groups["quality"] - groups["rebuffering"] - groups["smoothness"])
+    assert np.average(groups["reward"], weights=groups["chunks"]) == pytest.approx(qoe.summarise(table).reward)
+    with pytest.raises(ValueError, match="give the traces of the test"):
+        breakdown(table, TRACES.subset(range(2)))

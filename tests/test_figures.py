@@ -94,7 +94,7 @@ def history(losses: np.ndarray) -> pd.DataFrame:
 def test_given_axes_are_used_and_labelled(tables: dict, pool: ExperiencePool) -> None:
     ours, other = tables["llm"], tables["mpc"]
     gap = qoe.per_trace(other)["reward"] - qoe.per_trace(ours)["reward"]
-    by_chunk = decisions.breakdown(ours, "chunk"), decisions.breakdown(other, "chunk")
+    by_chunk = decisions.breakdown(ours), decisions.breakdown(other)
     counts = decisions.confusion(decisions.levels_of(ours), decisions.levels_of(other))
     costly = pd.DataFrame(
         {"trace": [r"$\odd$"], "chunk": [3], "level": [5], "instead": [1], "gain": [9.0], "share": [0.5]}
@@ -135,8 +135,8 @@ def test_waterfall_draws_noise_hollow_and_the_direction_by_hatch() -> None:
 
 
 def test_parts_add_up_to_the_difference(tables: dict) -> None:
-    for by in ("regime", "chunk"):
-        ours, other = (decisions.breakdown(tables[name], by, TRACES) for name in ("llm", "mpc"))
+    for traces in (TRACES, None):
+        ours, other = (decisions.breakdown(tables[name], traces) for name in ("llm", "mpc"))
         ax: Any = figures.parts(ours, other, ("llm", "mpc"))
         heights = np.array([patch.get_height() for patch in ax.patches]).reshape(3, -1)
         np.testing.assert_allclose(heights.sum(axis=0), ours["reward"] - other["reward"], atol=1e-9)

@@ -10,7 +10,7 @@ Arrays of levels are [episodes, chunks] in playing order; the first chunk, which
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -163,13 +163,11 @@ def trace_gaps(ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     return gap.sort_values("reward")
 
 
-def breakdown(
-    table: pd.DataFrame, by: Literal["regime", "chunk", "level"], traces: TraceSet | None = None, bands: int = 3
-) -> pd.DataFrame:
-    """Mean reward per chunk and its parts in reward units, reward = quality − rebuffering − smoothness, by group.
+def breakdown(table: pd.DataFrame, traces: TraceSet | None = None, bands: int = 3) -> pd.DataFrame:
+    """Mean reward per chunk and its parts in reward units, reward = quality − rebuffering − smoothness, by chunk index; with the
+    `traces` of the test by their mean bandwidth, as many traces in each of the `bands`.
 
-    Columns: chunks (how many the group has), reward, quality, rebuffering, smoothness. A "regime" is a band of the mean bandwidth
-    of `traces`, as many of them in each of `bands`; the label has its limits in Mbps.
+    Columns: chunks (how many the group has), reward, quality, rebuffering, smoothness. Raises ValueError for other traces.
     """
     rows = qoe.chosen(table)
     parts = rows[["reward"]].assign(
@@ -177,25 +175,15 @@ def breakdown(
         rebuffering=qoe.REBUFFER_PENALTY * rows["rebuffer_s"],
         smoothness=rows["smoothness_mbps"],
     )
-    key = rows["trace"].map(_regimes(_names(table), traces, bands)).rename(by) if by == "regime" else rows[by]
-    groups = parts.groupby(key, observed=True)
-    means = groups.mean()
-    means.insert(0, "chunks", groups.size())
-    return means
-
-
-def _regimes(names: np.ndarray, traces: TraceSet | None, bands: int) -> pd.Series:
-    """Ordered category per trace, labelled with the lowest and highest mean bandwidth in it."""
-    known = {} if traces is None else dict(zip(traces.names, traces.traces, strict=True))
-    played = {name: known.get(name) or known.get(name.rsplit("#", 1)[0]) for name in names}  # "#2": played again
-    if unknown := [name for name, trace in played.items() if trace is None]:
-        raise ValueError(f"trace {unknown[0]!r} is not there: give the trace set that was played")
-    rates = pd.Series({name: trace.mean_mbps for name, trace in played.items() if trace is not None})
-    if not 1 <= bands <= len(rates):
-        raise ValueError(f"{bands} bands of {len(rates)} traces: give 1..{len(rates)}")
-    band = (rates.rank(method="first").astype(int) - 1) * bands // len(rates)
-    labels = [f"{b + 1}: {rates[band == b].min():.2f}–{rates[band == b].max():.2f} Mbps" for b in range(bands)]
-    return pd.Series(pd.Categorical([labels[b] for b in band], categories=labels, ordered=True), index=rates.index)
+    by = rows["chunk"]
+    if traces is not None:
+        means = traces.describe()["mean_mbps"]
+        if unknown := set(rows["trace"]) - set(means.index):
+            raise ValueError(f"trace {min(unknown)!r} is not in {traces.name}: give the traces of the test")
+        regimes = pd.qcut(means[rows["trace"].unique()], bands, precision=2, duplicates="drop")
+        by = rows["trace"].map(regimes).rename("mean bandwidth of a trace (Mbps)")
+    groups = parts.groupby(by, observed=True)
+    return groups.mean().assign(chunks=groups.size())
 
 
 # --- tables and arrays --------------------------------------------------------------------------------------------------

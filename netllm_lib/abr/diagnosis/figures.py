@@ -73,7 +73,7 @@ def waterfall(table: pd.DataFrame, references: Mapping[str, float] | None = None
 def parts(ours: pd.DataFrame, other: pd.DataFrame, names: tuple[str, str], axes: Axes | None = None) -> Axes:
     """What each part of the reward adds to the difference ours − other, by group; black is their sum.
 
-    The two are from `decisions.breakdown`: by bandwidth regime, by chunk index, by level.
+    The two are from `decisions.breakdown`: by bandwidth, or by chunk index.
     """
     common = ours.index.intersection(other.index)
     gap = (ours.loc[common] - other.loc[common]).drop(columns="chunks")
@@ -91,7 +91,7 @@ def parts(ours: pd.DataFrame, other: pd.DataFrame, names: tuple[str, str], axes:
     if not many:
         ax.set_xticks(places, [f"{name}\n({int(n)} chunks)" for name, n in ours.loc[common, "chunks"].items()])
     group = str(ours.index.name)
-    ax.set_xlabel({"chunk": "chunk index", "regime": "mean bandwidth of a trace"}.get(group, group))
+    ax.set_xlabel({"chunk": "chunk index"}.get(group, group))
     ax.set_ylabel("reward per chunk")
     ax.set_title(f"{names[0]} − {names[1]}: what the parts of the reward add (below zero: lost)")
     return legend(ax, **BESIDE)

@@ -89,23 +89,6 @@ def load(
     return replace(evidence, missing=missing)
 
 
-def with_runs(evidence: Evidence, folders: Sequence[str | Path], data: str | Path | None = None) -> Evidence:
-    """The evidence with the runs of other folders beside its own tables, named after their folders, for comparisons.
-
-    Raises ValueError for a run that was not tested on the same traces.
-    """
-    assert evidence.test is not None and evidence.table is not None  # noqa: PT018
-    tables = dict(evidence.tables)
-    for folder in map(Path, folders):
-        other = load(folder, data=data).table
-        if other is None or set(other["trace"]) != set(evidence.table["trace"]):
-            raise ValueError(
-                f"{folder}: it was not tested on the traces of {evidence.run}, there is nothing to compare"
-            )
-        tables[folder.name if folder.name not in tables else f"{folder.parent.name}/{folder.name}"] = other
-    return replace(evidence, test=replace(evidence.test, tables=tables))
-
-
 # --- folders ------------------------------------------------------------------------------------------------------------
 
 
