@@ -23,6 +23,7 @@ from torch import nn
 
 from netllm_lib import config, runs
 from netllm_lib.plm import PLM, PLMConfig, load_plm, sketch_plm
+from netllm_lib.plm_files import plm_here
 from netllm_lib.task import Network
 
 FORMAT = 2
@@ -113,7 +114,7 @@ def load_checkpoint(
     fit and why, FileNotFoundError for what is missing.
     """
     folder, meta = Path(folder), read_meta(folder, kind)
-    here: dict[str, Any] = {"source": plm_source or meta.plm.source, "dtype": dtype or meta.plm.dtype}
+    here: dict[str, Any] = {"source": plm_source or plm_here(meta.plm.source), "dtype": dtype or meta.plm.dtype}
     plm = dataclasses.replace(meta.plm, device=device, placement=None, **here)
     with torch.device("meta"):  # a config must fit the weights before there is a network of the sizes that it names
         sketch = build(kind, plm, meta.network, folder, sketch_plm)

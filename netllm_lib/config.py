@@ -93,11 +93,11 @@ def _problem(kind: Any, value: Any, error: pydantic.ValidationError) -> str:
     """The first thing that is wrong, with its place in `value`; a misspelt name before the right one that is missing."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != UNKNOWN)
     first, place = problems[0], _place(value, problems[0]["loc"][1:])
-    field = ".".join(map(str, place))
+    inside, field = _shown(place[:-1]), _shown(place)
     if first["type"] == UNKNOWN:
         known = _fields(kind, place[:-1])
-        inside = f" in {'.'.join(map(str, place[:-1]))}" if place[1:] else ""
-        return f"unknown key '{place[-1]}'{inside}{did_you_mean(place[-1], known)}; known: {', '.join(known)}"
+        key = f"'{_shown(place[-1:])}'" + (f" in {inside}" if inside else "")
+        return f"unknown key {key}{did_you_mean(place[-1], known)}; known: {', '.join(known)}"
     if first["type"] == "missing":
         return f"it needs {'.'.join(map(str, first['loc'][1:]))}"
     before = f"{field}: " if field else ""
@@ -107,6 +107,11 @@ def _problem(kind: Any, value: Any, error: pydantic.ValidationError) -> str:
         one["msg"].replace("Input", "it", 1) for one in problems if _place(value, one["loc"][1:]) == place
     ]  # of a union
     return f"{before}{' or '.join(dict.fromkeys(said))}, got {first['input']!r:.60}"
+
+
+def _shown(place: Iterable[Any]) -> str:
+    """A place for a message: names come from files, and may be long or no text."""
+    return "".join(letter if letter.isprintable() else "?" for letter in ".".join(map(str, place)))[:200]
 
 
 def _place(value: Any, names: Iterable[Any]) -> tuple[Any, ...]:

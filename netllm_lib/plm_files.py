@@ -47,6 +47,22 @@ def find_plm(source: str) -> Path | str:
     return source
 
 
+def plm_here(source: str) -> str:
+    """`source`, or its folder in the hub's cache: what a checkpoint names is not looked for elsewhere, it may be foreign.
+
+    Raises FileNotFoundError if it is not on this machine.
+    """
+    if source == "tiny-llama" or isinstance(name := find_plm(source), Path):
+        return source
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError):
+        said = f"PLM {name!r:.100} of the Hugging Face hub is not on this machine"
+        raise FileNotFoundError(f"{said}; if you trust it, `hf download` it first, or give its folder") from None
+
+
 def check_plm(source: str) -> list[str]:
     """What is wrong with a PLM, found in well under a second without loading weights; empty if nothing is."""
     if source == "tiny-llama":

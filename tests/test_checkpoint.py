@@ -236,3 +236,19 @@ def test_adapters_of_the_original_are_written_back(golden: Golden, tmp_path: Pat
             config["target_modules"] = sorted(config["target_modules"])
             config.pop("base_model_name_or_path")
         assert ours == theirs
+
+
+@pytest.mark.parametrize("source", ["somebody/model", "http://127.0.0.1/x", "../x", "a//b", "-x/y\n"])
+def test_what_a_checkpoint_names_is_not_looked_for_on_a_hub(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: Any) -> None:
+        raise AssertionError("a hub was asked")
+
+    network = tiny_network()
+    meta = describe(network, PolicySettings(20, SCALE))
+    save_checkpoint(tmp_path / "theirs", network, replace(meta, plm=replace(meta.plm, source=source)))
+    monkeypatch.setattr("socket.socket.connect", connect)
+    monkeypatch.setattr("socket.getaddrinfo", connect)
+    with pytest.raises(FileNotFoundError, match="PLM"):
+        load_policy(tmp_path / "theirs")
