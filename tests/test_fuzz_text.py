@@ -14,6 +14,7 @@ import pytest
 
 from netllm_lib.abr import convert
 from netllm_lib.abr.qoe import CHUNKS, LEVELS
+from netllm_lib.abr.traces import read_trace, read_video
 from netllm_lib.abr.upstream import checkpoints, logs
 from netllm_lib.abr.upstream.discover import Found, discover
 from netllm_lib.abr.upstream.training import training_run
@@ -59,6 +60,8 @@ def whole_run(path: Path) -> tuple[Found, Any]:
 
 LOG = Path(model_path(NAMED), "early_stop_-1_console.log")
 READERS: dict[str, tuple[Path, str, Callable[[Path], Any]]] = {
+    "trace": (Path("trace"), "".join(f"{i / 2:.3f} {1 + i % 3:.4f}\n" for i in range(12)), read_trace),
+    "video": (Path("v_sizes", "video_size_2"), "150000\n" * CHUNKS, lambda path: read_video(path.parent)),
     "mahimahi": (Path("m"), "".join(f"{40 * i}\n" for i in range(90)), convert.read_mahimahi),
     "csv": (
         Path("c.csv"),

@@ -54,23 +54,14 @@ def import_traces(
 
 
 def _trace(path: Path, time_s: np.ndarray, mbps: np.ndarray) -> Trace:
-    """A trace that can be played, beginning at 0 s. Raises ValueError by file and sample."""
-    if len(time_s) < 2:
-        raise ValueError(f"{path}: {len(time_s)} samples, at least two are needed")
-    with np.errstate(invalid="ignore", over="ignore"):  # of times that are not finite, which are refused below
-        time_s = np.array([float(f"{value:.10g}") for value in time_s - time_s[0]])  # as trace files have it
-        steps_s = np.diff(time_s, prepend=-1)
-    bad = ~(np.isfinite(time_s) & np.isfinite(mbps) & (mbps >= 0) & (steps_s > 0))
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise ValueError(
-            f"{path}: sample {i + 1} has {mbps[i]:g} Mbps at {time_s[i]:.10g} s; bandwidths must be numbers that are not "
-            "negative, and times must increase"
-        )
-    if not mbps[1:].any():
-        raise ValueError(f"{path}: bandwidth is zero throughout")
+    """A trace that begins at 0 s. Raises ValueError by file and sample if it cannot be played."""
     known = path.suffix in (".mahimahi", ".csv", ".json")  # names of traces may have dots in them
-    return Trace(path.stem if known else path.name, time_s, mbps)
+    try:
+        with np.errstate(invalid="ignore", over="ignore"):  # of times that are not finite, which are refused
+            time_s = np.array([float(f"{value:.10g}") for value in time_s - time_s[:1]])  # as trace files have it
+            return Trace(path.stem if known else path.name, time_s, mbps)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_mahimahi(path: Path) -> Trace:
