@@ -55,7 +55,7 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
 def whole_run(path: Path) -> tuple[Found, Any]:
     """What is known of a training by its console log."""
     found = discover(path)
-    return found, training_run(found, None, None)[0]
+    return found, training_run(found, None, None)
 
 
 LOG = Path(model_path(NAMED), "early_stop_-1_console.log")

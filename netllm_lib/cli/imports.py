@@ -47,7 +47,7 @@ def import_(
         lines.append(f"pool: {about['pool']['origin']}, {about['pool']['hash']}")
     if has_policy := (imported.folder / "policy").is_dir():
         lines.append(f"policy: netllm play --preset upstream --policy {imported.folder}")
-    lists = {key: about[key] for key in ("contradictions", "notes", "missing")}
+    lists = {key: about[key] for key in ("notes", "missing")}
     lists["problems"] = [problem["text"] for problem in about["problems"]]
     for title, texts in {f"{about['name']}: {about['run']}": lines, **lists}.items():
         if texts or texts is lines:

@@ -23,7 +23,7 @@ and others are not in the name of the test's folder: the original overwrites the
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHT_FILES = ("adapter_config.json", *ADAPTERS, "modules_except_plm.bin", "model.bin")
 LOSSES = "train_losses.txt"
-MOST_SAID = 20  # contradictions
+MOST_NOTES = 50
 _POOL_MARK = b"plm_special.data.exp_pool"
 # what the original's arguments and adapter configs call our settings
 _ARGUMENTS = {
@@ -73,8 +73,6 @@ class Found:
     pools: list[Path] = field(default_factory=list)  # that may be the training pool
     plms: list[Path] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # see `names.settings_of`; the console log tells more
-    sources: dict[str, str] = field(default_factory=dict)  # where each setting was read
-    contradictions: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # files that are broken and left out
 
@@ -93,16 +91,14 @@ class Found:
         return next((weights for weights in self.weights if weights.problem is None), None)
 
     def tell(self, source: str, values: Mapping[str, Any]) -> None:
-        """Take settings of a training from a source: the first one that tells a setting is believed, later ones may contradict."""
+        """Take settings of a training from a source: the first one that tells a setting is believed."""
         for key, value in values.items():
             if key in ("policy", "target_return_scale") or key.startswith("test_"):  # of a test, so of a result set
                 continue
-            if self.settings.setdefault(key, value) == value:
-                self.sources.setdefault(key, source)
-                continue
-            said = f"{key}: {self.settings[key]} ({self.sources[key]}), {value} ({source})"
-            if len(self.contradictions) < MOST_SAID and said not in self.contradictions:
-                self.contradictions.append(said)
+            if self.settings.setdefault(key, value) != value:
+                said = f"{key}: {self.settings[key]}, but {value} by the {source}"
+                if len(self.notes) < MOST_NOTES and said not in self.notes:
+                    self.notes.append(said)
 
 
 def discover(folder: Path, run: str | None = None) -> Found:
@@ -239,8 +235,8 @@ def _some(values: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
 
 def _settings_from_console(found: Found, console: logs.Console) -> None:
     for printed in (*console.folders, console.model or ""):
-        found.tell("paths in the console log", names.settings_of(printed))
-    source = "arguments in the console log"
+        found.tell("console log's paths", names.settings_of(printed))
+    source = "console log's arguments"
     for arguments in console.arguments:
         trains, pool = bool(arguments.get("adapt")), arguments.get("exp_pool_path")
         known = {name: value for name, value in arguments.items() if trains or name not in _OF_TRAINING}

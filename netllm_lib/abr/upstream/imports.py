@@ -77,7 +77,7 @@ def import_run(
     A file in the folder that is broken, or does not fit the others, is left out and named in import.json, which holds
 
         folder, run, name, plm
-        settings, sources    of each setting, where it was read; contradictions, notes and missing are lists of text
+        settings             of the training; notes and missing are lists of text
         problems             [{finding, text}]; finding: the id of the diagnosis that the problem amounts to, or null
         console              {file, epochs, mean_reward, best_epoch, cut, earlier_runs}, or null
         weights              [{folder, epoch, problem}], first the one that policy/ is made of
@@ -224,12 +224,10 @@ def _write(work: _Import, folder: Path) -> None:
         if pool is not None:
             pool.save(folder / name)
     _write_policy(work, folder / "policy")
-    training, notes = training_run(found, work.losses, work.pool)
-    if training is not None:
+    if (training := training_run(found, work.losses, work.pool)) is not None:
         training.save(folder)
     about: dict[str, Any] = {
-        **{name: getattr(found, name) for name in ("folder", "run", "name", "settings", "sources", "contradictions")},
-        "notes": [*found.notes, *notes],
+        **{name: getattr(found, name) for name in ("folder", "run", "name", "settings", "notes")},
         "missing": list(_missing(work)),
         "problems": work.problems,
         "console": console
