@@ -51,7 +51,7 @@ registry = find_registry(data or None)
 folders = registry.actor_folders()
 if not folders:
     print(f"No actor checkpoints under {registry.root}: Genet and UDR are left out, everything else goes on.")
-exported = {name: pensieve.exported_actor(folder) for name, folder in folders.items()}
+actors = {name: pensieve.load_actor(folder) for name, folder in folders.items()}
 
 # %% [markdown]
 # ## Port against TensorFlow
@@ -65,11 +65,10 @@ rows = {}
 
 # %%
 for name, folder in folders.items():
-    actor = pensieve.Actor.load(exported[name])
-    played = rollout(pensieve.Pensieve(actor), Simulator(traces, video, chosen))
+    played = rollout(pensieve.Pensieve(actors[name]), Simulator(traces, video, chosen))
     states = played.states[:, :-1].reshape(-1, 6, 6)
     reference = tensorflow_actor.probabilities(pensieve.latest_checkpoint(folder), states)
-    ported = actor.probabilities(states)
+    ported = actors[name].probabilities(states)
     differ = pensieve.sampled_action(ported, draws) != pensieve.sampled_action(reference, draws)
     rows[name] = (len(states), float(np.abs(ported - reference).max()), float(differ.mean()))
 comparison = pd.DataFrame.from_dict(rows, orient="index", columns=["states", "max_difference", "decisions_differ"])

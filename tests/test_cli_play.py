@@ -8,18 +8,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from netllm_lib.abr import qoe
-from netllm_lib.abr.traces import SAMPLE
+from netllm_lib.abr import evaluate, qoe
+from netllm_lib.abr.policies.mpc import RobustMPC
+from netllm_lib.abr.traces import SAMPLE, Registry
 from netllm_lib.cli import main
 
 KEYS = {
-    "mean_reward", "mean_all48", "traces", "fixed", "seed", "bitrate_mbps", "rebuffer_s", "smoothness_mbps", "per_trace",
+    "mean_reward", "low", "high", "mean_all48", "traces", "fixed", "seed", "bitrate_mbps", "rebuffer_s", "smoothness_mbps",
+    "per_trace",
 }  # fmt: skip
 
 
 def netllm(*words: str) -> int:
     with pytest.raises(SystemExit) as stopped:
-        main([*words, "--data", str(SAMPLE)] if "generate" not in words else list(words))
+        main([*words, *([] if {"generate", "pool"} & set(words) else ["--data", str(SAMPLE)])])
     return int(stopped.value.code or 0)
 
 
@@ -30,33 +32,51 @@ def netllm(*words: str) -> int:
         (["--preset", "upstream", "--trace-num", "10"], 10, False),
         (["--preset", "upstream", "--trace-num", "10", "--fixed-order"], 10, True),
         (["--preset", "upstream", "--trace-num", "-1"], 30, True),
-        (["--trace-num", "40"], 40, True),
+        (["--trace-num", "7"], 7, True),
     ],
 )
 def test_play_ends_with_one_json_line(
     capsys: pytest.CaptureFixture, tmp_path: Path, words: list[str], traces: int, fixed: bool
 ) -> None:
-    words = [*words, "--out", str(tmp_path / "table.parquet"), "--json"]
+    words = [*words, "--out", str(tmp_path / "table.csv"), "--json"]
     assert netllm("play", "--policy", "bba", "--traces", "sample-test", *words) == 0
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result.keys() == KEYS
     assert (result["traces"], result["fixed"], len(result["per_trace"])) == (traces, fixed, traces)
     assert result["mean_reward"] == pytest.approx(sum(result["per_trace"].values()) / traces)
-    assert qoe.summarise(pd.read_parquet(tmp_path / "table.parquet")).reward == result["mean_reward"]
+    assert result["low"] < result["mean_reward"] < result["high"]
+    assert qoe.summarise(pd.read_csv(tmp_path / "table.csv")).reward == pytest.approx(result["mean_reward"])
+
+
+def test_sound_play_is_the_test_of_notebook_05(tmp_path: Path) -> None:
+    """The sample has no pointer files: the starting points are the protocol's, whatever the seed."""
+    registry = Registry(SAMPLE)
+    traces, video = registry.trace_set("sample-test"), registry.video("sample")
+    assert netllm("play", "--policy", "mpc", "--seed", "5", "--out", str(tmp_path / "table.parquet")) == 0
+    expected = evaluate.test({"mpc": RobustMPC(video)}, traces, video).tables["mpc"]
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "table.parquet"), expected)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--policy", "mcp"], "unknown policy 'mcp'; known: bba, mpc"),
-        (["--policy", "mpc", "--traces", "fcc"], "there: sample-test, sample-train"),
-        (["--policy", "mpc", "--video", "x"], "video 'x' not found"),
-        (["--policy", "mpc", "--preset", "upstream", "--trace-num", "31"], "has 30 traces, 31 were asked for"),
-        (["--policy", "mpc", "--trace-num", "0"], "--trace-num 0"),
+        (["play", "--policy", "mcp"], "unknown policy 'mcp'; known: bba, mpc"),
+        (["play", "--policy", "runs/none"], "runs/none is not there"),
+        (["play", "--policy", "none.py:Mine"], "none.py is not there"),
+        (
+            ["play", "--policy", "bba", "--out", "table.txt"],
+            "--out table.txt: give a name that ends in .parquet or .csv",
+        ),
+        (["play", "--policy", "mpc", "--traces", "fcc"], "there: sample-test, sample-train"),
+        (["play", "--policy", "mpc", "--video", "x"], "video 'x' not found"),
+        (["play", "--policy", "mpc", "--preset", "upstream", "--trace-num", "31"], "has 30 traces, 31 were asked for"),
+        (["play", "--policy", "mpc", "--trace-num", "500"], "has 30 traces, 500 were asked for"),
+        (["play", "--policy", "mpc", "--trace-num", "0"], "has 30 traces, 0 were asked for"),
+        (["pool", "show", "/tmp"], "/tmp: no such experience pool"),
     ],
 )
 def test_errors_are_one_line(capsys: pytest.CaptureFixture, words: list[str], message: str) -> None:
-    assert netllm("play", *words) == 2
+    assert netllm(*words) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1
     assert message in errors[0]

@@ -17,7 +17,7 @@ from netllm_lib.abr.episodes import upstream_episodes
 from netllm_lib.abr.play import rollout
 from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
-from netllm_lib.abr.policies.pensieve import Actor, exported_actor, tensorflow_python
+from netllm_lib.abr.policies.pensieve import load_actor, tensorflow_python
 from netllm_lib.abr.policies.simple import Replay
 from netllm_lib.abr.pool import generate_pool, load_pool
 from netllm_lib.abr.simulator import Simulator
@@ -105,7 +105,7 @@ def test_actors_equal_tensorflow(golden: Golden, registry: Registry) -> None:
     assert names
     for name in names:
         need_actor(name)
-        actor = Actor.load(exported_actor(registry.actor_folders()[name]))
+        actor = load_actor(registry.actor_folders()[name])
         ours, theirs = actor.probabilities(recording["states"]), recording[f"{name}_probs_batch"]
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from netllm_lib import runs
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
@@ -24,7 +27,9 @@ from netllm_lib.abr.policies.pensieve import (
     Actor,
     Pensieve,
     latest_checkpoint,
+    load_actor,
     sampled_action,
+    weights_hash,
 )
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
@@ -143,6 +148,34 @@ def test_latest_checkpoint_has_the_highest_step(tmp_path) -> None:
     assert latest_checkpoint(tmp_path).name == "nn_model_ep_57600.ckpt"
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         latest_checkpoint(tmp_path / "none")
+
+
+def test_a_damaged_actor_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFlow's part is played by one that writes random weights."""
+    (tmp_path / "genet").mkdir()
+    for end in ("index", "data-00000-of-00001"):
+        (tmp_path / "genet" / f"nn_model_ep_1.ckpt.{end}").write_text("checkpoint")
+    exports, weights = [], random_actor()._weights
+
+    def export(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        exports.append(command)
+        with runs.atomic_path(Path(command[-1])) as aside:
+            save_file(weights, aside, metadata={"hash": weights_hash(weights)})
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setenv("NETLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NETLLM_TF_PYTHON", "python")
+    monkeypatch.setattr(subprocess, "run", export)
+    load_actor(tmp_path / "genet")
+    (path,) = (tmp_path / "cache").glob("actors/*")
+    whole = path.read_bytes()
+    for count, damaged in enumerate((b"", whole[:-9], whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:]), start=2):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=path.name):
+            Actor.load(path)
+        assert load_actor(tmp_path / "genet")._weights.keys() == weights.keys()
+        assert load_actor(tmp_path / "genet")._weights.keys() == weights.keys()
+        assert len(exports) == count
 
 
 def test_unknown_policy_names_the_known_ones() -> None:

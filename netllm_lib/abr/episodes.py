@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from netllm_lib.abr.traces import TraceSet
 
 UPSTREAM_ENVIRONMENT_SEED = 998244353
+SEED = 100003  # of tests, unless another is asked for: the original's
 NOISE_LOW, NOISE_HIGH = 0.9, 1.1
 DRAWS = 1000  # action draws are integers 1..999
 FIRST_LEVEL = 0  # of every episode; chosen by the protocol, not by the policy
@@ -35,7 +36,8 @@ class Episodes:
     seed: int  # for policies that draw from a stream of their own
     fixed: bool  # fixed trace order and no noise
     running_clock: bool = False
-    """time_s goes on over all episodes, as the original's does, and under-counts waits as it does."""
+    """Time as the original counts it: the table's time_s goes on over all episodes and under-counts waits, and the clock of a trace
+    that does not begin at 0 is taken as it is, though every later pass begins at 0."""
 
     def __len__(self) -> int:
         return len(self.trace_index)
@@ -85,7 +87,7 @@ def upstream_episodes(
     *,
     trace_num: int = 100,
     fixed_order: bool = False,
-    seed: int = 100003,
+    seed: int = SEED,
     draws_actions: bool = False,
     pool: bool = False,
     clock: Literal["running", "episode"] = "running",
@@ -96,7 +98,7 @@ def upstream_episodes(
     pointer per trace in playing order (unless there is a pointer file). An evaluation reseeds after that; pool generation
     seeds before, so its seed has no effect. Then, trace by trace and chunk by chunk: the noise (unless fixed), then one
     action draw for policies of the Pensieve family (`draws_actions`). `trace_num` -1 means all; an evaluation of all traces
-    has a fixed order, pool generation only for -1. `clock="episode"` starts the table's time_s anew with every trace.
+    has a fixed order, pool generation only for -1. `clock="episode"` is for sound play: see `Episodes.running_clock`.
     """
     count = len(traces)
     if trace_num == -1:

@@ -17,12 +17,12 @@ import pandas as pd
 
 from netllm_lib import runs
 from netllm_lib.abr import qoe
-from netllm_lib.abr.episodes import Progress, upstream_episodes
+from netllm_lib.abr.episodes import SEED, Progress, upstream_episodes
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
-from netllm_lib.abr.policies.pensieve import Actor, Pensieve, exported_actor
+from netllm_lib.abr.policies.pensieve import Pensieve, load_actor
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import Registry, TraceSet, Video, overlapping
 from netllm_lib.measure import Measure, Scores
@@ -31,8 +31,6 @@ REWARD = Measure("reward", better="higher", sample="trace")
 """What bitrate adaptation reports: the mean reward per chunk of a trace."""
 
 SETTING, TABLES = "setting.json", "tables"
-SEED = 100003
-"""The original's, of its tests."""
 
 
 def baselines(video: Video, registry: Registry | None = None) -> dict[str, Policy]:
@@ -43,7 +41,7 @@ def baselines(video: Video, registry: Registry | None = None) -> dict[str, Polic
     players: dict[str, Policy] = {"mpc": RobustMPC(video), "bba": BBA()}
     players["mpc (original)"] = RobustMPC(video, MPCConfig.upstream())
     if registry is not None and (folder := registry.actor_folders().get("genet")):
-        players["genet"] = Pensieve(Actor.load(exported_actor(folder)))
+        players["genet"] = Pensieve(load_actor(folder))
     return players
 
 

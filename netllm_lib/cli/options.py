@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -20,13 +19,6 @@ DataOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
-
-
-class Preset(StrEnum):
-    """Whether policies and protocol are sound, or as in the original."""
-
-    sound = "sound"
-    upstream = "upstream"
 
 
 def echo(line: str) -> None:

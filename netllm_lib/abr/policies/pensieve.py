@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import LEVELS
+from netllm_lib.arrays import array_hash
 from netllm_lib.runs import PROJECT, cache_root, file_hash
 
 DENSE = ("FullyConnected", "FullyConnected_1", "FullyConnected_2")  # state rows 0, 1, 5
@@ -46,8 +47,8 @@ def tensorflow_python() -> str | None:
     return str(beside) if beside.exists() else None
 
 
-def exported_actor(folder: Path) -> Path:
-    """The exported weights of the newest checkpoint in `folder`, from the cache; exported now if need be (some seconds).
+def load_actor(folder: Path) -> Actor:
+    """The actor of the newest checkpoint in `folder`, from the cache; exported to it if it is not there whole (some seconds).
 
     Raises OSError if that needs TensorFlow and no environment has it.
     """
@@ -55,7 +56,10 @@ def exported_actor(folder: Path) -> Path:
     digest = file_hash(checkpoint.with_name(f"{checkpoint.name}.data-00000-of-00001"), digits=10)
     path = cache_root() / "actors" / f"{Path(folder).name}-{digest}.safetensors"
     if path.exists():
-        return path
+        try:
+            return Actor.load(path)
+        except ValueError:  # damaged, or of an earlier version: it is made again
+            pass
     python = tensorflow_python()
     if python is None:
         raise OSError(
@@ -69,7 +73,12 @@ def exported_actor(folder: Path) -> Path:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise OSError(f"exporting {checkpoint} with {python} failed: {reason}")
-    return path
+    return Actor.load(path)
+
+
+def weights_hash(weights: dict[str, np.ndarray]) -> str:
+    """Digest of an actor's weights, which its file records."""
+    return array_hash(*(weights[name] for name in sorted(weights)))
 
 
 class Actor:
@@ -80,8 +89,15 @@ class Actor:
 
     @classmethod
     def load(cls, path: Path) -> Actor:
-        """Read what `exported_actor` names."""
-        return cls(load_file(path))
+        """Read what `tensorflow_actor.export_actor` wrote. Raises ValueError if the file is damaged."""
+        try:
+            with safe_open(path, "numpy") as stream:
+                weights, about = {name: stream.get_tensor(name) for name in stream.keys()}, stream.metadata()  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not an exported actor ({error})") from None
+        if (about or {}).get("hash") != weights_hash(weights):
+            raise ValueError(f"{path}: the weights are not those that were exported; delete the file")
+        return cls(weights)
 
     def probabilities(self, states: np.ndarray) -> np.ndarray:
         """[N, 3] float32.

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from netllm_lib.abr.policies.pensieve import CONV, DENSE, HIDDEN, OUT, SHAPES
+from netllm_lib.abr.policies.pensieve import CONV, DENSE, HIDDEN, OUT, SHAPES, weights_hash
 from netllm_lib.runs import atomic_path
 
 
@@ -38,7 +38,7 @@ def export_actor(checkpoint: Path, path: Path) -> Path:
     """Write a checkpoint's actor as .safetensors."""
     weights = read_checkpoint(checkpoint)
     with atomic_path(path) as aside:
-        save_file(weights, aside, metadata={"checkpoint": Path(checkpoint).name})
+        save_file(weights, aside, metadata={"checkpoint": Path(checkpoint).name, "hash": weights_hash(weights)})
     return path
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from netllm_lib.abr.episodes import UPSTREAM_ENVIRONMENT_SEED, upstream_episodes
 from netllm_lib.abr.policies.base import Policy
-from netllm_lib.abr.policies.classical import classical
+from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.policies.pensieve import Pensieve
 from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
 from netllm_lib.abr.qoe import CHUNKS
@@ -40,9 +40,9 @@ def remake_pool(settings: Mapping[str, Any], registry: Registry) -> ExperiencePo
     parts: list[ExperiencePool] = []
     first_actor: Policy | None = None
     for model in models:
-        player = classical(model, video, registry, "upstream", pool=True)
-        if player is None:
+        if model not in ("bba", "mpc", *registry.actor_folders()):
             raise FileNotFoundError(f"{registry.root}: the actor {model} is not there; the pool cannot be made anew")
+        player = make_policy(model, video, registry, "upstream", pool=True)
         if isinstance(player, Pensieve):
             first_actor = player = first_actor or player  # the original goes on with the first actor's weights
         episodes = upstream_episodes(
