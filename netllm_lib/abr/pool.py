@@ -140,7 +140,7 @@ def load_pool(path: Path) -> ExperiencePool:
     if not (described if path.is_dir() else path).is_file():
         raise FileNotFoundError(f"{path}: no such experience pool")
     original = path.suffix == ".pkl" and not path.is_dir()
-    about = {} if original or not described.exists() else read_json(described)
+    about = {} if original or not described.is_file() else read_json(described)
     if not isinstance(about, dict) or not isinstance(source := about.get("source", {}), dict):
         raise PoolError(f"{described}: not the description of a pool; copy the pool again")
     try:
@@ -168,9 +168,15 @@ def _header(name: str, stream: IO[bytes], size_bytes: int) -> tuple[tuple[int, .
 
 
 def _mapped(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of a folder, as read-only maps of its files."""
+    """The arrays of a folder, as read-only maps of its files.
+
+    A file that is cut is noticed here. One that another process cuts while it is mapped ends this process (SIGBUS): nobody may
+    change a pool that is in use, and this library never does, it puts a new folder in its place.
+    """
     arrays = {}
     for name in ARRAYS:
+        if not (folder / f"{name}.npy").is_file():
+            raise ValueError(f"{name}.npy is missing, or not a file")
         with open(folder / f"{name}.npy", "rb") as stream:
             shape, dtype = _header(name, stream, os.fstat(stream.fileno()).st_size)
             arrays[name] = np.asarray(np.memmap(stream, dtype, "r", stream.tell(), shape))
@@ -279,23 +285,25 @@ def generate_mix(
     ends = np.cumsum(sizes) * (CHUNKS - 1)
     path = _place(path)
     beside = path.with_name(f".{path.name}.generating")
+
+    def blocks_from(first: int) -> Iterator[tuple[int, ExperiencePool]]:
+        return _play(parts, traces, video, block, progress, first)
+
+    def kept(folder: Path) -> list[str]:
+        """Digests of the blocks in a folder; none if playing the last one again gives another."""
+        there = _blocks_in(folder, key, ends)
+        again = (part for number, part in blocks_from(len(there) - 1) if number == len(there) - 1)
+        return there if there and next(again).content_hash() == there[-1] else []
+
     with lock(path), storage_errors(path.parent):
-        for folder in (path, beside, None):
-            there = _blocks_in(folder, key, ends) if folder else []
-            if folder == path and len(there) < len(ends):
-                continue
-            for number, part in _play(parts, traces, video, block, progress, max(len(there) - 1, 0)):
-                made = part.content_hash()
-                if number >= len(there):
+        if len(kept(path)) < len(ends):
+            there = kept(beside)
+            for number, part in blocks_from(len(there)):
+                if number >= len(there):  # others come where a policy that carries state begins from its first trace
                     beside.mkdir(exist_ok=True)
                     _write(beside, part, int(ends[number]) - len(part), int(ends[-1]))
-                    there.append(made)
+                    there.append(part.content_hash())
                     write_json(beside / CONFIG, {"made_from": key, "blocks": there})
-                elif made != there[number]:
-                    break  # another pool than the policies play
-            else:
-                break
-        if folder != path:
             facts = ExperiencePool(**_mapped(beside), source=source)._facts()
             write_json(beside / CONFIG, facts | {"made_from": key, "blocks": there})
             with atomic_path(path) as aside:

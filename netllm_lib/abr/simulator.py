@@ -140,6 +140,7 @@ class World(NamedTuple):
 
 @inlined
 def episode_of(world: World, i: int) -> Episode:
+    """What client `i` downloads."""
     first, last = world.offsets[world.trace_index[i]], world.offsets[world.trace_index[i] + 1]
     time_s, mbps = world.time_s[first:last], world.mbps[first:last]
     return Episode(world.sizes_bytes, world.noise[i], time_s, mbps, world.start_ptr[i])

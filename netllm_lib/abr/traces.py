@@ -30,6 +30,7 @@ from netllm_lib.runs import PROJECT, read_bytes, read_text
 
 POINTER_FILE = "mahimahi_ptrs.pkl"
 MOST_TRACE_BYTES, MOST_VIDEO_BYTES = 50_000_000, 1_000_000
+OVERLAP_RUN = 4  # consecutive distinct bandwidths that two traces must share to count as the same recording
 LEAST_PASS_BYTES, LEAST_PASS_S = 1000.0, 0.001
 """Of one pass through a trace: a chunk of megabytes then takes thousands of passes, not millions."""
 MOST_CHUNK_BYTES = 999_999_999
@@ -86,18 +87,18 @@ def _problem(time_s: np.ndarray, mbps: np.ndarray) -> tuple[int, str] | None:
 
 def read_trace(path: Path) -> Trace:
     """Parse a trace file. Raises ValueError naming file, line and value for anything the simulator could not play."""
-    samples: list[tuple[int, float, float]] = []
+    numbers, samples = [], []
     for number, line in enumerate(read_text(path, MOST_TRACE_BYTES).splitlines(), start=1):
         if words := line.split():
             try:
                 time_s, mbps = map(float, words)
             except ValueError:
                 raise ValueError(f'{path}:{number}: expected "time_s Mbps", found {line[:60]!r}') from None
-            samples.append((number, time_s, mbps))
-    numbers, times, rates = np.array(samples).reshape(-1, 3).T.copy()
+            numbers.append(number)
+            samples.append((time_s, mbps))
+    times, rates = np.array(samples).reshape(-1, 2).T.copy()
     if problem := _problem(times, rates):
-        at = numbers[problem[0]] if samples else 1
-        raise ValueError(f"{path}:{at:.0f}: {problem[1]}")
+        raise ValueError(f"{path}:{numbers[problem[0]] if numbers else 1}: {problem[1]}")
     return Trace(Path(path).name, times, rates)
 
 
@@ -139,6 +140,21 @@ class TraceSet:
         """Digest of all samples, names and start pointers."""
         pointers = np.zeros(0) if self.start_ptrs is None else self.start_ptrs
         return array_hash(*self.packed, np.array(self.names), pointers)
+
+    @cached_property
+    def runs(self) -> tuple[np.ndarray, np.ndarray]:
+        """[runs] 64-bit digests of all runs of OVERLAP_RUN distinct bandwidths, and [runs] the traces that they are in."""
+        digests, owners = [], []
+        for number, trace in enumerate(self.traces):
+            bits = trace.mbps[np.concatenate([[True], np.diff(trace.mbps) != 0])].view(np.uint64)
+            mixed = (bits ^ (bits >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> 27)) * np.uint64(0x94D049BB133111EB)
+            length = min(OVERLAP_RUN, len(bits))  # a trace that has fewer shares them only with such a one
+            factors = np.arange(1, 2 * length, 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            windows = np.lib.stride_tricks.sliding_window_view(mixed, length)
+            digests.append((windows * factors).sum(axis=1, dtype=np.uint64) + np.uint64(length))
+            owners.append(np.full(len(digests[-1]), number))
+        return np.concatenate(digests), np.concatenate(owners)
 
     def subset(self, index: Sequence[int] | np.ndarray, name: str | None = None) -> TraceSet:
         """The traces at `index`, in that order."""
@@ -271,11 +287,11 @@ class Registry:
         """All trace sets by name."""
         return {name: read_trace_set(folder) for name, folder in self.trace_folders().items()}
 
-    def describe(self) -> pd.DataFrame:
+    def describe(self, sets: Mapping[str, TraceSet] | None = None) -> pd.DataFrame:
         """One row per trace set: split, traces, hours, extremes and median of the traces' durations in seconds, and quantiles
-        over traces of the mean bandwidth in Mbps."""
+        over traces of the mean bandwidth in Mbps. `sets` are those that were read already (all)."""
         folders, rows = self.trace_folders(), []
-        for name, traces in self.trace_sets().items():
+        for name, traces in (sets or self.trace_sets()).items():
             duration_s, mean_mbps = (traces.describe()[column] for column in ("duration_s", "mean_mbps"))
             lengths = (duration_s.sum() / 3600, *duration_s.quantile([0, 0.5, 1]))
             quantiles = mean_mbps.quantile([0, 0.25, 0.5, 0.75, 1])
@@ -307,14 +323,6 @@ def find_registry(data: str | Path | None = None) -> Registry:
 
 # --- overlap between trace sets -----------------------------------------------------------------------------------------
 
-OVERLAP_RUN = 4  # consecutive distinct bandwidths that two traces must share to count as the same recording
-
-
-def _runs(trace: Trace) -> set[bytes]:
-    rates = trace.mbps[np.concatenate([[True], np.diff(trace.mbps) != 0])]
-    windows = np.lib.stride_tricks.sliding_window_view(rates, min(OVERLAP_RUN, len(rates)))
-    return {window.tobytes() for window in windows}
-
 
 def overlapping(traces: TraceSet, others: TraceSet) -> np.ndarray:
     """[len(traces)] bool: True where a trace shares content with any trace of `others`.
@@ -322,8 +330,8 @@ def overlapping(traces: TraceSet, others: TraceSet) -> np.ndarray:
     Two traces overlap when they share four consecutive distinct bandwidths: the same recording, whatever its file name
     or start. A policy trained on one has seen the other.
     """
-    seen = set().union(*map(_runs, others.traces))
-    return np.array([not _runs(trace).isdisjoint(seen) for trace in traces.traces])
+    digests, owners = traces.runs
+    return np.bincount(owners, pd.Index(digests).isin(others.runs[0]), len(traces)) > 0
 
 
 def overlap_matrix(sets: Mapping[str, TraceSet]) -> pd.DataFrame:
@@ -339,10 +347,12 @@ def split_validation(traces: TraceSet, share: float, seed: int) -> tuple[TraceSe
     """
     if not 0 < share < 1:
         raise ValueError(f"validation share must lie between 0 and 1, not {share}")
-    count, first_with = len(traces), dict[bytes, int]()
-    pairs = np.array([(i, first_with.setdefault(run, i)) for i, t in enumerate(traces.traces) for run in _runs(t)]).T
-    graph = scipy.sparse.coo_array((np.ones(len(pairs[0])), pairs), shape=(count, count))
-    group_count, group_of = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    count, (digests, owners) = len(traces), traces.runs
+    _, run = np.unique(digests, return_inverse=True)
+    nodes = count + len(run)  # the traces, and behind them the runs that are in them
+    graph = scipy.sparse.coo_array((np.ones(len(run)), (owners, count + run)), shape=(nodes, nodes))
+    group_of = scipy.sparse.csgraph.connected_components(graph, directed=False)[1][:count]
+    group_count = int(group_of.max()) + 1
     if group_count < 2:
         raise ValueError(f"{traces.name}: all traces share content, no validation set can be cut from them")
     groups: list[list[int]] = [np.flatnonzero(group_of == group).tolist() for group in range(group_count)]

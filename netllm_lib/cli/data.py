@@ -26,7 +26,8 @@ def data_list(data: DataOption = None, as_json: JsonOption = False) -> None:
     from netllm_lib.abr.traces import find_registry, overlap_matrix
 
     registry = find_registry(data)
-    table, overlaps = registry.describe(), overlap_matrix(registry.trace_sets())
+    sets = registry.trace_sets()
+    table, overlaps = registry.describe(sets), overlap_matrix(sets)
     shown = table.round({"hours": 2, "min_s": 0, "median_s": 0, "max_s": 0}).round(3)
     print(f"{registry.root}\n\nMean bandwidth of the traces in Mbps:\n{shown.to_string(index=False)}\n")
     print(f"Traces of the row that share content with the column:\n{overlaps.to_string()}\n")
