@@ -98,6 +98,11 @@ def test_a_test_is_read_as_it_was_saved(tested: evaluate.Test, tmp_path: Path) -
     tested.tables["mpc"].drop(columns="reward").to_parquet(path)
     with pytest.raises(ValueError, match=r"mpc\.parquet: it cannot be read as a table of chunks.*reward"):
         evaluate.Test.read(tmp_path)
+    bomb = pd.DataFrame({"trace": np.zeros(evaluate.MOST_ROWS + 1, dtype=bool)})
+    bomb.to_parquet(path)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(ValueError, match=r"mpc\.parquet: .* \(10000001 rows\)"):
+        evaluate.Test.read(tmp_path)
     (tmp_path / "setting.json").write_text("[]")
     with pytest.raises(ValueError, match=r"setting\.json: it does not list the policies"):
         evaluate.Test.read(tmp_path)

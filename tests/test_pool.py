@@ -50,14 +50,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_transitions_are_state_action_reward(pool: ExperiencePool) -> None:
+def test_transitions_are_state_action_reward(pool: ExperiencePool, tmp_path: Path) -> None:
     played = rollout(BBA(), Simulator(TRACES, VIDEO, EPISODES))
     np.testing.assert_array_equal(pool.states, played.states[:, :-1].reshape(-1, 6, 6))
     np.testing.assert_array_equal(pool.actions, played.level[:, 1:].ravel())
     np.testing.assert_array_equal(pool.rewards, played.reward[:, 1:].ravel())
     assert np.flatnonzero(pool.dones).tolist() == [46, 93, 140]
     going_on = replace(pool, dones=pool.dones & (np.arange(141) < 140))  # an original's can end within an episode
-    for one in (pool, going_on):
+    for one in (pool, going_on, load_pool(write_pool(going_on, tmp_path / "exp_pool.pkl"))):
         assert (one.episode_starts.tolist(), one.episode_lengths.tolist()) == ([0, 47, 94], [47] * 3)
     np.testing.assert_allclose(pool.episode_returns(), played.reward[:, 1:].sum(axis=1))
 
@@ -162,6 +162,7 @@ def flip(path: Path, place: int) -> None:
     [
         lambda folder: os.truncate(folder / "rewards.npy", 200),
         lambda folder: (folder / "dones.npy").unlink(),
+        lambda folder: os.replace(folder.parent / "pipe", folder / "states.npy"),
         lambda folder: (folder / "config.json").write_text("{"),
         lambda folder: flip(folder / "rewards.npy", 128 + 8 * 100),  # in the second block
         lambda folder: flip(folder / "states.npy", -1),
@@ -169,6 +170,7 @@ def flip(path: Path, place: int) -> None:
 )
 def test_damaged_blocks_are_played_again(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
     interrupted(path := tmp_path / "pool")
+    os.mkfifo(tmp_path / "pipe")
     damage(tmp_path / ".pool.generating")
     assert generated(path) == generated(None)
     flip(path / "states.npy", 200)  # a finished one, too
@@ -205,7 +207,8 @@ def test_a_pool_replaces_nothing_but_a_pool(pool: ExperiencePool, tmp_path: Path
         with pytest.raises(FileExistsError, match="it is there and is no pool"):
             write(tmp_path)
     assert (tmp_path / "thesis.tex").exists()
-    for path in (tmp_path / "none", tmp_path / "none.npz", tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "none", tmp_path / "none.npz", tmp_path, tmp_path / "pipe"):
         with pytest.raises(FileNotFoundError, match="no such experience pool"):
             load_pool(path)
 

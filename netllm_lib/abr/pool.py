@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -297,7 +298,8 @@ def generate_mix(
 
     with lock(path), storage_errors(path.parent):
         if len(kept(path)) < len(ends):
-            there = kept(beside)
+            if not (there := kept(beside)):
+                shutil.rmtree(beside, ignore_errors=True)
             for number, part in blocks_from(len(there)):
                 if number >= len(there):  # others come where a policy that carries state begins from its first trace
                     beside.mkdir(exist_ok=True)

@@ -200,9 +200,9 @@ class Simulator:
     def __init__(self, traces: TraceSet, video: Video, episodes: Episodes):
         self.traces, self.video, self.episodes = traces, video, episodes
         samples = traces.packed if episodes.running_clock else traces.packed_from_zero
-        noise: np.ndarray = (
-            np.ones((len(episodes), CHUNKS)) if episodes.noise is None else np.ascontiguousarray(episodes.noise)
-        )
+        noise: np.ndarray = np.ones((len(episodes), CHUNKS))
+        if episodes.noise is not None:
+            noise = np.ascontiguousarray(episodes.noise)
         index, start_ptr = (values.astype(np.int64) for values in (episodes.trace_index, episodes.start_ptr))
         lengths = np.diff(samples[0])
         # compiled code checks no index: an episode that is not there would read other memory

@@ -138,18 +138,12 @@ def choose(
 
 @compiled
 def _choose_all(
-    settings: Settings,
-    sizes_mb: Array,
-    chunk: int,
-    throughput: Array,
-    buffer_s: Array,
-    last_level: Array,
-    memory: Array,
+    settings: Settings, sizes_mb: Array, chunk: int, throughput: Array, buffer_s: Array, last: Array, memory: Array
 ) -> Array:
     """`choose` for N episodes."""
     levels = np.empty(len(buffer_s), np.int64)
     for i in range(len(levels)):
-        levels[i] = choose(settings, sizes_mb, chunk, throughput[i], buffer_s[i], last_level[i], memory[i])
+        levels[i] = choose(settings, sizes_mb, chunk, throughput[i], buffer_s[i], last[i], memory[i])
     return levels
 
 
@@ -203,7 +197,7 @@ class RobustMPC(Policy):
         self._forget(1)
 
     def _forget(self, clients: int) -> None:
-        self._memory = np.zeros((clients, 1 + self.config.error_window))
+        self._memory = np.zeros((clients, 1 + self.config.error_window))  # see `choose`
 
     def act(self, observation: Observation) -> np.ndarray:
         if observation.chunk == 1 and not self.config.carry_history:
