@@ -26,58 +26,7 @@ LONGEST = 200  # letters of a cell
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
-# Everything that nbconvert's template would fetch (RequireJS, MathJax, Mermaid, widgets) is left out; code folds away.
-_NOTEBOOK = """
-{%- extends 'lab/index.html.j2' -%}
-{%- block html_head_js -%}{%- endblock -%}
-{%- block jupyter_widgets -%}{%- endblock -%}
-{%- block html_head_js_mathjax -%}{%- endblock -%}
-{%- block html_head_js_mermaidjs -%}{%- endblock -%}
-{%- block html_head_css -%}
-<style>details.code > summary { cursor: pointer; color: #777; font: 12px monospace; }</style>
-{%- endblock -%}
-{%- block input -%}
-<details class="code"><summary>code</summary>
-{{ super() }}
-</details>
-{%- endblock -%}
-"""
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<title>Runs</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2em; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3em .8em; text-align: left; border-bottom: 1px solid #8884; white-space: nowrap; }
-th { cursor: pointer; position: sticky; top: 0; background: Canvas; }
-input { font: inherit; padding: .3em .5em; width: 22em; margin-bottom: 1em; }
-</style>
-<h1>Runs</h1>
-<p>Means with their 95 % intervals; the difference is the policy's to the best other one, over the same samples.
-A click on a column's head sorts; a run's name opens its report.</p>
-<input id="filter" type="search" placeholder="show rows that contain …" aria-label="filter">
-TABLE
-<script>
-const body = document.querySelector("tbody");
-document.querySelectorAll("th").forEach((th, column) => th.onclick = () => {
-  const down = th.getAttribute("aria-sort") === "ascending";
-  document.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
-  th.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const key = row => row.cells[column].textContent;
-  const compare = (a, b) => {
-    if (key(a) === "" || key(b) === "") return (key(a) === "") - (key(b) === "");  // what is missing comes last
-    return (key(a) - key(b) || key(a).localeCompare(key(b))) * (down ? -1 : 1);
-  };
-  [...body.rows].sort(compare).forEach(row => body.append(row));
-});
-document.getElementById("filter").oninput = ({target}) => {
-  for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(target.value.toLowerCase());
-};
-</script>
-"""
+PAGES = Path(__file__).with_name("pages")
 
 
 def export_html(executed: Path, report: Path) -> None:
@@ -99,7 +48,8 @@ def export_html(executed: Path, report: Path) -> None:
             for output in cell.outputs:
                 if output.output_type == "stream":
                     output.text = runs.OVERTAKEN.sub("", output.text)  # who reads it was not there to wait
-    exporter = HTMLExporter(raw_template=_NOTEBOOK, exclude_input_prompt=True, exclude_output_prompt=True)
+    template = (PAGES / "report.html.j2").read_text(encoding="utf-8")
+    exporter = HTMLExporter(raw_template=template, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": executed.stem}})
     with runs.atomic_path(report) as aside:
         aside.write_text(body, encoding="utf-8")
@@ -157,7 +107,8 @@ def write_index(root: Path | None = None) -> Path:
     table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(NUMBERS, float))
     with pd.option_context("display.max_colwidth", None), runs.atomic_path(page) as aside:
         shown = table.to_html(index=False, border=0, escape=False, na_rep="", float_format="{:.3f}".format)
-        aside.write_text(_PAGE.replace("TABLE", shown), encoding="utf-8")
+        text = (PAGES / INDEX).read_text(encoding="utf-8").replace("TABLE", shown)
+        aside.write_text(text, encoding="utf-8")
     return page
 
 

@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from netllm_lib.abr import evaluate, qoe
+from netllm_lib.abr import evaluate, plots, qoe
 from netllm_lib.abr.diagnosis import RULES, Evidence, Finding, decisions, figures
 from netllm_lib.abr.diagnosis.timeline import edges, of_trace, timeline, unrolled
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
@@ -32,6 +32,7 @@ from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.abr.traces import Trace
 from netllm_lib.findings import Diagnosis
+from netllm_lib.stats import Interval
 from netllm_lib.training_run import TrainingRun
 
 TRACES, VIDEO = generate_traces("t", 8, 8), generate_video("v", 1)
@@ -269,3 +270,32 @@ def test_gaps_by_trace_are_sums_of_their_parts(tables: dict) -> None:
     gaps = decisions.trace_gaps(tables["llm"], tables["mpc"])
     np.testing.assert_allclose(gaps["reward"], gaps[["quality", "rebuffering", "smoothness"]].sum(axis=1))
     assert gaps["reward"].is_monotonic_increasing
+
+
+# --- figures of other notebooks ---------------------------------------------------------------------------------------------
+
+
+def test_other_figures_take_axes_too() -> None:
+    history = pd.DataFrame({"step": [0, 1], "loss": [1.5, 1.0]})
+    cases: list[tuple[Any, ...]] = [
+        (plots.plot_differences, {"a − b": Interval(0.1, -0.1, 0.3)}),
+        (plots.plot_bandwidths, [TRACES]),
+        (plots.plot_training, history, {"chance": 1.79}),
+    ]
+    for draw, *data in cases:
+        ax: Any = plt.subplots()[1]
+        assert draw(*data, axes=ax) is ax
+        assert ax.get_xlabel()
+
+
+def test_decomposition_marks_the_mean_reward(tables: dict) -> None:
+    ax = plots.plot_decomposition(tables)
+    shown = sorted(float(text.get_text()) for text in ax.texts)
+    assert shown == pytest.approx(sorted(qoe.summarise(t).reward for t in tables.values()), abs=6e-4)
+
+
+def test_a_pool_has_shares_and_references(pool: ExperiencePool) -> None:
+    assert sum(bar.get_height() for bar in plots.plot_pool(pool)[0].patches) == pytest.approx(100)
+    legend = plots.plot_pool_episodes(pool, {"other": 0.5}).get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [f"mean: {pool.rewards.mean():.3g}", "other: 0.5"]

@@ -7,25 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from netllm_lib import gate, runs, stats
 from netllm_lib.gate import Gate, read_gates
-from netllm_lib.measure import TABLE, Measure, Scores
+from netllm_lib.measure import TABLE, Measure
 from test_cli import run
+from test_measure import ERROR, REWARD, scores
 from test_notebooks import write_notebook
 from test_pipelines import check_counts
 
 DIFFERENCES = [0.1, -0.1, 0.2, 0.0, -0.05, 0.05, 0.15, -0.15]
-REWARD, ERROR = Measure("reward"), Measure("error", "degrees", "lower", "user")
 
 
 def save(folder: Path, measure: Measure = REWARD, /, **policies: list[float]) -> Path:
     """A test of policies with these scores by sample."""
-    rows = [(name, f"s{i}", value) for name, values in policies.items() for i, value in enumerate(values)]
-    table = pd.DataFrame(rows, columns=["policy", measure.sample, measure.name])
-    Scores(measure, next(iter(policies)), table).save(folder)
+    scores(measure, **policies).save(folder)
     return folder
 
 
