@@ -95,9 +95,7 @@ def load(folder: str | Path) -> SweepTables:
         raise FileNotFoundError(f"{folder}: no {POINTS}; name a folder that `netllm sweep` made")
     every = pd.read_parquet(path)
     every["seed"] = every["seed"].astype(object).where(every["seed"].notna(), "-")
-    parameters = (
-        every.filter(regex=f"^{PARAMETER}").convert_dtypes().astype(object)
-    )  # 8.0 of a table with gaps is 8 again
+    parameters = every.filter(regex=f"^{PARAMETER}").convert_dtypes().astype(object)  # 8.0, of a gap, is 8 again
     every[parameters.columns] = parameters
     shown = parameters.loc[:, parameters.nunique() > 1].rename(columns=lambda name: name.removeprefix(PARAMETER))
     given = [{str(key): value for key, value in row.items() if not pd.isna(value)} for row in shown.to_dict("records")]
@@ -193,10 +191,8 @@ def chosen(tables: SweepTables, samples: Figures, better: str = "higher", by: st
     if by in numeric_metrics(compared) and compared[METRIC + by].notna().all():
         means = compared.groupby("setting")[METRIC + by].mean()
     else:
-        means, by = (
-            pd.Series({name: sample.to_numpy().mean() for name, sample in samples.items()}),
-            "the figures compared",
-        )
+        by = "the figures compared"
+        means = pd.Series({name: sample.to_numpy().mean() for name, sample in samples.items()})
     return str(means.idxmax() if better == "higher" else means.idxmin()), by
 
 
@@ -241,16 +237,11 @@ def plot_ranking(samples: Figures, baselines: Figures, better: str, best: str = 
         ax.plot(mean, row, "o" if name in samples else "s", color=color)
         if name not in samples:
             ax.axvline(mean, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
-        elif len(samples[name]) > 1:
-            ax.plot(
-                samples[name].mean(axis="columns"), [row + 0.2] * len(samples[name]), "|", color=color, markersize=7
-            )
+        elif len(by_run := samples[name].mean(axis="columns")) > 1:
+            ax.plot(by_run, [row + 0.2] * len(by_run), "|", color=color, markersize=7)
     ax.set_yticks(range(len(shown)), [f"{name} (chosen)" if name == best else name for name in shown.index])
-    ax.set(
-        xlabel=f"{what}, 95 % interval (| one run)",
-        ylim=(-0.7, len(shown) - 0.3),
-        title="Settings (squares: other policies)" if baselines else "Settings",
-    )
+    ax.set(xlabel=f"{what}, 95 % interval (| one run)", ylim=(-0.7, len(shown) - 0.3))
+    ax.set_title("Settings (squares: other policies)" if baselines else "Settings")
     return ax
 
 

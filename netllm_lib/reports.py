@@ -71,7 +71,7 @@ def _row(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"run": folder.name, "kind": folder.parent.name}
     try:
         manifest = runs.Run(folder).manifest
-        found |= {"state": manifest.get("status"), "seconds": manifest.get("seconds")}
+        found |= {"state": manifest.get("status") or "unknown", "seconds": manifest.get("seconds")}
         found["finished"] = manifest.get("finished") or manifest.get("started")
         if (folder / measure.FILE).is_file():
             found = measure.read_headline(folder) | found

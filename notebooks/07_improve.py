@@ -21,9 +21,7 @@
 from pathlib import Path
 
 data: Path = ""  # folder with traces/ and videos/
-before: Path = (
-    ""  # run folder of notebook 04, or a checkpoint: the policy to compare with; the first round plays it; empty: MPC
-)
+before: Path = ""  # run folder of 04, or a checkpoint: to compare with, and played in the first round; empty: MPC
 plm: Path = "tiny-llama"  # trained from random weights; or smollm2, or a Hugging Face folder, which get LoRA
 layers: int = 4  # first layers that are kept; 0: all
 rank: int = 128  # LoRA rank; tiny-llama is trained as a whole

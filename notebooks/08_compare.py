@@ -24,12 +24,10 @@ sweep_dir: Path = ""  # folder of a sweep; empty: the last one that was complete
 policy: str = ""  # the one compared between settings; empty: the one that the tests are about
 baseline: str = ""  # the policy to compare with; empty: the best of the others
 metric: str = (
-    ""  # compare this metric of the runs; empty: the tests' scores, or where nothing was tested the first that differs
+    ""  # a metric of the runs to compare; empty: the scores of the tests, without tests the first that differs
 )
 better: str = "higher"  # or "lower": which values of that metric are better; scores say it themselves
-choose_by: str = (
-    "04_finetune.validation_reward"  # a metric of the runs that chooses the setting, where every run has it
-)
+choose_by: str = "04_finetune.validation_reward"  # a metric that chooses the setting, where every run has it
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
@@ -46,9 +44,8 @@ this_run = runs.notebook_run(run_dir, "08_compare", sweep=sweep_dir)
 out = this_run.folder
 tables = comparing.load(sweep_dir)
 tested = len(tables.results) > 0 and not metric
-print(
-    f"{tables.name}: {len(tables.points)} points done, {len(tables.failed)} failed; varied: {', '.join(tables.varied)}"
-)
+counts = f"{len(tables.points)} points done, {len(tables.failed)} failed"
+print(f"{tables.name}: {counts}; varied: {', '.join(tables.varied)}")
 tables.failed.set_index("point")[["setting", "seed", "problem"]] if len(tables.failed) else None
 
 # %%

@@ -47,7 +47,7 @@ SCALE = (0.6, 1.6)  # a trace's bandwidths are multiplied by a factor from here 
 MEAN_MBPS = (
     0.45,
     4.5,
-)  # the factor is cut so that the mean stays within: all stall below, nothing is to be learnt above
+)  # the factor is cut so that the mean stays within: below all stall, above nothing is to be learnt
 VALIDATION_SHARE, LATER_RATE = 0.3, 0.7  # of the traces; factor on the learning rates from the second round on
 SMALL_TRAINING = TrainConfig(batch=64, lr=1e-3, lr_around=1e-3, weight_decay=0.01, max_grad_norm=1.0)
 
