@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,39 +53,18 @@ def load(
         raise ValueError("which run? give its folder")
     how = {"pool": pool, "plm": plm, "data": data, "run": run}
     places = [_run_folder(folder, how) for folder in folders]
-    tests = [place for place in places if (place / evaluate.SETTING).is_file()]
-    attempt, registry = Attempts(), find_registry(data)
-    family = list(_with_parents([place for place in places if place not in tests[1:]], attempt))
-    tests = tests[:1] + [
-        place for place in tests[1:] if place not in family
-    ]  # the training of the first may be an import
-    trained, kept = _first(family, RESULT), _first(family, *POOLS)
-    weights, imported = _first(family, f"{POLICY}/{MODULES}", MODULES), _first(family, IMPORT)
-    read_tests = [attempt("the test", _test, place) for place in tests]
-    evidence = Evidence(
-        test=read_tests[0] if tests else None,
-        seeds=tuple(test for test in read_tests[1:] if test is not None),
-        training=None if trained is None else attempt("the training", TrainingRun.read, trained),
-        pool=None if kept is None else attempt("the pool", load_pool, kept),
-        registry=registry,
-    )
-    evidence = attempt("traces and video", _with_data, evidence, registry) or evidence
-    if weights is not None:
-        place = weights / POLICY if (weights / POLICY).is_dir() else weights
-        evidence = attempt("the weights", _with_subject, evidence, place, plm) or evidence
-    about = {} if imported is None else attempt("the import", _about, imported) or {}
-    recipe = attempt("the recipe", _recipe, evidence, registry, about.get("settings", {}))
-    evidence = replace(evidence, recipe=recipe or Recipe())
-    if imported is not None and about:
-        tested = not tests or imported == tests[0]
-        evidence = attempt("the import", _with_import, evidence, about, imported, tested) or evidence
+    attempt = Attempts()
+    at = _look(places, find_registry(data), None if plm is None else str(plm), attempt)
+    evidence = Evidence(registry=at.registry)
+    for what, step in STEPS.items():
+        evidence = attempt(what, step, evidence, at) or evidence
     if pool is not None and evidence.test_pool is None:
         evidence = _with_pool(evidence, load_pool(Path(pool)))
     parts = (evidence.test, evidence.training, evidence.pool, evidence.subject)
     if attempt.errors and all(part is None for part in parts) and not evidence.problems:
         error = attempt.errors[0]
         raise error if isinstance(error, ValueError | OSError) else ValueError(f"{places[0]}: {attempt.failed[0]}")
-    missing = (*evidence.missing, *attempt.failed, *_missing(evidence, imported is not None))
+    missing = (*evidence.missing, *attempt.failed, *_missing(evidence, at.imported is not None))
     return replace(evidence, missing=missing)
 
 
@@ -119,6 +98,40 @@ def _with_parents(places: list[Path], attempt: Attempts) -> Iterator[Path]:
             places.append(place.parent)
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where the parts of a run are; None where there is none."""
+
+    registry: Registry
+    plm: str | None
+    tests: list[Path]  # the run's, then those of the same recipe with other seeds
+    training: Path | None
+    pool: Path | None
+    weights: Path | None
+    imported: Path | None
+    about: Mapping[str, Any]  # what the import says of itself
+
+
+def _look(places: list[Path], registry: Registry, plm: str | None, attempt: Attempts) -> _Places:
+    tests = [place for place in places if (place / evaluate.SETTING).is_file()]
+    family = list(_with_parents([place for place in places if place not in tests[1:]], attempt))
+    tests[1:] = [
+        place for place in tests[1:] if place not in family
+    ]  # an import that the test was made from is no seed
+    weights, imported = _first(family, f"{POLICY}/{MODULES}", MODULES), _first(family, IMPORT)
+    if weights is not None and (weights / POLICY).is_dir():
+        weights = weights / POLICY
+    about = {} if imported is None else attempt("the import", _about, imported) or {}
+    return _Places(registry, plm, tests, _first(family, RESULT), _first(family, *POOLS), weights, imported, about)
+
+
+def _about(imported: Path) -> dict[str, Any]:
+    about = runs.read_json(imported / IMPORT)
+    if not isinstance(about, dict) or not isinstance(about.get("settings"), dict):
+        raise ValueError(f"{imported / IMPORT}: it does not say what was imported (settings)")
+    return about
+
+
 # --- parts --------------------------------------------------------------------------------------------------------------
 
 
@@ -130,16 +143,9 @@ def _test(place: Path) -> Test:
     return test if test.subject else replace(test, subject=next(iter(test.tables), ""))
 
 
-def _about(imported: Path) -> dict[str, Any]:
-    """What an import says of itself."""
-    about = runs.read_json(imported / IMPORT)
-    if not isinstance(about, dict) or not isinstance(about.get("settings"), dict):
-        raise ValueError(f"{imported / IMPORT}: it does not say what was imported (settings)")
-    return about
-
-
-def _with_data(evidence: Evidence, registry: Registry) -> Evidence:
-    """The evidence with the traces and the video of its test, where those are at hand."""
+def _with_data(evidence: Evidence, at: _Places) -> Evidence:
+    """The traces and the video of the test, where those are at hand."""
+    registry = at.registry
     traces, video, clean = (evidence.setting.get(name) for name in ("traces", "video", "clean"))
     return replace(
         evidence,
@@ -149,13 +155,15 @@ def _with_data(evidence: Evidence, registry: Registry) -> Evidence:
     )
 
 
-def _with_subject(evidence: Evidence, folder: Path, plm: str | Path | None) -> Evidence:
+def _with_subject(evidence: Evidence, at: _Places) -> Evidence:
     from netllm_lib.abr.model import load_policy
     from netllm_lib.abr.policies.llm import EvalConfig
     from netllm_lib.abr.upstream.checkpoints import problem_of
 
+    if at.weights is None:
+        return evidence
     try:
-        network, meta = load_policy(folder, None if plm is None else str(plm))
+        network, meta = load_policy(at.weights, at.plm)
     except FileNotFoundError as error:
         return replace(evidence, missing=(f"weights and PLM ({error}): what each switch changes",))
     except (ValueError, OSError) as error:
@@ -165,16 +173,58 @@ def _with_subject(evidence: Evidence, folder: Path, plm: str | Path | None) -> E
     return replace(evidence, subject=Subject(network, meta, config))
 
 
-def _recipe(evidence: Evidence, registry: Registry, settings: Mapping[str, Any]) -> Recipe:
-    """From the pool, else from what the test says, else from the `settings` of an import; names that are known here first."""
+def _with_recipe(evidence: Evidence, at: _Places) -> Evidence:
+    """From the pool, else from what the test says, else from the settings of an import; names that are known here first."""
     pool = {} if evidence.pool is None else {f"train_{name}": value for name, value in evidence.pool.source.items()}
+    settings = at.about.get("settings", {})
 
     def named(key: str, known: Collection[str]) -> str | None:
         names = [source[key] for source in (pool, evidence.setting, settings) if source.get(key)]
         return next((name for name in names if name in known), next(iter(names), None))
 
+    traces = named("train_traces", at.registry.trace_folders())
+    video = named("train_video", at.registry.video_folders())
     w = evidence.subject.meta.settings.w if evidence.subject else settings.get("w")
-    return Recipe(named("train_traces", registry.trace_folders()), named("train_video", registry.video_folders()), w)
+    return replace(evidence, recipe=Recipe(traces, video, w))
+
+
+def _with_import(evidence: Evidence, at: _Places) -> Evidence:
+    """What only an import knows, see `import_run`. Of its test nothing is taken where another one is diagnosed."""
+    if at.imported is None or not at.about:
+        return evidence
+    about, tested = at.about, not at.tests or at.imported == at.tests[0]
+    skipped = {None} if tested else {None, "protocol-mismatch"}
+    problems = {p["finding"]: p["text"] for p in reversed(about["problems"]) if p["finding"] not in skipped}
+    missing = (*evidence.missing, *about["missing"])
+    evidence = replace(evidence, problems=problems | dict(evidence.problems), missing=missing)
+    if not tested:
+        return evidence
+    subject, others, given = evidence.subject, {}, None
+    if subject is not None:
+        folders = [Path(saved["folder"]) for saved in about["weights"][1:] if not saved["problem"]]
+        others = {folder.name: _other(folder, subject.meta) for folder in folders if folder.is_dir()}
+    if (at.imported / TEST_POOL).is_dir():
+        given = load_pool(at.imported / TEST_POOL)
+        if subject is not None:
+            scale = subject.meta.settings.scale
+            subject = replace(subject, test_scale=pool_returns(given, scale.gamma, scale.scale)[1])
+    printed = (about["console"] or {}).get("mean_reward")
+    return replace(evidence, printed_reward=printed, other_weights=others, test_pool=given, subject=subject)
+
+
+STEPS: dict[str, Callable[[Evidence, _Places], Evidence]] = {
+    "the test": lambda evidence, at: replace(evidence, test=_test(at.tests[0]) if at.tests else None),
+    "further tests": lambda evidence, at: replace(evidence, seeds=tuple(map(_test, at.tests[1:]))),
+    "the training": lambda evidence, at: (
+        replace(evidence, training=TrainingRun.read(at.training)) if at.training else evidence
+    ),
+    "the pool": lambda evidence, at: replace(evidence, pool=load_pool(at.pool)) if at.pool else evidence,
+    "traces and video": _with_data,
+    "the weights": _with_subject,
+    "the recipe": _with_recipe,
+    "the import": _with_import,
+}
+"""By what they add to the evidence, from what they have so far."""
 
 
 def _with_pool(evidence: Evidence, pool: ExperiencePool) -> Evidence:
@@ -183,27 +233,6 @@ def _with_pool(evidence: Evidence, pool: ExperiencePool) -> Evidence:
     trained = subject.meta.settings.pool_hash if subject else training and training.facts.get("pool_hash")
     other = trained and trained != pool.content_hash()
     return replace(evidence, test_pool=pool) if other else replace(evidence, pool=pool)
-
-
-def _with_import(evidence: Evidence, about: Mapping[str, Any], place: Path, tested: bool) -> Evidence:
-    """What only an import knows (see `import_run`); `tested`: the test that is diagnosed, if there is one, is the imported one."""
-    of_test = {None} if tested else {None, "protocol-mismatch"}  # what is wrong with another test is not the matter
-    problems = {p["finding"]: p["text"] for p in reversed(about["problems"]) if p["finding"] not in of_test}
-    problems |= dict(evidence.problems)
-    evidence = replace(evidence, problems=problems, missing=(*evidence.missing, *about["missing"]))
-    if not tested:
-        return evidence
-    subject, others, given = evidence.subject, {}, None
-    if subject is not None:
-        folders = [Path(saved["folder"]) for saved in about["weights"][1:] if not saved["problem"]]
-        others = {folder.name: _other(folder, subject.meta) for folder in folders if folder.is_dir()}
-    if (place / TEST_POOL).is_dir():
-        given = load_pool(place / TEST_POOL)
-        if subject is not None:
-            scale = subject.meta.settings.scale
-            subject = replace(subject, test_scale=pool_returns(given, scale.gamma, scale.scale)[1])
-    printed = (about["console"] or {}).get("mean_reward")
-    return replace(evidence, printed_reward=printed, other_weights=others, test_pool=given, subject=subject)
 
 
 def _other(folder: Path, meta: CheckpointMeta) -> Callable[[], PolicyNetwork]:

@@ -174,28 +174,33 @@ def _switches(evidence: Evidence, subject: Subject, budget_s: float, say: Progre
     check, everything = simulator_of(evidence, CHECK_TRACES), simulator_of(evidence)
     first = replay(subject, check)
     per_trace_s = (time.perf_counter() - started) / len(check)
-    odd = same_levels(first, table) < REPRODUCED
-    if odd:
+    if same_levels(first, table) < REPRODUCED:
         subject, first = identify(evidence, subject, first, check, until=started + budget_s / 2)
-    off = subject.off
+    found = Ablation(subject, {AS_RUN: first}, same_levels(first, table))
+    off = [] if found.unexplained else subject.off  # what other weights did is not to be explained by a switch of these
     # as run and every switch alone, each takes about as long, and so may dropout; all sound is cached and takes next to nothing
     alone = off if len(off) > 1 else []
-    plays = 1 + len(alone) + odd + 0.3
+    plays = 1 + len(alone) + found.unexplained + 0.3
     spent_s = time.perf_counter() - started
     count = min(len(everything), int((budget_s - spent_s) / per_trace_s / plays))
     if count < min(FEWEST_TRACES, len(everything)):
         needed = f"--budget {FEWEST_TRACES * plays * per_trace_s + spent_s:.0f}"
         why = f"time to replay the test, {per_trace_s:.1f} s a trace: what each switch changes ({needed})"
-        return Ablation(subject, {AS_RUN: first}, same_levels(first, table), too_short=why)
-    simulator, tables = simulator_of(evidence, count), {}
-    for name, variant in {AS_RUN: subject, **{name: subject.sound(name) for name in alone}}.items():
+        return replace(found, too_short=why)
+    simulator = simulator_of(evidence, count)
+    say(f"{AS_RUN}: {count} traces")
+    as_run = replay(subject, simulator)
+    found = Ablation(subject, {AS_RUN: as_run}, same_levels(as_run, table))
+    if found.unexplained:
+        return _with_dropout(found, table, simulator)
+    for name in alone:
         say(f"{name}: {count} traces")
-        tables[name] = replay(variant, simulator)
+        found.tables[name] = replay(subject.sound(name), simulator)
     if off:
         say(f"{ALL_SOUND}: {count} traces")
-        tables[ALL_SOUND] = replay(subject.sound(*off), simulator, cached=True)
-        tables |= {name: tables[ALL_SOUND] for name in off if name not in alone}
-    return _with_dropout(Ablation(subject, tables, same_levels(tables[AS_RUN], table)), table, simulator)
+        together = replay(subject.sound(*off), simulator, cached=True)
+        found.tables.update(dict.fromkeys([*off, ALL_SOUND], together) | found.tables)
+    return found
 
 
 def identify(
@@ -233,7 +238,8 @@ def identify(
 
 def _with_dropout(found: Ablation, table: pd.DataFrame, simulator: Simulator) -> Ablation:
     """The ablation of a test with dropout, where these weights only give the recorded rewards, on the whole, with dropout on."""
-    if not found.unexplained or not (better := paired(found.tables[AS_RUN], table)).low > 0:
+    better = paired(found.tables[AS_RUN], table)
+    if not better.low > 0:
         return found
     noisy = found.subject.changed(dropout=True, merge_lora=False)
     if abs(paired(replay(noisy, simulator), table).mean) >= 0.5 * better.mean:
