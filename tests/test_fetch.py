@@ -170,28 +170,19 @@ COMMANDS = """
 fsmonitor = {evil}
 sshCommand = {evil}
 hooksPath = {hooks}
-pager = {evil}
 attributesFile = {hooks}/attributes
 [remote "origin"]
 url = {url}
 promisor = true
-partialclonefilter = blob:none
 uploadpack = {evil}
 [filter "broken"]
 smudge = {evil}
-clean = {evil}
 process = {evil}
-required = true
-[diff]
-external = {evil}
 [uploadpack]
 packObjectsHook = {evil}
 [submodule "inner"]
 url = {url}
 update = !{evil}
-active = true
-[credential]
-helper = !{evil}
 [include]
 path = {hooks}/included
 """

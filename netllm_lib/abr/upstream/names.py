@@ -30,19 +30,10 @@ POOL = "seed_{pool_seed}_trace_num_{pool_trace_num}_fixed_{pool_fixed}"
 
 _REALS = frozenset({"gamma", "lr", "weight_decay", "target_return_scale", "scale", "lora_dropout"})
 _WORDS = frozenset(
-    {"pool", "policy", "plm_type", "plm_size"}
-    | {f"{set}_{what}" for set in ("train", "test") for what in ("traces", "video")}
+    ["pool", "policy", "plm_type", "plm_size", "train_traces", "train_video", "test_traces", "test_video"]
 )
-_LEAST = {
-    "rank": -1,
-    "w": 1,
-    "epochs": 1,
-    "sample_step": 1,
-    "state_feature_dim": 1,
-    "warmup_steps": 0,
-    "grad_accum_steps": 1,
-    "scale": 1e-9,
-}
+_COUNTS = ("w", "epochs", "sample_step", "state_feature_dim", "grad_accum_steps")
+_LEAST = dict.fromkeys(_COUNTS, 1.0) | {"rank": -1, "warmup_steps": 0, "scale": 1e-9}
 _LONGEST = 255  # characters of a name, in most file systems
 _INTEGER = r"-?\d{1,15}"
 _REAL = r"-?(?:\d{1,15}(?:\.\d{0,20})?(?:e[-+]?\d{1,3})?|inf|nan)"
