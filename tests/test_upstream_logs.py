@@ -308,7 +308,7 @@ def test_the_time_is_in_proportion_to_the_text(tmp_path: Path, piece: str) -> No
         line = before + piece * (19_000 // len(piece)) + "\n"
         path.write_text(TEXT + piece * (10**6 // len(piece)) + "\n" + line * 52)
         attempt(partial(discover, path))
-    assert time.process_time() - begin < 5
+    assert time.process_time() - begin < 10
 
 
 def test_many_different_settings_take_no_time(tmp_path: Path) -> None:
