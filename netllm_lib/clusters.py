@@ -75,13 +75,20 @@ def connect(jobs: Mapping[str, Any] | None, workers: int | None, steps: int) -> 
 
     with dask.config.set(SETTINGS), contextlib.ExitStack() as stack:
         cluster = stack.enter_context(_submitted(jobs) if jobs else _local(workers, steps))
-        yield stack.enter_context(Client(cluster))
+        try:
+            yield stack.enter_context(Client(cluster))
+        except KeyboardInterrupt:
+            if not jobs:  # these workers end with this process: nobody need wait until each of them has been asked to
+                stack.pop_all()
+            raise
 
 
 def _local(wanted: int | None, steps: int) -> SpecCluster:
     """Worker processes of one thread on this machine, see `local_workers`; they end when this process ends, however that ends."""
     from distributed import Nanny, Scheduler, Security, SpecCluster
 
+    # when this process is ended, one of Python's removes what the workers shared, and warns of it in vain
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     security, quiet = Security.temporary(), {"silence_logs": logging.CRITICAL}
     common = {"host": "127.0.0.1", "protocol": "tls://", "security": security, "dashboard_address": "127.0.0.1:0"}
     own = {**common, **quiet, "nthreads": 1, "memory_limit": 0}

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import importlib
 import io
+import logging
 import os
 import pkgutil
 import re
@@ -272,11 +273,14 @@ def run_notebook(
                 problem = f"{notebook.name} ran, but did not write {', '.join(missing)} to {folder}"
                 raise NotebookError(problem, executed)
             metrics = _metrics(folder)
-        except (NotebookError, KeyboardInterrupt) as error:
-            run.note(status="failed", error=str(error) or "interrupted")
+        except KeyboardInterrupt:
+            run.note(status="interrupted")
+            raise
+        except NotebookError as error:
+            run.note(status="failed", error=str(error))
             raise
         finally:
-            if executed.is_file():
+            if executed.is_file() and run.state != "interrupted":
                 pages.export_html(executed, folder / REPORT)
         seconds = time.monotonic() - started
         run.note(seconds=round(seconds, 1), error=None)
@@ -321,25 +325,27 @@ def _execute(notebook: Notebook, executed: Path, parameters: dict[str, Any], tim
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     from netllm_lib.envcheck import kernel_problem
-    from netllm_lib.kernels import BoundKernelManager
+    from netllm_lib.kernels import BoundKernelManager, ended_by_interrupt
 
     if problem := kernel_problem(notebook.kernel):
         raise NotebookError(f"{notebook.name}: {problem}")
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what goes wrong is said by the errors below
     deadline = time.monotonic() + timeout_s
     failure, traceback, lines = "", [], _Lines(echo)
     try:
-        papermill.execute_notebook(
-            notebook.path,
-            executed,
-            parameters=parameters,
-            kernel_name=notebook.kernel,
-            cwd=runs.PROJECT,
-            progress_bar=False,
-            stdout_file=lines,
-            timeout_func=lambda cell: max(1, int(deadline - time.monotonic())) if timeout_s > 0 else None,
-            start_timeout=120,
-            kernel_manager_class=BoundKernelManager,
-        )
+        with ended_by_interrupt():
+            papermill.execute_notebook(
+                notebook.path,
+                executed,
+                parameters=parameters,
+                kernel_name=notebook.kernel,
+                cwd=runs.PROJECT,
+                progress_bar=False,
+                stdout_file=lines,
+                timeout_func=lambda cell: max(1, int(deadline - time.monotonic())) if timeout_s > 0 else None,
+                start_timeout=120,
+                kernel_manager_class=BoundKernelManager,
+            )
     except papermill.PapermillExecutionError as error:
         failure, traceback = f"{error.ename}: {error.evalue}".strip(": "), error.traceback
     except CellTimeoutError:

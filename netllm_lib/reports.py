@@ -70,8 +70,9 @@ def _row(folder: Path) -> dict[str, Any]:
     """Whatever is in the folder's files, the row has text and finite numbers where it should."""
     found: dict[str, Any] = {"run": folder.name, "kind": folder.parent.name}
     try:
-        manifest = runs.Run(folder).manifest
-        found |= {"state": manifest.get("status") or "unknown", "seconds": manifest.get("seconds")}
+        run = runs.Run(folder)
+        manifest = run.manifest
+        found |= {"state": run.state, "seconds": manifest.get("seconds")}
         found["finished"] = manifest.get("finished") or manifest.get("started")
         if (folder / measure.FILE).is_file():
             found = measure.read_headline(folder) | found

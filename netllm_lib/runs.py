@@ -30,6 +30,7 @@ from typing import Any, TextIO
 
 import filelock
 import numpy as np
+import psutil
 
 PROJECT = Path(__file__).resolve().parents[1]
 """The checkout: bundled data, notebooks and the default reports folder are found from here."""
@@ -271,9 +272,17 @@ class Run:
         return found
 
     @property
+    def state(self) -> str:
+        """ "started", "done", "failed" or "interrupted"; the last also where the process of this machine that began it is gone."""
+        found = self.manifest
+        begun = found.get("status") == "started" and found.get("host") == content_hash(platform.node())
+        lost = begun and found.get("process") not in psutil.pids()
+        return "interrupted" if lost else str(found.get("status") or "unknown")
+
+    @property
     def done(self) -> bool:
         """True once `finish` was called: everything that the run promises is in the folder."""
-        return self.manifest.get("status") == "done"
+        return self.state == "done"
 
     @property
     def parents(self) -> dict[str, Path]:
@@ -332,7 +341,7 @@ def open_run(
     run = Run(run_folder(kind, name, settings, inputs, root))
     if not (run.folder / MANIFEST).exists():
         write_json(run.folder / "config.json", settings)
-        run.note(status="started", kind=kind, name=name, inputs=inputs or {}, started=_now(), **environment())
+        run.note(kind=kind, name=name, inputs=inputs or {}, started=_now(), **environment(), **_begun())
     return run
 
 
@@ -343,7 +352,7 @@ def notebook_run(run_dir: str, notebook: str, **parents: str | Path | None) -> R
     """
     run = Run(Path(run_dir) if run_dir else reports_root() / "runs" / notebook / "interactive")
     new = {} if run.manifest else {"kind": notebook, "name": run.folder.name, "started": _now(), **environment()}
-    run.note(status="started", finished=None, error=None, parents=parents, **new)
+    run.note(finished=None, error=None, parents=parents, **new, **_begun())
     return run
 
 
@@ -357,6 +366,10 @@ def latest(notebook: str) -> Path:
         where = reports_root() / "runs"
         raise FileNotFoundError(f"no finished run of {notebook} under {where}: run that notebook first")
     return finished[max(finished)]
+
+
+def _begun() -> dict[str, Any]:
+    return {"status": "started", "process": os.getpid(), "host": content_hash(platform.node())}
 
 
 def environment() -> dict[str, Any]:

@@ -7,6 +7,7 @@ imports happen inside the commands, so that `netllm --help` is quick.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from netllm_lib.cli.play import play
 from netllm_lib.cli.run import run
 from netllm_lib.cli.sweep import sweep
 from netllm_lib.text import printable_output
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="netllm",
@@ -119,6 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in words  # anywhere on the line: it is typed when something has gone wrong already
     try:
         app(args=join_parameters([word for word in words if word != "--debug"]), prog_name="netllm")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("netllm: interrupted; the same command goes on from what is finished", file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)  # threads and workers of libraries would take seconds to end
+        raise
     except Exception as error:
         if debug:
             traceback.print_exc()

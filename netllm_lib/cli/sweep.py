@@ -44,8 +44,12 @@ def sweep(
     with runs.lock(runs.run_folder(*work)):
         run = runs.open_run(*work)
         shutil.copyfile(file, run.folder / "sweep.toml")
-        with clusters.connect(asked.cluster, workers, len(asked.steps) - len(finished)) as client:
-            rows = sweeps.rows(asked, sweeps.run_sweep(asked, client, echo))
+        try:
+            with clusters.connect(asked.cluster, workers, len(asked.steps) - len(finished)) as client:
+                rows = sweeps.rows(asked, sweeps.run_sweep(asked, client, echo))
+        except KeyboardInterrupt:
+            run.note(status="interrupted")
+            raise
         points = sweeps.points_table(rows)
         for name, table in ((compare.POINTS, points), (compare.RESULTS, compare.collect(points))):
             with runs.atomic_path(run.folder / name) as aside:
