@@ -55,7 +55,7 @@ docs: env ## Write the library's reference to docs/api/, from its docstrings
 	$(BIN)/pdoc -o docs/api netllm_lib '!netllm_lib.cli'
 
 lab: env env-tf ## Open JupyterLab with both kernels
-	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-10000} $(BIN)/jupyter lab
+	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-$$($(BIN)/python -c "from netllm_lib.runs import SPIN; print(SPIN)")} $(BIN)/jupyter lab
 
 bench: env ## Run the benchmarks; they write reports/benchmarks/
 	@set -e; for bench in tests/bench/bench_*.py; do echo "$$bench"; $(BIN)/python "$$bench"; done

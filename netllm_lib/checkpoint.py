@@ -132,7 +132,7 @@ def build(kind: type[N], plm: PLMConfig, sizes: Any, folder: Path, load: Callabl
     try:
         return kind(load(plm), sizes)
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {first_line(error)}") from error
+        raise ValueError(f"{folder}: {runs.first_line(error)}") from error
 
 
 def _check_plm(folder: Path, meta: CheckpointMeta, plm: PLM) -> None:
@@ -250,12 +250,7 @@ def read_safetensors(path: Path) -> Weights:
     try:
         return load_file(path)
     except Exception as error:  # whatever a broken file provokes is a broken file
-        raise ValueError(f"{path}: damaged ({first_line(error)})") from None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, for a message of ours; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path}: damaged ({runs.first_line(error)})") from None
 
 
 def on_cpu(weights: Weights) -> Weights:

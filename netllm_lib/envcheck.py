@@ -106,12 +106,19 @@ def packages_check(extra: str = "") -> Check:
 
 def tensorflow_check() -> Check:
     """Does TensorFlow import here, and on what does it compute."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    errors = os.dup(2)
     try:
-        tensorflow = importlib.import_module("tensorflow")
+        with open(
+            os.devnull, "wb"
+        ) as nothing:  # its C++ writes of its own optimisations, whatever level of logs is asked for
+            os.dup2(nothing.fileno(), 2)
+            tensorflow = importlib.import_module("tensorflow")
+            devices = [device.device_type for device in tensorflow.config.list_physical_devices()]
     except ImportError as error:
         return Check("TensorFlow", "fail", str(error), "make env-tf")
-    devices = [device.device_type for device in tensorflow.config.list_physical_devices()]
+    finally:
+        os.dup2(errors, 2)
+        os.close(errors)
     return Check("TensorFlow", "pass", f"{tensorflow.__version__} on {', '.join(devices)}")
 
 

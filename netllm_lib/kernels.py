@@ -16,6 +16,8 @@ from typing import Any
 
 from jupyter_client.manager import AsyncKernelManager
 
+from netllm_lib import runs
+
 DIE_WITH_PARENT = """
 import ctypes, os, sys
 parent, *command = sys.argv[1:]
@@ -23,10 +25,6 @@ ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 os.getppid() == int(parent) or sys.exit(1)  # it ended before it could be asked
 os.execvp(command[0], command)
 """
-
-SPIN = "10000"
-"""How long (in turns) a waiting OpenMP thread of PyTorch keeps its core. By default it is 30 times as long, and then one other
-busy process on a small machine slows training more than six times; so it is two to three times, at 2 to 5 % without one."""
 
 
 class BoundKernelManager(AsyncKernelManager):
@@ -41,7 +39,7 @@ class BoundKernelManager(AsyncKernelManager):
         ]  # our errors say what is wrong
 
     async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
-        await super().start_kernel(env={"GOMP_SPINCOUNT": SPIN, **os.environ, "NETLLM_HEADLESS": "1"}, **options)
+        await super().start_kernel(env={"GOMP_SPINCOUNT": runs.SPIN, **os.environ, "NETLLM_HEADLESS": "1"}, **options)
 
     async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:  # type: ignore[override]
         await super().shutdown_kernel(now or interrupted.is_set(), restart)

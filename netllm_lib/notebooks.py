@@ -4,16 +4,13 @@ Papermill alone only warns about an unknown parameter, injects "false" as a (tru
 succeeds when nothing was written. Here a run starts only when every parameter is known and fits its declared type, and
 it succeeds only when every cell was executed and every promised file is there.
 
-A notebook has a cell tagged `parameters` with lines `name: type = value  # what it is`, among them `run_dir: str = ""`,
-which becomes the folder it writes to. It writes `metrics.json` there and, if it promises more files, says so in a comment
-`# expected: pool/config.json, table.parquet` in any code cell. A parameter of the type `Path`, or `list[Path]`,
-names a file or folder: what lies there is part of what the run is made from. Notebooks run in the project's folder, where
-relative paths start.
+A notebook has a cell tagged `parameters`, see `parameters`; `run_dir` becomes the folder it writes to. It writes `metrics.json`
+there and, if it promises more files, says so in a comment `# expected: pool/config.json, table.parquet` in any code cell.
+Notebooks run in the project's folder, where relative paths start.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib
 import io
 import logging
@@ -26,10 +23,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import netllm_lib
 from netllm_lib import config, runs
+from netllm_lib import parameters as declarations
 from netllm_lib import reports as pages
 
 NOTEBOOKS = runs.PROJECT / "notebooks"
@@ -44,9 +42,6 @@ LARGE_BYTES = 64 * 2**20
 
 CACHES = {"__pycache__", ".git", "cache"}
 """Folders whose content is never an input: `data/cache` holds what can be made again."""
-
-KINDS = {kind.__name__: kind for kind in (str, int, float, bool, list, dict)} | {"Path": str, "Literal": Literal}
-"""What the type of a parameter may be made of; a path is given as text."""
 
 Echo = Callable[[str], None]
 Work = tuple[str, str, dict[str, Any], dict[str, str]]
@@ -80,22 +75,13 @@ class NotebookRun:
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """One assignment of a notebook's parameters cell. `kind` is the annotated type, with `str` for a path."""
-
-    kind: Any
-    default: Any
-    is_path: bool
-
-
-@dataclass(frozen=True)
 class Notebook:
     """A notebook as it lies on the disk, checked. `content` is an nbformat node, `kernel` the name of a Jupyter kernel."""
 
     path: Path
     content: Any
     kernel: str
-    parameters: dict[str, Parameter]
+    parameters: dict[str, declarations.Parameter]
     """All but `run_dir`, which the runner sets."""
 
     @property
@@ -114,20 +100,10 @@ class Notebook:
         return [runs.METRICS, *re.findall(r"[^\s,]+", " ".join(lines))]
 
     def fit(self, given: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-        """`given` with each value as its declared type; strings are read as that type, as the command line gives them.
-
-        ValueError, beginning with `where`, for an unknown parameter (with the closest known one) or a value that does not fit.
-        """
-        where, fitted = where or self.name, {}
-        for name, value in given.items():
-            if name == "run_dir":
-                raise ValueError(f"{where}: run_dir is set by the runner")
-            if name not in self.parameters:
-                hint = config.did_you_mean(name, self.parameters)
-                raise ValueError(f"{where} has no parameter '{name}'{hint}; known: {', '.join(self.parameters)}")
-            read = config.parse_text if isinstance(value, str) else config.parse
-            fitted[name] = read(self.parameters[name].kind, value, f"{where}: parameter {name}")
-        return fitted
+        """`given` as `parameters.fit` checks it. ValueError, beginning with `where`, for what does not fit."""
+        if "run_dir" in given:
+            raise ValueError(f"{where or self.name}: run_dir is set by the runner")
+        return declarations.fit(self.parameters, given, where or self.name)
 
 
 def find_notebook(name: str | Path, folder: Path = NOTEBOOKS) -> Path:
@@ -157,27 +133,12 @@ def open_notebook(name: str | Path) -> Notebook:
         nbformat.validate(content)
         kernel = str(content.metadata.get("kernelspec", {}).get("name", "python3"))
         tagged = [cell.source for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
-        parameters = read_parameters("\n".join(tagged))
+        parameters = declarations.read("\n".join(tagged))
         if parameters.pop("run_dir", None) is None:
             raise ValueError('a cell tagged `parameters` needs `run_dir: str = ""`, the folder to write to')
     except Exception as error:  # whatever nbformat and its parsers come up with for a file that is no notebook
         raise ValueError(f"{path}: {str(error).strip().partition(chr(10))[0]}") from None
     return Notebook(path, content, kernel, parameters)
-
-
-def read_parameters(cell: str) -> dict[str, Parameter]:
-    """The lines `name: type = value` of a cell of parameters; whatever else is in it has no effect on a run's parameters."""
-    found = {}
-    for line in ast.parse(cell).body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value:
-            names = [node.id for node in ast.walk(line.annotation) if isinstance(node, ast.Name)]
-            if unknown := [name for name in names if name not in KINDS]:
-                raise ValueError(f"parameter {line.target.id}: the type {unknown[0]} is none of {', '.join(KINDS)}")
-            if any(isinstance(node, ast.Call | ast.Attribute) for node in ast.walk(line.annotation)):
-                raise ValueError(f"parameter {line.target.id}: its type is not plain")
-            kind = eval(compile(ast.Expression(line.annotation), "type", "eval"), {"__builtins__": {}}, KINDS)
-            found[line.target.id] = Parameter(kind, ast.literal_eval(line.value), "Path" in names)
-    return found
 
 
 # --- what a run is made from --------------------------------------------------------------------------------------------

@@ -39,6 +39,12 @@ MANIFEST, METRICS = "manifest.json", "metrics.json"
 MOST_BYTES = 200_000_000  # of a file that is read at once
 
 
+SPIN = "10000"
+"""$GOMP_SPINCOUNT for what runs PyTorch: how long (in turns) a waiting OpenMP thread keeps its core. By default it is 30 times as
+long, and then one other busy process on a small machine slows training more than six times; so it is two to three times, at 2 to
+5 % without one."""
+
+
 def reports_root() -> Path:
     """`$NETLLM_REPORTS`, or `reports/` of the checkout."""
     return Path(os.environ.get("NETLLM_REPORTS") or PROJECT / "reports")
@@ -104,6 +110,12 @@ def read_json(path: Path) -> Any:
         return json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:  # not text, not JSON, nested without end
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, without the name and password of an address in it; its type where it says nothing."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"//[^/@\s]*@", "//", line)[:200]
 
 
 def content_hash(value: Any, digits: int = 10) -> str:
@@ -189,6 +201,10 @@ class StorageError(OSError):
 
 
 FULL = "the disk is full; what was there before is unchanged, free some space and run the same again"
+NO_LOCKS = (
+    "this disk has no locks, so two processes could write the same files; name another folder (for runs in $NETLLM_REPORTS), "
+    "or set $NETLLM_SOFT_LOCKS: then a file says who writes, and you see to it that nobody is killed"
+)
 CLOSED = "this folder cannot be written to; make it writable, or name another one (for runs in $NETLLM_REPORTS)"
 
 
@@ -234,7 +250,9 @@ def lock(path: Path) -> Iterator[None]:
     """
     path = Path(path).absolute()
     beside = path.with_name(f".{path.name}.lock")
-    held = filelock.FileLock(beside, timeout=0.1)  # a few tries: another process may be removing the file just now
+    soft = bool(os.environ.get("NETLLM_SOFT_LOCKS"))
+    # a few tries: another process may be removing the file just now
+    held = filelock.FileLock(beside, timeout=0.1, fallback_to_soft=soft)
     with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -243,6 +261,11 @@ def lock(path: Path) -> Iterator[None]:
             owner = (beside.read_text().split() if beside.is_file() else []) or ["(unknown)"]
             text = f"{path}: process {owner[0]} is writing it; wait until it is done, or end that process"
             raise Busy(text) from None
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise StorageError(f"{path.parent}: {NO_LOCKS}") from None
+            raise
     try:
         with suppress(OSError):  # on a full disk the lock holds without
             beside.write_text(f"{os.getpid()}\n")
@@ -297,6 +320,11 @@ class Run:
         known = {**self.manifest, **facts}
         write_json(self.folder / MANIFEST, {name: value for name, value in known.items() if value is not None})
 
+    def begin(self, kind: str, name: str, **facts: Any) -> None:
+        """Mark the run as started, by this process; a new one gets its name, the time, and what it is made with."""
+        new = {} if self.manifest else {"kind": kind, "name": name, "started": _now(), **environment()}
+        self.note(**new, **facts, status="started", process=os.getpid(), host=content_hash(platform.node()))
+
     def finish(self, metrics: Mapping[str, Any] | None = None) -> None:
         """Write `metrics.json` (if given) and mark the run as complete."""
         if metrics is not None:
@@ -341,18 +369,7 @@ def open_run(
     run = Run(run_folder(kind, name, settings, inputs, root))
     if not (run.folder / MANIFEST).exists():
         write_json(run.folder / "config.json", settings)
-        run.note(kind=kind, name=name, inputs=inputs or {}, started=_now(), **environment(), **_begun())
-    return run
-
-
-def notebook_run(run_dir: str, notebook: str, **parents: str | Path | None) -> Run:
-    """The run that a notebook writes: in the folder that the runner names, or `reports/runs/<notebook>/interactive` for a person.
-
-    It counts as started until the notebook calls `finish`. `parents` are the folders it reads, by role; empty ones are left out.
-    """
-    run = Run(Path(run_dir) if run_dir else reports_root() / "runs" / notebook / "interactive")
-    new = {} if run.manifest else {"kind": notebook, "name": run.folder.name, "started": _now(), **environment()}
-    run.note(finished=None, error=None, parents=parents, **new, **_begun())
+        run.begin(kind, name, inputs=inputs or {})
     return run
 
 
@@ -366,10 +383,6 @@ def latest(notebook: str) -> Path:
         where = reports_root() / "runs"
         raise FileNotFoundError(f"no finished run of {notebook} under {where}: run that notebook first")
     return finished[max(finished)]
-
-
-def _begun() -> dict[str, Any]:
-    return {"status": "started", "process": os.getpid(), "host": content_hash(platform.node())}
 
 
 def environment() -> dict[str, Any]:

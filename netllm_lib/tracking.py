@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -58,7 +57,7 @@ class Curves:
             try:
                 self._writers.append(MlflowRun(folder, flat, tags))
             except Exception as error:
-                raise OSError(f"MLflow cannot be used: {_first_line(error)}") from error
+                raise OSError(f"MLflow cannot be used: {runs.first_line(error)}") from error
 
     def log(self, step: int, values: Values) -> None:
         """Add a point to each curve, after `step` optimizer steps."""
@@ -81,7 +80,7 @@ class Curves:
                 do(writer)
             except Exception as error:  # a full disk, a server that is gone: no reason to lose the training
                 self._writers.remove(writer)
-                warnings.warn(f"{type(writer).__name__} writes no more curves: {_first_line(error)}", stacklevel=2)
+                warnings.warn(f"{type(writer).__name__} writes no more curves: {runs.first_line(error)}", stacklevel=2)
 
 
 class EventFile:
@@ -150,9 +149,3 @@ class MlflowRun:
     def close(self, finished: bool) -> None:
         self.flush()
         self._client.set_terminated(self._id, "FINISHED" if finished else "FAILED")
-
-
-def _first_line(error: Exception) -> str:
-    """Of a message, without the name and password of an address in it."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"//[^/@\s]*@", "//", line)[:300]

@@ -265,7 +265,7 @@ class _Run:
                     raise ValueError(f"the checksum of {broken} is wrong")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a broken file provokes is a broken file
-            reason = checkpoint.first_line(error)
+            reason = runs.first_line(error)
             raise ValueError(f"{path}: damaged ({reason}); delete it to begin this training anew") from None
         self.check_key(state["key"])
         with torch.no_grad():

@@ -27,11 +27,12 @@ run_dir: str = ""  # where results go; filled in by `netllm run`
 # %%
 import pandas as pd
 
-from netllm_lib import envcheck, runs
+from netllm_lib import envcheck
 from netllm_lib.abr.checks import llm_checks
 from netllm_lib.abr.traces import find_registry
+from netllm_lib.parameters import notebook_run
 
-this_run = runs.notebook_run(run_dir, "01_environment")
+this_run = notebook_run(run_dir, "01_environment")
 out = this_run.folder
 checks = llm_checks(data or None, plm, layers or None, load)
 pd.set_option("display.max_colwidth", None)  # what to do is a long line

@@ -25,22 +25,20 @@ episodes: int = 20  # traces played to collect states
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import pandas as pd
 
-from netllm_lib import envcheck, runs
+from netllm_lib import envcheck
 from netllm_lib.abr.checks import tf_checks
 from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.play import rollout
 from netllm_lib.abr.policies import pensieve, tensorflow_actor
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.traces import find_registry
+from netllm_lib.parameters import notebook_run
 
 # %%
-this_run = runs.notebook_run(run_dir, "02_environment_tf")
+this_run = notebook_run(run_dir, "02_environment_tf")
 out = this_run.folder
 checks = tf_checks(data or None)
 print(envcheck.as_text(checks))

@@ -18,6 +18,9 @@
 
 # %% tags=["parameters"]
 from pathlib import Path
+from typing import Literal
+
+Preset = Literal["sound", "upstream"]
 
 data: Path = ""  # folder with traces/ and videos/
 traces: str = ""  # training trace set; empty: the first one of the split "train"
@@ -25,7 +28,7 @@ video: str = ""  # empty: the first one
 policies: list[Path] = [
     "mpc"
 ]  # behaviour policies, mixed in equal parts: mpc, bba, genet, random, a policy's folder, …
-preset: str = "sound"  # "upstream": policies, traces and random numbers as the original's pool generation has them
+preset: Preset = "sound"  # "upstream": policies, traces and random numbers as the original's pool generation has them
 episodes: int = 200  # per policy; traces are repeated from other starting points as needed (upstream: traces, -1 all)
 noise: bool = False  # multiply download times by 0.9 … 1.1
 validation_share: float = 0.15  # of the training traces
@@ -44,9 +47,10 @@ from netllm_lib.abr.improve import cloning_estimate
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.catalogue import make_policy
 from netllm_lib.abr.simulator import Simulator
+from netllm_lib.parameters import notebook_run
 
 # %%
-this_run = runs.notebook_run(run_dir, "03_experience_pool")
+this_run = notebook_run(run_dir, "03_experience_pool")
 out = this_run.folder
 registry = sets.find_registry(data or None)
 trace_set = registry.trace_set(traces or registry.default_traces("train"))

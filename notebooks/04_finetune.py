@@ -18,6 +18,10 @@
 
 # %% tags=["parameters"]
 from pathlib import Path
+from typing import Literal
+
+Tokens = Literal["parts", "step"]
+Tracker = Literal["", "mlflow"]
 
 data: Path = ""  # folder with traces/ and videos/, for validation
 pool_dir: Path = ""  # run folder of notebook 03; empty: its last run
@@ -25,7 +29,7 @@ plm: Path = "smollm2"  # smollm2, or a Hugging Face folder, <type>/<size>, or a 
 layers: int = 4  # first layers that are kept (early stop); 0: all
 random_weights: bool = False  # the same shape with random weights: the control for pretraining
 rank: int = 128  # LoRA rank; 0: frozen, -1: the whole PLM
-tokens: str = "parts"  # eight tokens a step, as the original has them; "step": one, an eighth of the work
+tokens: Tokens = "parts"  # eight tokens a step, as the original has them; "step": one, an eighth of the work
 w: int = 20  # steps in a training window
 epochs: int = 8
 batch: int = 8  # windows in a batch
@@ -35,7 +39,7 @@ advantage: float = 0.0  # above 0: clone what went better than usual most; tempe
 validate_epochs: int = 2  # epochs between two plays of the validation traces
 seed: int = 1
 device: str = "auto"  # cpu, cuda, auto
-track: str = ""  # "mlflow": training curves go there too, beside TensorBoard's in training/
+track: Tracker = ""  # "mlflow": training curves go there too, beside TensorBoard's in training/
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
@@ -50,11 +54,12 @@ from netllm_lib.abr.episodes import sound_episodes
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.llm import EvalConfig, LLMPolicy
 from netllm_lib.abr.simulator import Simulator
+from netllm_lib.parameters import notebook_run
 from netllm_lib.plm import PLMConfig, load_plm
 
 # %%
 pool_dir = pool_dir or str(runs.latest("03_experience_pool"))
-this_run = runs.notebook_run(run_dir, "04_finetune", pool=pool_dir)
+this_run = notebook_run(run_dir, "04_finetune", pool=pool_dir)
 out = this_run.folder
 
 # %%

@@ -19,28 +19,41 @@
 
 # %% tags=["parameters"]
 from pathlib import Path
+from typing import Literal
+
+Choose = Literal["argmax", "sample"]
+Window = Literal["cached", "rolling"]
+Precision = Literal["float32", "bfloat16", "auto"]
 
 data: Path = ""  # folder with traces/ and videos/
-policy: Path = ""  # run folder of notebook 04, or a checkpoint folder; empty: only the baselines
+policy: Path = ""  # run of notebook 04, or a checkpoint; empty: the last run by hand, headless only baselines
 traces: str = ""  # test trace set; empty: the first one of the split "test"
 train_traces: str = ""  # to find test traces that share content with training; empty: the first one of "train"
 video: str = ""  # empty: the first one
-choose: str = "argmax"  # or "sample"
-context_window: str = "cached"  # each token computed once; "rolling" recomputes the last w steps as the original does
-precision: str = "float32"  # of the PLM's weights while testing; bfloat16 is faster and moves a few decisions; auto
+choose: Choose = "argmax"  # or draw from the probabilities
+context_window: Window = (
+    "cached"  # each token computed once; "rolling" recomputes the last w steps as the original does
+)
+precision: Precision = "float32"  # of the PLM's weights while testing; bfloat16 is faster and moves a few decisions
 seed: int = 100003  # of everything that is sampled
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
 # %%
+import contextlib
+
 import matplotlib.pyplot as plt
 
 from netllm_lib import runs
 from netllm_lib.abr import evaluate, plots
 from netllm_lib.abr import traces as sets
 from netllm_lib.abr.policies.catalogue import load_llm_policy
+from netllm_lib.parameters import notebook_run
 
 # %%
-this_run = runs.notebook_run(run_dir, "05_test", training=policy)
+if not policy and not runs.headless():
+    with contextlib.suppress(FileNotFoundError):  # without one, only the baselines are tested
+        policy = str(runs.latest("04_finetune"))
+this_run = notebook_run(run_dir, "05_test", training=policy)
 out = this_run.folder
 registry = sets.find_registry(data or None)
 trace_set = registry.trace_set(traces or registry.default_traces("test"))

@@ -45,10 +45,11 @@ from netllm_lib.abr.optimum import best_plans, regret
 from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.mpc import RobustMPC
 from netllm_lib.abr.policies.simple import Replay
+from netllm_lib.parameters import notebook_run
 
 # %%
 test_dir = test_dir or str(runs.latest("05_test"))
-this_run = runs.notebook_run(run_dir, "06_diagnostics", test=test_dir, training=train_dir, pool=pool_dir)
+this_run = notebook_run(run_dir, "06_diagnostics", test=test_dir, training=train_dir, pool=pool_dir)
 out = this_run.folder
 
 # %%

@@ -19,6 +19,10 @@
 
 # %% tags=["parameters"]
 from pathlib import Path
+from typing import Literal
+
+Tokens = Literal["parts", "step"]
+Learn = Literal["values", "best"]
 
 data: Path = ""  # folder with traces/ and videos/
 before: Path = ""  # run folder of 04, or a checkpoint: to compare with, and played in the first round; empty: MPC
@@ -26,14 +30,14 @@ plm: Path = "tiny-llama"  # trained from random weights; or smollm2, or a Huggin
 layers: int = 4  # first layers that are kept; 0: all
 rank: int = 128  # LoRA rank; tiny-llama is trained as a whole
 random_weights: bool = False  # the control for pretraining
-tokens: str = "step"  # one token a step; "parts": eight, as the original has them
+tokens: Tokens = "step"  # one token a step; "parts": eight, as the original has them
 groups: int = 120  # perturbed traces in a round, each played from `starts` places
 starts: int = 8
 epochs: list[int] = [8, 5, 4, 4]  # of each round, over all rounds' pools so far
 batch: int = 64  # episodes
 lr: float = 1e-3
 lr_around: float = 1e-3  # the modules around the PLM
-learn: str = "values"  # or "best": cross-entropy with the best level
+learn: Learn = "values"  # or "best": cross-entropy with the best level
 synthetic: int = 150  # made traces that are added to the training set
 traces: str = ""  # training traces; empty: the first set of the split "train"
 test_traces: str = ""  # empty: the first set of the split "test"
@@ -58,11 +62,12 @@ from netllm_lib.abr.play import play
 from netllm_lib.abr.policies.catalogue import load_llm_policy
 from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
 from netllm_lib.abr.simulator import Simulator
+from netllm_lib.parameters import notebook_run
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.train import TrainConfig
 
 # %%
-this_run = runs.notebook_run(run_dir, "07_improve", training=before)
+this_run = notebook_run(run_dir, "07_improve", training=before)
 out = this_run.folder
 
 # %%

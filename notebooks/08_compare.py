@@ -19,6 +19,9 @@
 
 # %% tags=["parameters"]
 from pathlib import Path
+from typing import Literal
+
+Better = Literal["higher", "lower"]
 
 sweep_dir: Path = ""  # folder of a sweep; empty: the last one that was completed
 policy: str = ""  # the one compared between settings; empty: the one that the tests are about
@@ -26,7 +29,7 @@ baseline: str = ""  # the policy to compare with; empty: the best of the others
 metric: str = (
     ""  # a metric of the runs to compare; empty: the scores of the tests, without tests the first that differs
 )
-better: str = "higher"  # or "lower": which values of that metric are better; scores say it themselves
+better: Better = "higher"  # which values of that metric are better; scores say it themselves
 choose_by: str = "04_finetune.validation_reward"  # a metric that chooses the setting, where every run has it
 run_dir: str = ""  # where results go; filled in by `netllm run`
 
@@ -37,10 +40,11 @@ import pandas as pd
 from netllm_lib import compare as comparing
 from netllm_lib import runs
 from netllm_lib.abr import plots
+from netllm_lib.parameters import notebook_run
 
 # %%
 sweep_dir = sweep_dir or str(runs.latest("sweep"))
-this_run = runs.notebook_run(run_dir, "08_compare", sweep=sweep_dir)
+this_run = notebook_run(run_dir, "08_compare", sweep=sweep_dir)
 out = this_run.folder
 tables = comparing.load(sweep_dir)
 tested = len(tables.results) > 0 and not metric

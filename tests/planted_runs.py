@@ -41,6 +41,7 @@ from netllm_lib.abr.upstream.checkpoints import save_upstream_checkpoint
 from netllm_lib.abr.upstream.pickles import write_pool
 from netllm_lib.abr.upstream.remake import remake_pool
 from netllm_lib.checkpoint import CheckpointMeta, describe, save_checkpoint
+from netllm_lib.parameters import notebook_run
 from netllm_lib.plm import PLMConfig
 from netllm_lib.train import TrainConfig
 from netllm_lib.training_run import RESULT, TrainingRun
@@ -303,7 +304,7 @@ def write_test_run(
     clean = ~overlapping(bench.traces(traces), bench.traces(train_traces))
     setting = {"traces": traces, "video": video, "clean": clean, "seed": TEST_SEED, "train_traces": train_traces}
     setting |= {} if training is None else runs.plain(config or EvalConfig())
-    run = runs.notebook_run(str(folder), "05_test", training=training)
+    run = notebook_run(str(folder), "05_test", training=training)
     Test({"llm": table} | bench.baselines(traces, video), "llm", setting).save(folder)
     run.finish({})
     return folder
@@ -322,10 +323,10 @@ def write_runs(
     """A whole chain of runs 03, 04, 05, with `policy` in place of the weights that the training ended with; the test's folder,
     which names the others."""
     trained = bench.trained(training)
-    pool_run = runs.notebook_run(str(root / "03"), "03_experience_pool")
+    pool_run = notebook_run(str(root / "03"), "03_experience_pool")
     bench.pool(trained.pool).save(root / "03" / "pool")
     pool_run.finish({})
-    training_run = runs.notebook_run(str(root / "04"), "04_finetune", pool=root / "03")
+    training_run = notebook_run(str(root / "04"), "04_finetune", pool=root / "03")
     save_checkpoint(root / "04" / "policy", *(policy or (trained.network, trained.meta)))
     trained.run.save(root / "04")
     training_run.finish({})

@@ -19,6 +19,7 @@ from netllm_lib.abr.pool import generate_pool
 from netllm_lib.abr.synthetic import write_sample
 from netllm_lib.abr.traces import Registry, split_validation
 from netllm_lib.checkpoint import describe, save_checkpoint
+from netllm_lib.parameters import notebook_run
 from netllm_lib.plm import PLMConfig, load_plm
 from netllm_lib.train import TrainConfig, train
 
@@ -35,7 +36,7 @@ class SmallRun:
         return self.reports / "runs" / notebook / (name or self.name)
 
     def open(self, notebook: str, name: str = "", **parents: Path) -> runs.Run:
-        return runs.notebook_run(str(self.folder(notebook, name)), notebook, **parents)
+        return notebook_run(str(self.folder(notebook, name)), notebook, **parents)
 
 
 def prepare_run(root: Path, test_traces: int = 6, epochs: int = 2) -> SmallRun:

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_ind
 
-from netllm_lib import compare, notebooks, runs, stats
+from netllm_lib import compare, notebooks, stats
 from netllm_lib.measure import Measure, Scores
+from netllm_lib.parameters import notebook_run
 
 TRACES = [f"trace{i}" for i in range(12)]
 EFFECT, PRETRAINED = {8: 0.0, 32: 0.3}, 0.1
@@ -43,7 +44,7 @@ def make_sweep(
             table = pd.DataFrame({measure.sample: TRACES, **values}).melt(measure.sample, None, "policy", measure.name)
             scores = Scores(measure, "llm", table.assign(stall=0.5), "fcc-test")
             test, again = (folder / "runs" / f"{name}-{number}" for name in ("test", "again"))
-            runs.notebook_run(str(again), "06_diagnostics", test=test)  # has the same scores, of the same test
+            notebook_run(str(again), "06_diagnostics", test=test)  # has the same scores, of the same test
             for name, place in (("05_test", test), ("06_diagnostics", again)):
                 row[f"run.{name}"] = str(place)
                 scores.save(place)

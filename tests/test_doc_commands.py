@@ -47,6 +47,7 @@ NOT_HERE = {
 
 SLOW = (
     r".*netllm run .*",
+    r".*papermill .*",
     r".*netllm check.*",
     r".*netllm diagnose .*--retrain.*",
     r".*netllm diagnose (?!.*--budget 0).*",

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from netllm_lib import gate, runs, stats
+from netllm_lib import gate, stats
 from netllm_lib.gate import Gate, read_gates
 from netllm_lib.measure import TABLE, Measure
+from netllm_lib.parameters import notebook_run
 from test_cli import run
 from test_measure import ERROR, REWARD, scores
 from test_notebooks import write_notebook
@@ -81,7 +82,7 @@ def test_every_test_of_a_pipeline_is_judged_unless_a_step_is_named(tmp_path: Pat
     good = save(tmp_path / "good", llm=[1.0, 2.0], mpc=[0.0, 0.0])
     bad = save(tmp_path / "bad", llm=[-1.0, -2.0], mpc=[0.0, 0.0])
     about_good = save(tmp_path / "diagnosis", llm=[1.0, 2.0], mpc=[0.0, 0.0])
-    runs.notebook_run(str(about_good), "06_diagnostics", test=good)  # has the scores of another step's test
+    notebook_run(str(about_good), "06_diagnostics", test=good)  # has the scores of another step's test
     folders = {"pool": tmp_path, "one": good, "two": bad, "three": about_good, "broken": None}
     verdicts = gate.judge([Gate("mpc"), Gate("mpc", step="one"), Gate("mpc", step="broken")], folders)
     assert [(verdict.step, verdict.state) for verdict in verdicts] == [

@@ -17,6 +17,7 @@ from netllm_lib.abr.traces import SAMPLE, Registry
 from netllm_lib.abr.upstream.imports import IMPORT, import_run
 from netllm_lib.checkpoint import save_checkpoint
 from netllm_lib.cli import main
+from netllm_lib.parameters import notebook_run
 from netllm_lib.training_run import TrainingRun
 from run_fixtures import SmallRun, prepare_run, write_test
 from upstream_tree import Tree, write_tree
@@ -159,7 +160,7 @@ def test_each_folder_alone_and_further_seeds(small: SmallRun) -> None:
 def test_the_test_that_is_given_is_diagnosed(tree: Tree, small: SmallRun) -> None:
     """A test of an imported policy is about that test, not about the imported one."""
     imported = import_run(tree.root, data=SAMPLE).folder
-    run = runs.notebook_run(str(small.folder("05_test", "of-import")), "05_test", training=imported)
+    run = notebook_run(str(small.folder("05_test", "of-import")), "05_test", training=imported)
     for name in ("tables", "setting.json", "scores.json", "scores.parquet"):
         (run.folder / name).symlink_to(small.folder("05_test") / name)
     evidence = load(run.folder, data=small.data)

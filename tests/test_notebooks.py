@@ -32,6 +32,9 @@ def finish(**metrics):
 """
 
 
+CHOSEN = "notebook_run(run_dir, 'chooses').finish({'choose': choose})"
+
+
 def write_notebook(folder: Path, name: str, *cells: str, parameters: str = PARAMETERS, kernel: str = "python3") -> Path:
     """A small notebook for the kernel of the tests' own environment."""
     code = [new_code_cell(METRICS), *map(new_code_cell, cells)]
@@ -106,12 +109,51 @@ def test_notebooks_that_cannot_be_run_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"broken\.ipynb"):
         run_notebook(folder / "broken.ipynb")
     for kind, message in (
-        ("Tensor", "the type Tensor is none of"),
+        ("Tensor", "its type Tensor is none of"),
         ("__import__('os').fork()", "type"),
         ("'int'()", "type"),
     ):
         with pytest.raises(ValueError, match=rf"strange\.ipynb: parameter x: .*{message}"):
             run_notebook(write_notebook(folder, "strange", parameters=f'x: {kind} = 1\nrun_dir: str = ""'))
+
+
+CHOICES = """
+from pathlib import Path
+from typing import Literal
+
+Choose = Literal["argmax", "sample"]
+choose: Choose = "argmax"
+steps: int | None = None
+folders: list[Path] = []
+run_dir: str = ""
+"""
+
+
+def test_choices_are_declared_and_checked_by_plain_papermill_too(folder: Path) -> None:
+    """A person, and each choice of papermill's parameters, gets a folder of its own."""
+    import papermill
+
+    path = write_notebook(
+        folder, "chooses", "from netllm_lib.parameters import notebook_run", CHOSEN, parameters=CHOICES
+    )
+    assert run_notebook(path, {"choose": "sample", "steps": "none"}).metrics == {"choose": "sample"}
+    with pytest.raises(ValueError, match=r"parameter choose is Literal\['argmax', 'sample'\], got 'greedy'"):
+        run_notebook(path, {"choose": "greedy"})
+    for given, message in (
+        ({"choosee": "sample"}, "chooses has no parameter 'choosee', did you mean 'choose'"),
+        ({"choose": "greedy"}, "chooses: parameter choose: it should be 'argmax' or 'sample', got 'greedy'"),
+        ({"steps": "false"}, "chooses: parameter steps: it should be a valid integer, got 'false'"),
+    ):
+        with pytest.raises(papermill.PapermillExecutionError, match=re.escape(message)):
+            papermill.execute_notebook(path, folder / "out.ipynb", given, cwd=runs.PROJECT, progress_bar=False)
+    for fitting in (
+        dict[str, object](choose="sample"),
+        dict[str, object](choose="sample", steps=2),
+        dict[str, object](),
+    ):
+        papermill.execute_notebook(path, folder / "out.ipynb", fitting, cwd=runs.PROJECT, progress_bar=False)
+    made = sorted(place.name.partition("-")[0] for place in (folder / "reports" / "runs" / "chooses").iterdir())
+    assert made == ["interactive", "papermill", "papermill", "run"]
 
 
 def test_failing_cell_is_named_and_the_notebook_kept(folder: Path) -> None:

@@ -18,6 +18,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from netllm_lib import cli, compare, gate, reports, runs, stats
 from netllm_lib.measure import Measure, Scores
+from netllm_lib.parameters import notebook_run
 from netllm_lib.reports import COLUMNS, list_runs, update_index, write_index
 from netllm_lib.text import escaped, printable, printable_output
 
@@ -114,7 +115,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     values = pd.DataFrame({"trace": [0, 1], "llm": [0.5, 1.0], "mpc": [1.0, 1.5], "bba": [0.0, 0.5]})
     scores = Scores(Measure("reward"), "llm", values.melt("trace", None, "policy", "reward"), "fcc-test")
     for name, finding in (("b & co", "gap"), ("a", None), ("c<script>", "diverged")):
-        run = runs.notebook_run(str(tmp_path / "runs" / "05_test" / name), "05_test")
+        run = notebook_run(str(tmp_path / "runs" / "05_test" / name), "05_test")
         if name == "b & co":
             scores.save(run.folder)
             (run.folder / "report.html").touch()
@@ -124,7 +125,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     runs.open_run("04_finetune", "x", {})
     broken = ((runs.MANIFEST, "{"), (runs.MANIFEST, "[]"), ("scores.json", '{"measure": 1}'))
     for number, (name, text) in enumerate(broken):
-        run = runs.notebook_run(str(tmp_path / "runs" / "06_diagnostics" / f"broken{number}\x1b"), "06_diagnostics")
+        run = notebook_run(str(tmp_path / "runs" / "06_diagnostics" / f"broken{number}\x1b"), "06_diagnostics")
         (run.folder / name).write_text(text)
     return tmp_path
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from netllm_lib import arrays, runs
+from netllm_lib.parameters import notebook_run
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,28 @@ def test_a_second_process_is_told_who_is_first_until_that_ends(tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:flock not supported")
-def test_without_locks_of_the_system_a_file_names_the_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_of_the_system_nothing_is_written_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(*_: object) -> None:
         raise OSError(errno.ENOSYS, "no locks here")
 
     monkeypatch.setattr("fcntl.flock", missing)
+    with pytest.raises(runs.StorageError, match=r"has no locks.*set \$NETLLM_SOFT_LOCKS"), runs.lock(tmp_path / "run"):
+        pass
+    assert names(tmp_path) == []
+    monkeypatch.setenv("NETLLM_SOFT_LOCKS", "1")
     with runs.lock(tmp_path / "run"):
         assert refused(tmp_path / "run", os.getpid())
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".hidden", "", "a\nb", "x" * 300, "-p", "a\\b"])
+def test_names_that_are_none(tmp_path: Path, name: str) -> None:
+    """One check for runs, and so for notebooks and imports, and for pipelines, steps and sweeps, see their tests."""
+    for kind, run in ((name, "run"), ("kind", name)):
+        with pytest.raises(ValueError, match="needs a letter or digit first"):
+            runs.open_run(kind, run, {}, root=tmp_path)
     assert names(tmp_path) == []
 
 
@@ -203,7 +219,7 @@ def test_a_read_only_disk_is_named(small_disk: Path) -> None:
     attempts: tuple[Callable[[], object], ...] = (
         lambda: runs.write_json(small_disk / "f.json", 2),
         lambda: runs.open_run("kind", "name", {}, root=small_disk),
-        lambda: runs.notebook_run(str(small_disk / "new"), "x"),
+        lambda: notebook_run(str(small_disk / "new"), "x"),
         lambda: runs.lock(small_disk / "run").__enter__(),
     )
     for attempt in attempts:
@@ -234,13 +250,13 @@ def test_latest_is_the_last_finished(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(FileNotFoundError, match="run that notebook first"):
         runs.latest("05_test")
     for name in ("first", "second", "broken", "started"):
-        run = runs.notebook_run(str(tmp_path / "runs" / "05_test" / name), "05_test")
+        run = notebook_run(str(tmp_path / "runs" / "05_test" / name), "05_test")
         if name != "started":
             run.finish({})
     (tmp_path / "runs" / "05_test" / "broken" / runs.MANIFEST).write_text("[]")
     os.utime(tmp_path / "runs" / "05_test" / "first" / runs.MANIFEST)  # a copy changes times
     assert runs.latest("05_test").name == "second"
-    assert not runs.notebook_run(str(tmp_path / "runs" / "05_test" / "second"), "05_test").done  # it is written again
+    assert not notebook_run(str(tmp_path / "runs" / "05_test" / "second"), "05_test").done  # it is written again
     assert runs.latest("05_test").name == "first"
 
 
@@ -248,7 +264,7 @@ def test_a_run_names_its_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path / "reports"))
     pool = runs.open_run("03_experience_pool", "demo", {})
     elsewhere = tmp_path / "checkpoint"
-    run = runs.notebook_run("", "05_test", pool=pool.folder, training=str(elsewhere), test="")
+    run = notebook_run("", "05_test", pool=pool.folder, training=str(elsewhere), test="")
     assert run.folder == tmp_path / "reports" / "runs" / "05_test" / "interactive"
     assert run.parents == {"pool": pool.folder, "training": elsewhere}
     (tmp_path / "reports").rename(tmp_path / "moved")

@@ -117,7 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `netllm`; ends with SystemExit."""
     from netllm_lib.envcheck import CheckFailed
     from netllm_lib.notebooks import NotebookError
+    from netllm_lib.runs import SPIN
 
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN)  # PyTorch reads it when it is loaded
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words  # anywhere on the line: it is typed when something has gone wrong already
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -35,8 +34,6 @@ def diagnose(
     as_json: JsonOption = False,
 ) -> None:
     """Say why a run's reward is poor: the first thing to fix first."""
-    # threads that wait by spinning make PyTorch many times slower beside a busy process; it reads this when it is loaded
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from netllm_lib.abr import diagnosis
     from netllm_lib.abr.diagnosis.load import load
 

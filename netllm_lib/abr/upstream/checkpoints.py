@@ -225,7 +225,7 @@ def read_bin(path: Path) -> checkpoint.Weights:
         with zipfile.ZipFile(path) as archive:
             weights = _read_archive(archive, path.stat().st_size)
     except Exception as error:  # whatever a broken file provokes is a broken file
-        raise ValueError(f"{path}: damaged, or holds more than tensors ({checkpoint.first_line(error)})") from None
+        raise ValueError(f"{path}: damaged, or holds more than tensors ({runs.first_line(error)})") from None
     if not isinstance(weights, dict) or not all(type(value) is torch.Tensor for value in weights.values()):
         raise ValueError(f"{path}: not a dictionary of tensors")
     return dict(weights)
