@@ -119,19 +119,10 @@ def test_broken_data(data: Path, tmp_path: Path) -> None:
     checked("…: no trace set in it", said("play", "--policy", "bba"))
 
 
-def test_units_and_sums(tmp_path: Path) -> None:
+def test_units(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("time_s,mbps\n0,1\n1,2\n")
-    checked(
-        "--unit …: name the unit, one of …",
-        said("data", "import", str(tmp_path / "log.csv"), str(tmp_path / "new"), "--format", "csv"),
-    )
-    source, sums = tmp_path / "unpacked", tmp_path / "sums"
-    write_sample(source, train=1, test=1)
-    sums.write_text("".join(f"{'0' * 64}  {p.relative_to(source)}\n" for p in source.rglob("*") if p.is_file()))
-    fetch = ["data", "fetch", str(tmp_path / "there"), "--sums", str(sums), "--from", str(source)]
-    checked("…: … of its files are not what the sums say: …; nothing was changed", said(*fetch))
-    shutil.copytree(source, tmp_path / "there", dirs_exist_ok=True)
-    checked("…: … of its files are not what the sums say: …", said(*fetch))
+    words = ("data", "import", str(tmp_path / "log.csv"), str(tmp_path / "new"), "--format", "csv")
+    checked("--unit …: name the unit, one of …", said(*words))
 
 
 def test_notebooks_that_fail(data: Path, tmp_path: Path) -> None:
