@@ -6,6 +6,7 @@ test: what the policy got there. A metric of the runs has one column. All compar
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Mapping
@@ -210,20 +211,21 @@ def effect(tables: SweepTables, samples: Figures, parameter: str) -> pd.DataFram
     settings = [part.set_index("value")["setting"] for _, part in groups]
     values = list(points["value"].unique())
     complete = [[samples[one[value]] for value in values] for one in settings if len(one) == len(values)]
-    every = [sample for row in complete for sample in row]
-    if len(values) < 2 or not every:
+    if len(values) < 2 or not complete:
         return pd.DataFrame()
-    seeds = [seed for seed in every[0].index if all(seed in one.index for one in every)]
-    names = [name for name in every[0] if all(name in one for one in every)]
-    if not seeds or not names:
+    every = [sample for row in complete for sample in row]
+    seeds = functools.reduce(pd.Index.intersection, [sample.index for sample in every])
+    names = functools.reduce(pd.Index.intersection, [sample.columns for sample in every])
+    shared = np.array([[sample.loc[seeds, names] for sample in row] for row in complete])  # [combinations, values, …]
+    if not shared.size:
         return pd.DataFrame()
     rows: list[dict[str, Any]] = []
-    means = [sum(each[1:], each[0]).loc[seeds, names] / len(each) for each in zip(*complete, strict=True)]
-    for value, mean, each in zip(values, means, zip(*complete, strict=True), strict=True):
-        change = pooled(mean, means[0]) if rows else Interval(0.0, *NOTHING[1:])
+    means = [pd.DataFrame(mean, columns=names) for mean in shared.mean(axis=0)]
+    for number, (value, mean) in enumerate(zip(values, means, strict=True)):
+        change = pooled(mean, means[0]) if number else Interval(0.0, *NOTHING[1:])
         row = {"value": value, **pooled(mean)._asdict(), "difference": change.mean, "difference_low": change.low}
-        row |= {"difference_high": change.high, "combinations": len(each)}
-        rows.append(row | {"each": [float(one.loc[seeds, names].to_numpy().mean()) for one in each]})
+        row |= {"difference_high": change.high, "combinations": len(shared)}
+        rows.append(row | {"each": [float(one.mean()) for one in shared[:, number]]})
     return pd.DataFrame(rows)
 
 

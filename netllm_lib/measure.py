@@ -139,7 +139,9 @@ class Scores:
         except FileNotFoundError:
             raise
         except Exception as error:  # pyarrow has its own errors for each way of being broken
-            raise ValueError(f"{path}: it cannot be read as a table of scores ({error})") from None
+            raise ValueError(
+                f"{path}: it cannot be read as a table of scores ({' '.join(str(error).split())})"
+            ) from None
 
 
 def tests(folders: Mapping[str, Path]) -> dict[str, Path]:
