@@ -101,8 +101,7 @@ def use_the_explorer(tab: Any) -> None:
     traces.select_option(index=1)
     shown = changed(tab, figure, shown)
     words = tab.locator(".widget-html-content")
-    step = tab.locator("button.jupyter-button:has(.fa-step-forward)")
-    step.click()
+    tab.locator(".widget-slider .noUi-handle").press("ArrowRight")
     shown = changed(tab, figure, shown)
     words.get_by_text("chunk 2").wait_for(timeout=REDRAW_MS)
     assert "throughput of past chunks (Mbps)" in words.all_inner_texts()[-1]
