@@ -269,7 +269,7 @@ def test_several_runs_are_listed_and_chosen_from(tree: Tree, reports: Path, tmp_
     both = second_run(tree, tmp_path / "both", lr=0.001)
     with pytest.raises(ValueError, match=r"2 runs in it, choose one.*_lr_0\.0001_.*; .*_lr_0\.001_"):
         discover(both.root)
-    with pytest.raises(ValueError, match=r"0 runs in it with 'lr_0\.1' in their place, .*lr_0\.0001"):
+    with pytest.raises(ValueError, match=r"'lr_0\.1' fits 0 of 2 runs in it, .*lr_0\.0001"):
         discover(both.root, "lr_0.1")
     found = discover(both.root, "_lr_0.001_")
     assert found.settings["lr"] == 0.001

@@ -206,9 +206,9 @@ def _runs_in(tree: Paths, folder: Path) -> dict[str, Paths]:
 def _choose(there: list[str], part: str | None, folder: Path) -> str:
     fitting = [part] if part in there else [name for name in there if part is None or part in name]
     if len(fitting) != 1:
-        count = f"{len(fitting)} runs in it" + ("" if part is None else f" with {part!r} in their place")
+        count = len(there) if part is None else f"{part!r} fits {len(fitting)} of {len(there)}"
         shown = "; ".join((fitting or there)[:10])
-        raise ValueError(f"{folder}: {count}, choose one with --run and a part of its place: {shown}")
+        raise ValueError(f"{folder}: {count} runs in it, choose one with --run and a part of its place: {shown}")
     return fitting[0]
 
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from netllm_lib.abr.episodes import UPSTREAM_ENVIRONMENT_SEED, upstream_episodes
 from netllm_lib.abr.policies.base import Policy
-from netllm_lib.abr.policies.catalogue import make_policy
-from netllm_lib.abr.policies.pensieve import Pensieve
+from netllm_lib.abr.policies.bba import BBA
+from netllm_lib.abr.policies.mpc import MPCConfig, RobustMPC
+from netllm_lib.abr.policies.pensieve import Pensieve, load_actor
 from netllm_lib.abr.pool import ExperiencePool, concatenate, generate_pool
 from netllm_lib.abr.qoe import CHUNKS
 from netllm_lib.abr.traces import Registry
@@ -38,13 +39,13 @@ def remake_pool(settings: Mapping[str, Any], registry: Registry) -> ExperiencePo
             raise ValueError(f"the pool cannot be made anew: {said}")
     traces, video = registry.trace_set(settings["train_traces"]), registry.video(settings["train_video"])
     parts: list[ExperiencePool] = []
-    first_actor: Policy | None = None
-    for model in models:
-        if model not in ("bba", "mpc", *registry.actor_folders()):
-            raise FileNotFoundError(f"{registry.root}: the actor {model} is not there; the pool cannot be made anew")
-        player = make_policy(model, video, registry, "upstream", pool=True)
-        if isinstance(player, Pensieve):
-            first_actor = player = first_actor or player  # the original goes on with the first actor's weights
+    players: dict[str, Policy] = {"bba": BBA(), "mpc": RobustMPC(video, MPCConfig.upstream(pool=True))}
+    actors, first = registry.actor_folders(), next((model for model in models if model not in players), "")
+    if first:  # the original plays all actors with the first one's weights
+        if first not in actors:
+            raise FileNotFoundError(f"{registry.root}: the actor {first} is not there; the pool cannot be made anew")
+        players |= dict.fromkeys(models, Pensieve(load_actor(actors[first]), first)) | players
+    for player in (players[model] for model in models):
         episodes = upstream_episodes(
             traces,
             trace_num=asked if asked == -1 else min(asked, len(traces)),
