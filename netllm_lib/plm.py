@@ -24,7 +24,7 @@ from netllm_lib import runs
 from netllm_lib.attention import TokenCache, choose_attention, last_layer
 from netllm_lib.placement import device_map, devices_of, dispatch
 from netllm_lib.plm_files import FAMILIES, find_plm, problems_in, quiet_transformers
-from netllm_lib.plm_parts import add_lora, check_decoder, drop_embeddings, fingerprint, position_table
+from netllm_lib.plm_parts import add_lora, check_decoder, drop_embeddings, fingerprint, opt_draws, position_table
 
 EARLY_STOP_IGNORED_UPSTREAM = ("mistral", "opt", "t5-lm")
 """Families for which the original accepts an early stop and runs all layers nevertheless."""
@@ -49,6 +49,9 @@ class PLMConfig:
     sliding_window: Literal["exact", "upstream"] = "exact"
     """"upstream": a token of mistral sees itself and `sliding_window` previous ones, as in transformers 4.34, which the original
     runs; later versions count the token itself. Matters only for windows shorter than the context of 167 tokens."""
+    layer_draws: Literal["none", "upstream"] = "none"
+    """"upstream": opt draws a random number before every layer in training, as in transformers 4.34, so that dropouts get the same
+    numbers as there."""
     random_weights: bool = False
     """The same shape with random weights: the control that tells whether pre-training matters."""
     seed: int = 1
@@ -88,8 +91,8 @@ class PLMConfig:
     @classmethod
     def upstream(cls, source: str, **changes: Any) -> PLMConfig:
         """As the original runs its PLMs: early stop only where it has one, its attention, all in float32."""
-        original: dict[str, Any] = {"early_stop": "upstream", "sliding_window": "upstream", "attention": "eager"}
-        return cls(source, **(original | changes))
+        original: dict[str, Any] = dict.fromkeys(("early_stop", "sliding_window", "layer_draws"), "upstream")
+        return cls(source, **(original | {"attention": "eager"} | changes))
 
 
 class InferenceWeights(NamedTuple):
@@ -353,6 +356,8 @@ def _quantisation(config: PLMConfig) -> Any:
 
 def _trained(model: Any, config: PLMConfig) -> nn.Module:
     """The model with what is trained of it: LoRA, nothing, or all."""
+    if config.layer_draws == "upstream" and model.config.model_type == "opt":
+        opt_draws(model)
     if config.rank > 0:
         return add_lora(model, config.rank, config.lora_alpha, config.lora_dropout, config.target_modules).eval()
     return model.requires_grad_(False).eval() if config.rank == 0 else model.eval()

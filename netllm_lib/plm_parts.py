@@ -51,6 +51,17 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, targets: tuple[s
         return peft.get_peft_model(model, lora)
 
 
+def opt_draws(model: Any) -> None:
+    """In training, draw a random number before each layer of opt, as transformers 4.34 does, for a LayerDrop that is off."""
+
+    def draw(layer: nn.Module, _: Any) -> None:
+        if layer.training:
+            torch.rand([])
+
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(draw)
+
+
 def drop_embeddings(model: Any, keep_tokens: bool) -> None:
     """Free the token embeddings, which inputs_embeds bypass; silence gpt2's positions.
 

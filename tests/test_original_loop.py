@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 from original_loop import OriginalPolicy, train_windows
 
-from llm_fixtures import stir, tiny_network, toy_pool, train_on
+from llm_fixtures import stir, tiny_network, toy_pool, train_on, write_plm
 from netllm_lib.abr.batches import WindowConfig, make_windows
 from netllm_lib.abr.episodes import Observation, sound_episodes
 from netllm_lib.abr.model import NetworkConfig, PolicyNetwork, PolicySettings
@@ -72,6 +73,21 @@ def test_the_same_training(tmp_path: Path) -> None:
     for name, value in theirs.trainable().items():
         torch.testing.assert_close(ours.trainable()[name], value, atol=1e-5, rtol=0, msg=name)
     assert any(not torch.allclose(before[name], value, atol=1e-4) for name, value in theirs.trainable().items())
+
+
+def test_opt_draws_a_number_before_each_layer(tmp_path: Path) -> None:
+    """In training, which moves the random stream of every dropout."""
+    source, batch = str(write_plm(tmp_path, "opt")), make_windows(toy_pool(2)).batch([0])
+    upstream = PLMConfig.upstream(source, rank=4, lora_dropout=0.0, plm_dropout=0.0)
+    for config, draws in ((upstream, 2), (replace(upstream, layer_draws="none"), 0)):
+        opt = PolicyNetwork(load_plm(config), NetworkConfig(state_feature_dim=8))
+        for training in (True, False):
+            torch.manual_seed(1)
+            opt.train(training).loss(batch)
+            after = torch.get_rng_state()
+            torch.manual_seed(1)
+            _ = [torch.rand([]) for _ in range(draws * training)]
+            assert torch.equal(after, torch.get_rng_state())
 
 
 def test_the_sound_loss_is_the_same_function() -> None:

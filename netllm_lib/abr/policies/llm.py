@@ -47,6 +47,9 @@ class EvalConfig:
     each token once: about 16 times less work. Up to decision w + 1 both are the same function. Later ones are the same too when w
     covers the whole episode; otherwise cached is an approximation, because a token's hidden state still reflects steps
     that have left the window. Each new token attends to the last w steps in either case."""
+    keep_context: bool = False
+    """With context="leak": an evaluation begins with the context in which the previous one by this `LLMPolicy` ended, as those
+    during the original's training do, which are all one policy's."""
     w: int | None = None  # previous steps in the context; None: as trained
     cut_to_hidden: bool = False  # the original keeps only the last `hidden` tokens, which matters below 8 w + 7
     target_return_scale: float = 1.0  # factor on the training pool's largest return-to-go
@@ -65,7 +68,7 @@ class EvalConfig:
     def upstream(cls, in_training: bool = False, **changes: Any) -> EvalConfig:
         """As the original tests (`--test`); `in_training`: as it evaluates while training (`--adapt`), with dropout on."""
         original = cls("sample", "stream", in_training, "leak", "rolling", cut_to_hidden=True, extra_step=True)
-        return replace(original, **{"merge_lora": False, **changes})
+        return replace(original, **{"keep_context": in_training, "merge_lora": False, **changes})
 
 
 class LLMPolicy(Policy):
@@ -117,7 +120,8 @@ class LLMPolicy(Policy):
         dtype = arithmetic_dtype(config.precision, plm.device)
         merge = config.merge_lora and not config.dropout  # LoRA has a dropout of its own
         self._weights = plm.inference_weights(dtype, merge) if dtype is not None or merge else None
-        self._clear()
+        if not config.keep_context:
+            self._clear()
 
     def _clear(self) -> None:
         """Forget all steps. A step: state [N, 6, 6], action [N], return-to-go [N], timestep [N]; the oldest comes first."""
