@@ -28,6 +28,7 @@ from netllm_lib.task import Network
 
 FORMAT = 2
 CONFIG = "config.json"
+REMEDY = "copy the whole folder again, or delete it and make it again"
 MODULES = "modules.safetensors"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -77,7 +78,7 @@ def save_checkpoint(folder: Path, network: Network, meta: CheckpointMeta) -> Pat
         if network.plm.has_lora:
             runs.write_json(aside / ADAPTER_CONFIG, adapter_config(network))
         hashes = {path.name: runs.file_hash(path) for path in sorted(aside.iterdir())}
-        runs.write_json(aside / CONFIG, {"format": FORMAT, **runs.plain(meta), "hashes": hashes})
+        runs.write_sealed(aside / CONFIG, {"format": FORMAT, **runs.plain(meta), "hashes": hashes})
     return Path(folder)
 
 
@@ -89,7 +90,7 @@ def read_meta(folder: Path, kind: type[Network] | None = None) -> CheckpointMeta
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; is {folder} a checkpoint folder?")
-    values = runs.read_json(path)
+    values = runs.read_sealed(path, REMEDY)
     if not isinstance(values, dict) or (version := values.pop("format", None)) not in (1, FORMAT):
         raise ValueError(f"{path}: not a checkpoint config of format {FORMAT}")
     values.pop("hashes", None)
@@ -123,7 +124,6 @@ def load_checkpoint(
     network = build(kind, plm, meta.network, folder)
     _check_plm(folder, meta, network.plm)
     load_weights(folder, network)
-    _check_hashes(folder)
     return network.eval(), meta
 
 
@@ -153,7 +153,7 @@ def _check_hashes(folder: Path) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; the checkpoint is incomplete")
         if runs.file_hash(path) != expected:
-            raise ValueError(f"{path}: not the file that was saved with this checkpoint; copy the whole folder again")
+            raise ValueError(f"{path}: not the file that was saved with this checkpoint; {REMEDY}")
 
 
 def check_rank(shapes: Mapping[str, Sequence[int]], rank: int, path: Path) -> None:
@@ -168,8 +168,9 @@ def check_rank(shapes: Mapping[str, Sequence[int]], rank: int, path: Path) -> No
 
 
 def load_weights(folder: Path, network: Network) -> None:
-    """Copy a checkpoint's weights into a network of the same shape. Raises ValueError if a key or a shape differs."""
+    """Copy a checkpoint's weights into a network of the same shape. Raises ValueError if a key, a shape or a file differs."""
     found = _read_weights(Path(folder), network)
+    _check_hashes(Path(folder))
     if ADAPTER in found:
         load_adapter(network, found[ADAPTER], Path(folder) / ADAPTER)
     if WHOLE_PLM in found:
@@ -250,7 +251,7 @@ def read_safetensors(path: Path) -> Weights:
     try:
         return load_file(path)
     except Exception as error:  # whatever a broken file provokes is a broken file
-        raise ValueError(f"{path}: damaged ({runs.first_line(error)})") from None
+        raise ValueError(f"{path}: damaged ({runs.first_line(error)}); {REMEDY}") from None
 
 
 def on_cpu(weights: Weights) -> Weights:

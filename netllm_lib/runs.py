@@ -118,6 +118,24 @@ def first_line(error: Exception) -> str:
     return re.sub(r"//[^/@\s]*@", "//", line)[:200]
 
 
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """The same, with a checksum, for what decides a result when it is read back by `read_sealed`."""
+    known = plain(value)
+    write_json(path, {**known, "checksum": content_hash(known, 16)})
+
+
+def read_sealed(path: Path, remedy: str) -> Any:
+    """What `write_sealed`, or an earlier version without a checksum, wrote. Raises ValueError, with `remedy`, if it is damaged."""
+    try:
+        value = read_json(path)
+        checksum = value.pop("checksum", None) if isinstance(value, dict) else None
+        if checksum not in (None, content_hash(value, 16)):
+            raise ValueError(f"{path}: damaged, its checksum is wrong")
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+    return value
+
+
 def content_hash(value: Any, digits: int = 10) -> str:
     """Hex digest of any JSON-like value, independent of key order."""
     text = json.dumps(plain(value, finite=False), sort_keys=True, separators=(",", ":"))

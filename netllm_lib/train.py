@@ -283,7 +283,10 @@ class _Run:
         self.check_key(result.key)
         with contextlib.suppress(OSError):  # there if it was killed just before removing it
             (self.folder / STATE).unlink(missing_ok=True)
-        checkpoint.load_weights(self.folder / "final", self.network)
+        try:
+            checkpoint.load_weights(self.folder / "final", self.network)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error}; or delete {self.folder} to begin this training anew") from None
         self.network.eval()
         return result
 

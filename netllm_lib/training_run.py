@@ -74,11 +74,12 @@ class TrainingRun(Figures):
         if self.history is not None:
             with runs.atomic_path(folder / HISTORY) as aside:
                 self.history.to_parquet(aside)
+            values["history_hash"] = runs.file_hash(folder / HISTORY)
         for name in ("final", "best"):
             if (path := values[name]) is not None and path.is_relative_to(folder):
                 values[name] = path.relative_to(folder)
         evaluations = None if self.evaluations is None else self.evaluations.to_dict("list")
-        runs.write_json(folder / RESULT, {"format": FORMAT, **values, "evaluations": evaluations})
+        runs.write_sealed(folder / RESULT, {"format": FORMAT, **values, "evaluations": evaluations})
 
     @classmethod
     def read(cls, folder: Path) -> TrainingRun:
@@ -86,10 +87,14 @@ class TrainingRun(Figures):
         path = Path(folder) / RESULT
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; this training is not finished, or an older version wrote it")
-        values = runs.read_json(path)
+        remedy = f"delete {folder} and make it again"
+        values = runs.read_sealed(path, remedy)
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise ValueError(f"{path}: not a training of format {FORMAT}")
         evaluations, history = values.pop("evaluations", None), path.with_name(HISTORY)
+        expected = values.pop("history_hash", None)  # None: there is none, or an earlier version wrote it
+        if expected and (not history.is_file() or runs.file_hash(history) != expected):
+            raise ValueError(f"{history}: missing, or not the one that was saved; {remedy}")
         figures = dict(vars(config.parse(Figures, values, str(path))))
         places = {name: figures[name] and Path(folder) / figures[name] for name in ("final", "best")}
         try:

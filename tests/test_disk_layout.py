@@ -69,11 +69,11 @@ def test_an_adapter_that_peft_wrote(tmp_path: Path) -> None:
     network = saved(plm, policy)
     base = transformers.AutoModel.from_pretrained(plm)
     peft.PeftModel.from_pretrained(base, str(policy), is_trainable=True).save_pretrained(str(tmp_path / "again"))
-    about = runs.read_json(policy / "config.json")
+    about = runs.read_sealed(policy / "config.json", "")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (policy / name).write_bytes((tmp_path / "again" / name).read_bytes())
         about["hashes"][name] = runs.file_hash(policy / name)
-    runs.write_json(policy / "config.json", about)
+    runs.write_sealed(policy / "config.json", about)
     swapped, _ = load_policy(policy)
     assert torch.equal(swapped.plm(X), network.eval().plm(X))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -219,17 +220,47 @@ def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
     assert again.seconds == result.seconds
 
 
-@pytest.mark.parametrize("place", [0.2, 0.5, 0.9, None])
-def test_a_damaged_resume_point_is_noticed(tmp_path: Path, place: float | None) -> None:
-    """One flipped bit, or a file that is cut."""
-    with pytest.raises(Killed):
-        run(tmp_path, progress=die_at(1))
-    data = bytearray((tmp_path / "state.pt").read_bytes())
-    if place is not None:
-        data[int(place * len(data))] ^= 1
-    (tmp_path / "state.pt").write_bytes(data if place is not None else data[:-1000])
-    with pytest.raises(ValueError, match=r"state\.pt: damaged .*; delete it to begin this training anew"):
-        run(tmp_path)
+def results(folder: Path) -> list[Any]:
+    """Everything that comes of a training when it is called again."""
+    network, result = run(folder, validate=lambda net: float(net.action_head.weight.sum().detach()))
+    best, meta = load_policy(result.best)
+    figures = dataclasses.replace(result, history=None, evaluations=None, final=None, best=None, seconds=None)
+    tables = [result.history.drop(columns="seconds").to_csv(), result.evaluations.drop(columns="seconds").to_csv()]
+    return [figures, meta, *tables, *(p.tolist() for net in (network, best) for p in weights(net).values())]
+
+
+@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.parametrize("times", [3, pytest.param(40, marks=pytest.mark.slow)])
+def test_damage_is_noticed_or_changes_nothing(tmp_path: Path, killed: bool, times: int) -> None:
+    """Flipped bits and cut ends in every file that is read back: another result never comes of it."""
+    rng, whole, broken = np.random.default_rng(8), tmp_path / "whole", tmp_path / "broken"
+    expected = results(tmp_path / "straight")
+    if killed:
+        with pytest.raises(Killed):
+            run(whole, progress=die_at(9), validate=lambda net: float(net.action_head.weight.sum().detach()))
+    else:
+        results(whole)
+    left = [path for path in sorted(whole.rglob("*")) if path.is_file() and path.parent.name != "tensorboard"]
+    files = [path for path in left if path.name == "state.pt"] if killed else left
+    noticed = 0
+    for path in files * times:
+        data, name = bytearray(path.read_bytes()), path.relative_to(whole)
+        if rng.random() < 0.9:
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        else:
+            del data[rng.integers(len(data)) :]
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(whole, broken)
+        (broken / name).write_bytes(data)
+        try:
+            assert results(broken) == expected, name
+        except (ValueError, OSError) as error:
+            said = str(error)
+        else:
+            continue
+        assert re.search(f"{broken / name}.*delete .* (to begin this training anew|and make it again)", said)
+        noticed += 1
+    assert noticed > 0.8 * len(files) * times > 2
 
 
 def test_another_run_in_the_folder(tmp_path: Path) -> None:
