@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -237,13 +238,16 @@ def setting(name: str, key: str) -> float:
 
 @pytest.mark.golden
 @pytest.mark.slow
+@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("path", RUNS, ids=str)
-def test_complete_run_of_the_original(golden: Golden, real_data: Path, path: Path) -> None:
-    """Its separate test, reproduced from its checkpoint: the same level on every chunk of every trace, the same mean."""
+def test_complete_run_of_the_original(golden: Golden, real_data: Path, path: Path, alone: bool) -> None:
+    """A test, reproduced from its checkpoint: the same level on every chunk of every trace, the same mean. The one that is not alone
+    ran in the process that had trained, and began with the context in which the last evaluation there had ended."""
     folder = golden(path)
     run_file = read_json(folder / "run.json")
     (best,) = folder.glob("ft_plm/*/*/early_stop_*_best_model")
-    results = {p.name: p for p in folder.glob("results_test_alone/**/result_sim_abr_*")}
+    pattern = "results_test_alone" if alone else "results"
+    results = {p.name: p for p in folder.glob(f"{pattern}/**/result_sim_abr_*")}
     trained, tested = best.parent.name, next(iter(results.values())).parent.name  # the names hold the settings
     w, gamma = int(setting(trained, "w")), setting(trained, "gamma")
     layer, target_scale = int(setting(best.name, "early_stop")), setting(tested, "tgt_scale")
@@ -253,10 +257,14 @@ def test_complete_run_of_the_original(golden: Golden, real_data: Path, path: Pat
     registry = Registry(real_data)
     traces, video = registry.trace_set(run_file["traces"]), registry.video(run_file["video"])
     episodes = upstream_episodes(traces, trace_num=run_file["trace_num"], seed=run_file["seed"])
-    policy = LLMPolicy(network, meta, EvalConfig.upstream(target_return_scale=target_scale))
-    table = play(policy, Simulator(traces, video, episodes))
+    policy = LLMPolicy(network, meta, EvalConfig.upstream(not alone, target_return_scale=target_scale))
+    simulator = Simulator(traces, video, episodes)
+    if not alone:  # the best weights are those of that evaluation
+        play(policy, simulator)
+        policy.config = replace(policy.config, dropout=False)
+    table = play(policy, simulator)
     assert len(results) == table["trace"].nunique() == run_file["trace_num"]
     for name, rows in table.groupby("trace", sort=False):
         expected = np.loadtxt(results[f"result_sim_abr_{traces.name}_{name}"])
         np.testing.assert_allclose(rows[COLUMNS], expected, rtol=1e-9, err_msg=str(name))
-    assert qoe.summarise(table).reward == pytest.approx(run_file["mean_alone"], abs=1e-12)
+    assert qoe.summarise(table).reward == pytest.approx(run_file["mean_alone" if alone else "mean"], abs=1e-12)
