@@ -119,7 +119,7 @@ def first_line(error: Exception) -> str:
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """The same, with a checksum, for what decides a result when it is read back by `read_sealed`."""
+    """As `write_json`, with a checksum, for what decides a result when `read_sealed` reads it back."""
     known = plain(value)
     write_json(path, {**known, "checksum": content_hash(known, 16)})
 

@@ -241,8 +241,10 @@ def setting(name: str, key: str) -> float:
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("path", RUNS, ids=str)
 def test_complete_run_of_the_original(golden: Golden, real_data: Path, path: Path, alone: bool) -> None:
-    """A test, reproduced from its checkpoint: the same level on every chunk of every trace, the same mean. The one that is not alone
-    ran in the process that had trained, and began with the context in which the last evaluation there had ended."""
+    """A test, reproduced from its checkpoint: the same level on every chunk of every trace, the same mean.
+
+    The one that is not alone ran in the process that had trained, and began with the context in which the last evaluation ended.
+    """
     folder = golden(path)
     run_file = read_json(folder / "run.json")
     (best,) = folder.glob("ft_plm/*/*/early_stop_*_best_model")
