@@ -17,12 +17,11 @@ from unittest import mock
 
 import numpy as np
 from markdown_it import MarkdownIt
-from safetensors.numpy import save_file
 
 from llm_fixtures import write_plm
 from netllm_lib import runs
 from netllm_lib.abr import fetch, synthetic
-from netllm_lib.abr.policies.pensieve import SHAPES
+from netllm_lib.abr.policies.pensieve import SHAPES, save_actor
 from netllm_lib.abr.traces import SAMPLE, Registry
 from run_fixtures import SmallRun, make_runs
 from upstream_tree import write_tree
@@ -196,8 +195,7 @@ def _write_data(root: Path, cache: Path) -> None:
     rng = np.random.default_rng(0)
     layers = {f"{name}/W": rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in SHAPES.items()}
     layers |= {f"{name}/b": np.zeros(shape[-1], np.float32) for name, shape in SHAPES.items()}
-    (cache / "actors").mkdir(parents=True)
-    save_file(layers, cache / "actors" / f"genet-{runs.file_hash(weights, digits=10)}.safetensors")
+    save_actor(layers, cache / "actors" / f"genet-{runs.file_hash(weights, digits=10)}.safetensors")
 
 
 def _commit(folder: Path) -> str:

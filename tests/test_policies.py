@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-from netllm_lib import runs
 from netllm_lib.abr import qoe
 from netllm_lib.abr.episodes import Observation, sound_episodes, upstream_episodes
 from netllm_lib.abr.play import play
@@ -29,7 +27,7 @@ from netllm_lib.abr.policies.pensieve import (
     latest_checkpoint,
     load_actor,
     sampled_action,
-    weights_hash,
+    save_actor,
 )
 from netllm_lib.abr.simulator import Simulator
 from netllm_lib.abr.synthetic import generate_traces, generate_video
@@ -159,8 +157,7 @@ def test_a_damaged_actor_is_made_again(tmp_path: Path, monkeypatch: pytest.Monke
 
     def export(command: list[str], **_: object) -> subprocess.CompletedProcess:
         exports.append(command)
-        with runs.atomic_path(Path(command[-1])) as aside:
-            save_file(weights, aside, metadata={"hash": weights_hash(weights)})
+        save_actor(weights, Path(command[-1]))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setenv("NETLLM_CACHE", str(tmp_path / "cache"))

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from netllm_lib.abr.episodes import Episodes, Observation
 from netllm_lib.abr.policies.base import Policy
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.arrays import array_hash
-from netllm_lib.runs import PROJECT, cache_root, file_hash
+from netllm_lib.runs import PROJECT, atomic_path, cache_root, file_hash
 
 DENSE = ("FullyConnected", "FullyConnected_1", "FullyConnected_2")  # state rows 0, 1, 5
 CONV = ("Conv1D", "Conv1D_1", "Conv1D_2")  # state rows 2, 3, 4
@@ -76,8 +77,13 @@ def load_actor(folder: Path) -> Actor:
     return Actor.load(path)
 
 
-def weights_hash(weights: dict[str, np.ndarray]) -> str:
-    """Digest of an actor's weights, which its file records."""
+def save_actor(weights: dict[str, np.ndarray], path: Path) -> None:
+    """Write an actor's weights, "<layer>/W" and "<layer>/b", with their digest."""
+    with atomic_path(path) as aside:
+        save_file(weights, aside, metadata={"hash": _digest(weights)})
+
+
+def _digest(weights: dict[str, np.ndarray]) -> str:
     return array_hash(*(weights[name] for name in sorted(weights)))
 
 
@@ -89,13 +95,13 @@ class Actor:
 
     @classmethod
     def load(cls, path: Path) -> Actor:
-        """Read what `tensorflow_actor.export_actor` wrote. Raises ValueError if the file is damaged."""
+        """Read what `save_actor` wrote. Raises ValueError if the file is damaged."""
         try:
             with safe_open(path, "numpy") as stream:
                 weights, about = {name: stream.get_tensor(name) for name in stream.keys()}, stream.metadata()  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not an exported actor ({error})") from None
-        if (about or {}).get("hash") != weights_hash(weights):
+        if (about or {}).get("hash") != _digest(weights):
             raise ValueError(f"{path}: the weights are not those that were exported; delete the file")
         return cls(weights)
 

@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from netllm_lib.abr.policies.pensieve import CONV, DENSE, HIDDEN, OUT, SHAPES, weights_hash
-from netllm_lib.runs import atomic_path
+from netllm_lib.abr.policies.pensieve import CONV, DENSE, HIDDEN, OUT, SHAPES, save_actor
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, np.ndarray]:
@@ -34,14 +32,6 @@ def read_checkpoint(checkpoint: Path) -> dict[str, np.ndarray]:
     return weights
 
 
-def export_actor(checkpoint: Path, path: Path) -> Path:
-    """Write a checkpoint's actor as .safetensors."""
-    weights = read_checkpoint(checkpoint)
-    with atomic_path(path) as aside:
-        save_file(weights, aside, metadata={"checkpoint": Path(checkpoint).name, "hash": weights_hash(weights)})
-    return path
-
-
 def probabilities(checkpoint: Path, states: np.ndarray) -> np.ndarray:
     """[N, 3] float32, computed by TensorFlow's own operations, convolutions and padding included."""
     import tensorflow as tf
@@ -60,4 +50,4 @@ def probabilities(checkpoint: Path, states: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    export_actor(Path(sys.argv[1]), Path(sys.argv[2]))
+    save_actor(read_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]))
