@@ -25,8 +25,8 @@ BENCH = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(BENCH), str(BENCH.parent)]
 from measured import publish  # noqa: E402
 
-import faults.operators  # noqa: E402, F401 - they register themselves
-from faults.cases import GRADES, OPERATORS, Case, drawn_severity, generate, shared_bench  # noqa: E402
+from faults.cases import GRADES, Case  # noqa: E402
+from faults.operators import OPERATORS, drawn_severity, generate, shared_bench  # noqa: E402
 from faults.score import COMMAND, HEAD, Score, score, summary  # noqa: E402
 from netllm_lib import ARITHMETIC, runs  # noqa: E402
 
@@ -43,7 +43,6 @@ def cached_case(wanted: Wanted) -> Case:
         torch.set_num_threads(1)
         folder = root / "cases" / runs.content_hash([*wanted, VERSION])
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
         generate(*wanted, folder).save(truth)
     return Case.read(truth)
 
@@ -79,9 +78,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--publish", action="store_true", help="write reports/benchmarks/faults.md")
     parser.add_argument("--list", action="store_true", help="show the operators and do nothing")
     asked = parser.parse_args(arguments)
-    chosen = [o for o in OPERATORS.values() if not asked.operators or any(part in o.name for part in asked.operators)]
+    parts = asked.operators or [""]
+    names = dict.fromkeys(name for part in parts for name in OPERATORS if part in name)  # in the order asked for
+    chosen = [OPERATORS[name] for name in names]
     if asked.list:
-        print(*(f"{o.group:10} {o.name:36} {', '.join(o.truth):40} {o.what}" for o in chosen), sep="\n")
+        print(*(f"{o.name:28} {o.truth:50} {o.what}" for o in chosen), sep="\n")
         return 0
     if asked.seeds == "report":
         print("reporting seeds: whoever tunes on what comes now has spoilt them", file=sys.stderr)
