@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 from faults.cases import GRADES, IDS, Case, FaultBench, accepted
 from faults.operators import OPERATORS, drawn_severity, generate
 from faults.run import SEEDS
-from faults.score import ask, budget_of, judge, summary
+from faults.score import ask, judge, score, summary
 
-from netllm_lib.runs import tree_hash
+from netllm_lib.config import parse
+from netllm_lib.runs import plain, tree_hash
 from netllm_lib.stats import Interval
 from planted_runs import TRAININGS
 
@@ -59,8 +60,7 @@ def test_a_case_is_the_same_every_time_and_does_not_tell(tmp_path: Path, monkeyp
     assert len(tables) == len(weights) == 1
     assert cases[0].effect == cases[1].effect
     assert cases[0].truth == ("level-mapping", "wrong-checkpoint")
-    cases[0].save(tmp_path / "truth.json")
-    assert Case.read(tmp_path / "truth.json") == cases[0]
+    assert parse(Case, json.loads(json.dumps(plain(cases[0]))), "truth") == cases[0]
     written = [path for path in folders[0].rglob("*") if path.is_file()]
     assert not any(path.name == "truth.json" or b"level-mapping" in path.read_bytes() for path in written)
 
@@ -86,7 +86,7 @@ def test_what_is_right() -> None:
     assert wrong(harmless, finding("undertrained")) == "undertrained as cause"
     assert wrong(healthy) == ""
     assert wrong(open_case, finding("undertrained")) == ""
-    assert wrong(open_case, finding("clipping")) == "clipping as cause, it is learning-rate"
+    assert wrong(open_case, finding("clipping")) == "clipping as cause"
     assert accepted(["sampling"]) == {"sampling", "temperature"}
 
 
@@ -95,21 +95,20 @@ def test_effects_candidates_and_budget() -> None:
         "findings": [finding("gap", effect=(1, 0.9, 1.1)), finding("undertrained", effect=(0.5, 0.35, 0.6))],
         "candidates": [{"id": "undertrained", "probability": 0.7}, {"id": "sampling", "probability": 0.1}],
     }
-    score = judge(CASE, answer, seconds=80, budget_s=60)
-    assert (score.inside, score.late, score.false_causes) == (True, True, ("gap",))
-    assert score.candidates == ((0.7, True), (0.1, False))
+    found = judge(CASE, answer, seconds=80, budget_s=60)
+    assert (found.inside, found.late, found.candidates) == (True, True, ((0.7, True), (0.1, False)))
     assert judge(CASE, {"findings": [finding("undertrained", effect=(0.1, 0.0, 0.2))]}).inside is False
-    text = summary([score, judge(CASE, {"findings": [finding("undertrained")]})])
+    text = summary([found, judge(CASE, {"findings": [finding("undertrained")]})])
     assert "first finding true: 1 of 2" in text
     assert "Brier score 0.050" in text
 
 
 def test_any_command_is_a_diagnoser(tmp_path: Path) -> None:
-    answer = {"findings": [finding("undertrained")]}
-    (tmp_path / "said.py").write_text(f"import sys; print(sys.argv[1:]); print({json.dumps(answer)!r})")
+    said = json.dumps({"findings": [finding("undertrained")]})
+    (tmp_path / "diagnose.py").write_text(f"import sys; assert sys.argv[1].endswith('a run'); print({said!r})")
     case = replace(CASE, folders=(tmp_path / "a run",), options={"data": "here"})
-    assert ask(f"{sys.executable} {tmp_path / 'said.py'} {{folder}} {{options}}", case)[0] == answer
-    assert ask(lambda asked: {"findings": [], "name": asked.name}, case)[0]["name"] == "rate-too-low mild 1"
-    failed, _ = ask(f"{sys.executable} -c 'raise SystemExit(\"no such folder\")'", case)
-    assert judge(case, failed).wrong == "failed, no such folder"
-    assert budget_of("netllm diagnose {folder} --budget 60 --retrain=20 --json") == 80
+    command = f"{sys.executable} {tmp_path / 'diagnose.py'} {{folder}} {{options}}"
+    assert score(command, case).wrong == ""
+    assert score(command, replace(case, folders=())).wrong.startswith("failed, ")
+    assert score(f"{command} --budget 0.0001", case).late
+    assert ask(lambda asked: {"name": asked.name}, case)[0] == {"name": "rate-too-low mild 1"}

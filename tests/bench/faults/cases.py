@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -77,15 +76,6 @@ class Case:
         if self.effect is None or self.effect.mean < COSTS:
             return "harmless"
         return "harmful" if self.effect.low > 0 else "open"
-
-    def save(self, path: Path) -> None:
-        runs.write_json(path, self)
-
-    @classmethod
-    def read(cls, path: Path) -> Case:
-        values = json.loads(path.read_text())
-        folders, effect = tuple(map(Path, values["folders"])), values["effect"] and Interval(*values["effect"])
-        return cls(**values | {"folders": folders, "truth": tuple(values["truth"]), "effect": effect})
 
 
 class FaultBench(Bench):

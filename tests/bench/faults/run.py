@@ -28,7 +28,7 @@ from measured import publish  # noqa: E402
 from faults.cases import GRADES, Case  # noqa: E402
 from faults.operators import OPERATORS, drawn_severity, generate, shared_bench  # noqa: E402
 from faults.score import COMMAND, HEAD, Score, score, summary  # noqa: E402
-from netllm_lib import ARITHMETIC, runs  # noqa: E402
+from netllm_lib import ARITHMETIC, config, runs  # noqa: E402
 
 VERSION = 1  # of the cases: a new number makes all of them anew
 SEEDS = {"tune": (1,), "report": (101, 102, 103)}
@@ -43,8 +43,8 @@ def cached_case(wanted: Wanted) -> Case:
         torch.set_num_threads(1)
         folder = root / "cases" / runs.content_hash([*wanted, VERSION])
         shutil.rmtree(folder, ignore_errors=True)
-        generate(*wanted, folder).save(truth)
-    return Case.read(truth)
+        runs.write_json(truth, generate(*wanted, folder))
+    return config.parse(Case, runs.read_json(truth), str(truth))
 
 
 def one(work: tuple[Wanted, str]) -> Score | str:
@@ -58,14 +58,12 @@ def one(work: tuple[Wanted, str]) -> Score | str:
 
 
 def scored(wanted: list[Wanted], diagnoser: str, jobs: int) -> Iterator[Score | str]:
-    work = [(one_of, diagnoser) for one_of in wanted]
+    work = [(each, diagnoser) for each in wanted]
     if jobs < 2:
         yield from map(one, work)
-        return
-    for training in ("healthy", "original"):  # which nearly all need
-        shared_bench().trained(training)
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap(one, work)
+    else:
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            yield from pool.imap(one, work)
 
 
 def main(arguments: list[str]) -> int:
@@ -76,23 +74,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--diagnoser", default=COMMAND, help=f"a command that ends with a line of JSON [{COMMAND}]")
     parser.add_argument("--publish", action="store_true", help="write reports/benchmarks/faults.md")
-    parser.add_argument("--list", action="store_true", help="show the operators and do nothing")
     asked = parser.parse_args(arguments)
-    parts = asked.operators or [""]
-    names = dict.fromkeys(name for part in parts for name in OPERATORS if part in name)  # in the order asked for
-    chosen = [OPERATORS[name] for name in names]
-    if asked.list:
-        print(*(f"{o.name:28} {o.truth:50} {o.what}" for o in chosen), sep="\n")
-        return 0
+    shared_bench()  # its data are written once, before there are several processes
+    names = dict.fromkeys(name for part in asked.operators or [""] for name in OPERATORS if part in name)
     if asked.seeds == "report":
         print("reporting seeds: whoever tunes on what comes now has spoilt them", file=sys.stderr)
-    fixed = {"drawn": (), "all": GRADES}.get(asked.severity, (asked.severity,))
-    wanted = [
-        (o.name, grade, seed)
-        for o in chosen
-        for seed in SEEDS[asked.seeds]
-        for grade in fixed or (drawn_severity(o.name, seed),)
-    ]
+    seeds, graded = SEEDS[asked.seeds], {"drawn": (), "all": GRADES}.get(asked.severity, (asked.severity,))
+    wanted = [(o, g, seed) for o in names for seed in seeds for g in graded or (drawn_severity(o, seed),)]
     scores, not_made = [], []
     print(HEAD)
     for found in scored(wanted, asked.diagnoser, asked.jobs):
@@ -104,8 +92,9 @@ def main(arguments: list[str]) -> int:
             print(found.row(), flush=True)
     print(f"\n{summary(scores)}", *not_made, sep="\n")
     if asked.publish:
-        text = f"# Diagnosis: generated faults\n\n`{asked.diagnoser}` on seeds {SEEDS[asked.seeds]}, severity {asked.severity}.\n\n"
-        publish("faults", text + f"{summary(scores)}\n\n{HEAD}\n" + "\n".join(s.row() for s in scores))
+        about = f"`{asked.diagnoser}`, seeds {', '.join(map(str, seeds))}, severity {asked.severity}."
+        rows = "\n".join([HEAD, *(score.row() for score in scores)])
+        publish("faults", f"# Diagnosis: generated faults\n\n{about}\n\n{summary(scores)}\n\n{rows}")
     return 1 if not_made or any(s.wrong for s in scores) else 0
 
 

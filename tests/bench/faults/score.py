@@ -20,6 +20,7 @@ from netllm_lib.runs import PROJECT
 COMMAND = "netllm diagnose {folder} {options} --budget 60 --json"
 SLACK = 1.2  # of the budget
 Diagnoser = str | Callable[[Case], dict[str, Any]]
+HEAD = "| case | kind | true effect | first finding | | its interval | took |\n|---|---|---|---|---|---|---|"
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,6 @@ class Score:
     case: Case
     first: str  # id and severity of the first finding
     wrong: str  # empty if the answer is right
-    causes: tuple[str, ...]  # that are named
-    false_causes: tuple[str, ...]  # of them, those that are not true, or all if nothing costs anything
     inside: bool | None  # the interval of a true finding's effect holds the true effect; None: not measured
     candidates: tuple[tuple[float, bool], ...]  # probability, and whether it is true
     seconds: float
@@ -41,20 +40,8 @@ class Score:
         effect = self.case.effect
         true = "" if effect is None else f"{effect.mean:+.3f} [{effect.low:+.3f}, {effect.high:+.3f}]"
         interval = {None: "", True: "holds it", False: "**does not**"}[self.inside]
-        answer = "right" if not self.wrong else f"**wrong**: {self.wrong}"
-        cells = (
-            self.case.name,
-            self.case.kind,
-            true,
-            self.first or "nothing",
-            answer,
-            interval,
-            f"{self.seconds:.0f} s",
-        )
-        return f"| {' | '.join(cells)} |"
-
-
-HEAD = "| case | kind | true effect | first finding | | its interval | took |\n|---|---|---|---|---|---|---|"
+        answer = f"**wrong**: {self.wrong}" if self.wrong else "right"
+        return f"| {self.case.name} | {self.case.kind} | {true} | {self.first} | {answer} | {interval} | {self.seconds:.0f} s |"
 
 
 def ask(diagnoser: Diagnoser, case: Case) -> tuple[dict[str, Any], float]:
@@ -66,84 +53,68 @@ def ask(diagnoser: Diagnoser, case: Case) -> tuple[dict[str, Any], float]:
     if not isinstance(diagnoser, str):
         return diagnoser(case), time.perf_counter() - start
     options = [word for key, value in case.options.items() for word in (f"--{key}", value)]
-    words = diagnoser.format(folder=shlex.join(map(str, case.folders)), options=shlex.join(options))
+    words = shlex.split(diagnoser.format(folder=shlex.join(map(str, case.folders)), options=shlex.join(options)))
+    if words[0] == "netllm":
+        words[:1] = [sys.executable, "-c", "from netllm_lib.cli import main; main()"]
     with tempfile.TemporaryDirectory() as reports:
-        program = "from netllm_lib.cli import main; main()"
-        command = [sys.executable, "-c", program, *shlex.split(words)[1:]] if words.startswith("netllm ") else words
         env = os.environ | {"NETLLM_REPORTS": reports, "PYTHONPATH": str(PROJECT)}
-        done = subprocess.run(
-            command, shell=isinstance(command, str), env=env, capture_output=True, text=True, check=False
-        )
-    seconds, lines = time.perf_counter() - start, done.stdout.splitlines()
-    if done.returncode or not lines or not lines[-1].startswith("{"):
-        said = (done.stderr.strip().splitlines() or ["no JSON in its last line"])[-1]
-        return {"error": said}, seconds
-    return json.loads(lines[-1]), seconds
-
-
-def budget_of(diagnoser: Diagnoser) -> float | None:
-    """The sum of the seconds that a command allows itself."""
-    found = re.findall(r"--(?:budget|retrain)[ =](\d+(?:\.\d+)?)", diagnoser) if isinstance(diagnoser, str) else []
-    return sum(map(float, found)) or None
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    said, errors = done.stdout.splitlines(), done.stderr.strip().splitlines()
+    failed = bool(done.returncode) or not said or not said[-1].startswith("{")
+    answer = {"error": (errors or ["no JSON in its last line"])[-1]} if failed else json.loads(said[-1])
+    return answer, time.perf_counter() - start
 
 
 def score(diagnoser: Diagnoser, case: Case) -> Score:
-    """Ask, and judge the answer."""
+    """Ask, and judge the answer. A command may take the seconds that it names as --budget and --retrain."""
     answer, seconds = ask(diagnoser, case)
-    return judge(case, answer, seconds, budget_of(diagnoser))
+    allowed = re.findall(r"--(?:budget|retrain)[ =](\d+(?:\.\d+)?)", diagnoser) if isinstance(diagnoser, str) else []
+    return judge(case, answer, seconds, sum(map(float, allowed)))
 
 
-def judge(case: Case, answer: dict[str, Any], seconds: float = 0.0, budget_s: float | None = None) -> Score:
-    """See `Case.kind` for what is right."""
-    findings: Sequence[dict[str, Any]] = answer.get("findings", [])
-    true = accepted(case.truth)
-    first = findings[0] if findings else {"id": "", "severity": ""}
-    causes = tuple(finding["id"] for finding in findings if finding["severity"] == "cause")
-    false = tuple(id for id in causes if case.kind == "harmless" or id not in true)
+def judge(case: Case, answer: dict[str, Any], seconds: float = 0.0, budget_s: float = 0.0) -> Score:
+    """See `Case.kind` for what is right. Without a budget nothing is late."""
+    findings, true = answer.get("findings", []), accepted(case.truth)
+    first = findings[0] if findings else {"id": "nothing", "severity": "note"}
+    causes = [finding["id"] for finding in findings if finding["severity"] == "cause"]
+    false, wrong = [id for id in causes if case.kind == "harmless" or id not in true], ""
     if "error" in answer:
         wrong = f"failed, {answer['error']}"
-    elif case.kind == "harmless":
+    elif case.kind in ("harmless", "open"):
         wrong = f"{', '.join(false)} as cause" if false else ""
-    elif case.kind == "open":
-        wrong = f"{', '.join(false)} as cause, it is {case.truth[0]}" if false else ""
     elif first["id"] not in true:
         wrong = f"it is {case.truth[0]}"
-    else:
-        wrong = "a mere note" if case.kind == "harmful" and first["severity"] == "note" else ""
-    effects = [finding["effect"] for finding in findings if finding["id"] in true and finding.get("effect")]
-    inside = None
-    if effects and case.effect is not None:
-        inside = effects[0]["low"] <= case.effect.mean <= effects[0]["high"]
+    elif case.kind == "harmful" and first["severity"] == "note":
+        wrong = "a mere note"
+    effect = next((f["effect"] for f in findings if f["id"] in true and f.get("effect")), None)
+    inside = effect["low"] <= case.effect.mean <= effect["high"] if effect and case.effect else None
     candidates = tuple((float(one["probability"]), one["id"] in true) for one in answer.get("candidates") or [])
-    late = budget_s is not None and seconds > SLACK * budget_s
-    shown = f"{first['id']} ({first['severity']})" if first["id"] else ""
-    return Score(case, shown, wrong, causes, false, inside, candidates, seconds, late)
+    late = 0 < budget_s * SLACK < seconds
+    return Score(case, f"{first['id']} ({first['severity']})", wrong, inside, candidates, seconds, late)
 
 
 def summary(scores: Sequence[Score]) -> str:
     """Counts, and the reliability of the candidates' probabilities, as Markdown."""
-    kinds = {kind: [s for s in scores if s.case.kind == kind] for kind in ("harmful", "measured", "open", "harmless")}
-    asked = [s for kind in ("harmful", "measured") for s in kinds[kind]]
-    others = [s for kind in ("open", "harmless") for s in kinds[kind]]
-    inside = [s.inside for s in scores if s.inside is not None]
+    faults = [s for s in scores if s.case.kind in ("harmful", "measured")]
+    others, inside = [s for s in scores if s not in faults], [s.inside for s in scores if s.inside is not None]
+    candidates = [one for s in scores for one in s.candidates]
     lines = [
-        f"- first finding true: {sum(not s.wrong for s in asked)} of {len(asked)} faults",
+        f"- first finding true: {sum(not s.wrong for s in faults)} of {len(faults)} faults",
         f"- false causes: {sum(bool(s.wrong) for s in others)} of {len(others)} healthy, harmless or undecided runs",
         f"- true effect in the estimated interval: {sum(inside)} of {len(inside)}",
         f"- beyond {SLACK} times the budget: {sum(s.late for s in scores)} of {len(scores)}",
     ]
-    candidates = [one for s in scores for one in s.candidates]
     if candidates:
         brier = sum((p - hit) ** 2 for p, hit in candidates) / len(candidates)
         lines += [
             f"- candidates: {len(candidates)}, Brier score {brier:.3f}",
             "",
-            "| said | was true | candidates |",
+            "| said | true | candidates |",
             "|---|---|---|",
         ]
-        for low in (0.0, 0.2, 0.4, 0.6, 0.8):
-            part = [(p, hit) for p, hit in candidates if low <= p < low + 0.2 or (p == 1 and low == 0.8)]
-            if part:
-                said, was = (sum(values) / len(part) for values in zip(*part, strict=True))
-                lines.append(f"| {said:.2f} | {was:.2f} | {len(part)} |")
+    for fifth in range(5):
+        part = [(p, hit) for p, hit in candidates if min(int(p * 5), 4) == fifth]
+        if part:
+            said, was = (sum(values) / len(part) for values in zip(*part, strict=True))
+            lines.append(f"| {said:.2f} | {was:.2f} | {len(part)} |")
     return "\n".join(lines)
