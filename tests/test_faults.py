@@ -25,11 +25,8 @@ CASE = Case("rate-too-low", "mild", 1, (), {}, ("learning-rate", "undertrained")
 
 
 def finding(id: str, severity: str = "cause", effect: tuple[float, float, float] | None = None) -> dict[str, Any]:
-    return {
-        "id": id,
-        "severity": severity,
-        "effect": effect and dict(zip(("mean", "low", "high"), effect, strict=True)),
-    }
+    interval = effect and dict(zip(("mean", "low", "high"), effect, strict=True))
+    return {"id": id, "severity": severity, "effect": interval}
 
 
 def test_the_table_of_operators() -> None:
@@ -53,7 +50,7 @@ def test_severities_are_drawn_by_seed(name: str) -> None:
 
 
 def test_a_case_is_the_same_every_time_and_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TRAININGS, "healthy", ("mpc", {"epochs": 1, "order": (tuple(range(160)),)}))
+    monkeypatch.setitem(TRAININGS, "healthy", ("mpc", {"epochs": 1, "order": tuple(range(160))}))
     bench, folders = FaultBench(), (tmp_path / "one", tmp_path / "other")
     cases = [generate("level-mapping", "strong", 1, folder, bench) for folder in folders]
     tables, weights = ({tree_hash(folder / part) for folder in folders} for part in ("05/tables", "04/policy"))
@@ -69,14 +66,11 @@ def test_what_is_right() -> None:
     def wrong(case: Case, *findings: dict[str, Any]) -> str:
         return judge(case, {"findings": findings}).wrong
 
-    harmless, open_case = (
-        replace(CASE, effect=Interval(0.04, 0.01, 0.07)),
-        replace(CASE, effect=Interval(0.06, -0.1, 0.2)),
-    )
+    costs = {"harmful": CASE.effect, "harmless": Interval(0.04, 0.01, 0.07), "open": Interval(0.06, -0.1, 0.2)}
+    assert [replace(CASE, effect=effect).kind for effect in costs.values()] == list(costs)
+    harmless, open_case = (replace(CASE, effect=costs[kind]) for kind in ("harmless", "open"))
     healthy, measured = replace(CASE, effect=None, truth=()), replace(CASE, measurement=True)
-    assert [case.kind for case in (CASE, harmless, open_case, healthy, measured)] == [
-        "harmful", "harmless", "open", "harmless", "measured"
-    ]  # fmt: skip
+    assert (healthy.kind, measured.kind) == ("harmless", "measured")
     assert wrong(CASE, finding("undertrained"), finding("weak-teacher")) == ""
     assert wrong(CASE, finding("weak-teacher"), finding("undertrained")) == "it is learning-rate"
     assert wrong(CASE, finding("undertrained", "note")) == "a mere note"

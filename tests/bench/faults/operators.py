@@ -14,14 +14,26 @@ import pandas as pd
 
 from faults import plants as ours
 from faults.cases import GRADES, Case, FaultBench
-from faults.plants import RESULTS, ROLLING, mixed_with
+from faults.plants import mixed_with
 from netllm_lib.abr.diagnosis import paired
 from netllm_lib.abr.policies.bba import BBA
 from netllm_lib.abr.policies.llm import EvalConfig
 from netllm_lib.abr.policies.simple import Constant, Random
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.runs import plain
-from planted_plants import FILES, Plant, lora, of_log, of_test, of_training, of_tree, of_weights, tested_on_another_plm
+from planted_plants import (
+    FILES,
+    RESULTS,
+    ROLLING,
+    Plant,
+    lora,
+    of_log,
+    of_test,
+    of_training,
+    of_tree,
+    of_weights,
+    tested_on_another_plm,
+)
 from planted_runs import ALL_PARTS, TRACES, Bench
 
 
@@ -67,7 +79,8 @@ LADDERS = (
 )
 BROKEN, LABELS, LADDER = "broken-pool trace-shift", "label-shift broken-pool", "broken-pool label-shift video-shift"
 PRICES, RETURNS = "reward-mismatch broken-pool wrong-pool target-return", "return-scale target-return wrong-pool"
-OTHER, STALE = "wrong-checkpoint", "mixed-results printed-mean protocol-mismatch wrong-checkpoint"
+OTHER, STALE = "wrong-checkpoint", "printed-mean mixed-results protocol-mismatch wrong-checkpoint"
+SCREEN = ("console", *FILES)  # parts of a tree
 
 _ALL: tuple[Operator, ...] = (
     # the pool, and what it was made from
@@ -91,7 +104,8 @@ _ALL: tuple[Operator, ...] = (
     Operator("pool-labels-shuffled", "the levels of some episodes are in random order", LABELS,
              ((0.05, 0.15), (0.3, 0.6), (0.9, 1.0)),
              lambda b, share: ours.with_labels(b, share, np.random.default_rng(4).permutation)),
-    Operator("pool-ladder", "the pool was made with other bitrates", LADDER, ([0], [1], [2]), lambda b, i: ours.with_ladder(b, LADDERS[i])),
+    Operator("pool-ladder", "the pool was made with other bitrates", LADDER,
+             ([0], [1], [2]), lambda b, i: ours.with_ladder(b, LADDERS[i])),
     Operator("pool-few-episodes", "a few episodes, many times", "overfit pool-too-small",
              ((20, 40), (5, 10), (1, 3)), ours.few_episodes),
     Operator("pool-few-traces", "made on one trace, or a few", "overfit pool-too-small trace-shift",
@@ -160,7 +174,7 @@ _ALL: tuple[Operator, ...] = (
     Operator("log-ends-early", "the training was stopped, and its console log ends in a line", "cut-log undertrained",
              ((940, 940), (450, 700), (60, 150)), ours.stopped),
     Operator("log-of-another-test", "the log prints another mean than that of the result files", STALE,
-             ((0.02, 0.05), (0.1, 0.3), (0.7, 1.0)), lambda b, share: ours.overwritten(mixed_with(Random(), share), ("console", *FILES))),
+             ((0.02, 0.05), (0.1, 0.3), (0.7, 1.0)), lambda b, share: ours.overwritten(mixed_with(Random(), share), SCREEN)),
     Operator("results-of-other-traces", "the files are of other traces than their folder's name says",
              "other-traces broken-traces protocol-mismatch trace-shift", (["fast-test"], ["turns-test"], ["slow-test"]),
              lambda b, name: ours.overwritten(lambda b: b.test("original", EvalConfig(), name), ("results", "pool"), name), True),
@@ -174,7 +188,7 @@ _ALL: tuple[Operator, ...] = (
     Operator("results-random", "some levels are random", "plays-random sampling rare-bad-actions",
              ((0.02, 0.06), (0.15, 0.4), (0.9, 1.0)), lambda b, share: of_results(mixed_with(Random(), share))),
     Operator("results-of-few-steps", "the policy was hardly trained", "undertrained untrained warmup-too-long learning-rate",
-             ((300, 600), (80, 150), (8, 40)), lambda b, samples: of_tree(ours.first_steps(b, samples), parts=RESULTS)),
+             ((500, 940), (80, 150), (8, 40)), lambda b, samples: of_tree(ours.first_steps(b, samples), parts=RESULTS)),
     # healthy, or harmless
     Operator("healthy-seed", "another seed", "", ((2, 1000),) * 3, lambda b, seed: recipe(b, seed=seed)),
     Operator("healthy-family", "a PLM of another family", "", (["gpt2"], ["opt"], ["mistral"]), ours.other_family),

@@ -36,7 +36,6 @@ from planted_runs import TRACES, TRAIN, Bench, Trained
 from upstream_tree import results_path, write_results
 
 EPISODES = 200  # of a pool
-ROLLING, RESULTS = EvalConfig(context_window="rolling"), ("results",)
 Change = Callable[[ExperiencePool], ExperiencePool]
 Arrays = Callable[[np.ndarray], np.ndarray]
 Graded = Callable[[FaultBench, Any], Plant]  # of how severe it is
@@ -295,7 +294,7 @@ def other_family(bench: FaultBench, root: Path, family: str) -> Planted:
 
 def first_steps(bench: FaultBench, samples: int) -> str:
     """The original's training, ended after so many samples."""
-    return bench.learn_mpc(original=True, epochs=1, order=(tuple(range(samples)),))
+    return bench.learn_mpc(original=True, epochs=1, order=tuple(range(samples)))
 
 
 @graded
