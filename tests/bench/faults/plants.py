@@ -221,7 +221,7 @@ def weaker_last_layer(_: Bench, trained: Trained, part: float) -> PolicyNetwork:
     return network
 
 
-def tested(
+def with_another_test(
     bench: Bench, root: Path, policy: tuple[PolicyNetwork, Any], config: EvalConfig | None = None, name: str = "healthy"
 ) -> Planted:
     """The run of a training with another test than its own."""
@@ -234,7 +234,7 @@ def with_dropout(bench: FaultBench, root: Path, rate: float) -> Planted:
     trained = bench.trained("healthy")
     plm = replace(trained.meta.plm, lora_dropout=rate, plm_dropout=rate)
     policy = plants.on_plm(trained, plm), replace(trained.meta, plm=plm)
-    return tested(bench, root, policy, EvalConfig(dropout=True))
+    return with_another_test(bench, root, policy, EvalConfig(dropout=True))
 
 
 @graded
@@ -252,7 +252,7 @@ def with_scale(name: str, change: Callable[[ReturnScale], ReturnScale]) -> Plant
     def plant(bench: Bench, root: Path) -> Planted:
         network, meta = bench.trained(name).network, bench.trained(name).meta
         settings = replace(meta.settings, scale=change(meta.settings.scale))
-        return tested(bench, root, (network, replace(meta, settings=settings)), name=name)
+        return with_another_test(bench, root, (network, replace(meta, settings=settings)), name=name)
 
     return plant
 
