@@ -153,22 +153,22 @@ def with_rewards(bench: FaultBench, **how: float) -> Plant:
     return plants.of_test(None, bench.learn(repriced(bench.pool("mixed"), **how), scale=10.0), twin="on-mixed")
 
 
-def of_teacher(bench: Bench, policy: Policy, traces: TraceSet | None = None) -> ExperiencePool:
-    """The pool of a policy."""
-    traces = traces or bench.traces(TRAIN)
+def taught_by(
+    bench: FaultBench, policy: Policy | None, traces: TraceSet | None = None, held: ExperiencePool | None = None
+) -> Plant:
+    """The pool of a policy, sound MPC unless another is given."""
+    traces, policy = traces or bench.traces(TRAIN), policy or RobustMPC(bench.video())
     episodes = sound_episodes(traces, repeats=max(1, EPISODES // len(traces)))
-    return generate_pool(policy, traces, bench.video(), episodes)
+    return plants.of_training(bench.learn(generate_pool(policy, traces, bench.video(), episodes), held))
 
 
 def with_traces(bench: FaultBench, change: Callable[[Trace], Trace]) -> Plant:
     """The pool was made on changed traces."""
-    traces = TraceSet(TRAIN, tuple(change(trace) for trace in bench.traces(TRAIN).traces))
-    return plants.of_training(bench.learn(of_teacher(bench, RobustMPC(bench.video()), traces)))
+    return taught_by(bench, None, TraceSet(TRAIN, tuple(change(trace) for trace in bench.traces(TRAIN).traces)))
 
 
 def few_traces(bench: FaultBench, count: int) -> Plant:
-    traces = bench.traces(TRAIN).subset(7 * count + np.arange(count))
-    return plants.of_training(bench.learn(of_teacher(bench, RobustMPC(bench.video()), traces), bench.validation))
+    return taught_by(bench, None, bench.traces(TRAIN).subset(7 * count + np.arange(count)), bench.validation)
 
 
 def few_episodes(bench: FaultBench, count: int) -> Plant:
@@ -180,7 +180,7 @@ def weak_teacher(bench: FaultBench, name: str) -> Plant:
     bba, mpc = BBA(), base.Careless(RobustMPC(bench.video()), 0.06)
     teachers = {"careless mpc": mpc, "bba": bba, "careless bba": base.Careless(bba, 0.1), "random": Random()}
     teachers |= {f"level {level}": Constant(level) for level in range(LEVELS)}
-    return plants.of_training(bench.learn(of_teacher(bench, teachers[name])))
+    return taught_by(bench, teachers[name])
 
 
 # --- tests of other weights than the checkpoint's, and of other settings ------------------------------------------------
