@@ -112,7 +112,7 @@ def find_notebook(name: str | Path, folder: Path = NOTEBOOKS) -> Path:
     if path.suffix in (".py", ".ipynb"):  # the source of a notebook stands for the notebook
         path = path.with_suffix(".ipynb")
         for candidate in (path, runs.PROJECT / path, folder / path):
-            if candidate.is_file():
+            if os.path.isfile(candidate):  # also of a name that no file can have
                 return candidate.resolve()
     known = {candidate.stem: candidate for candidate in sorted(folder.glob("*.ipynb"))}
     wanted = str(name).zfill(2) if str(name).isdigit() else str(name)
@@ -163,7 +163,7 @@ def input_hashes(notebook: Notebook, parameters: Mapping[str, Any]) -> dict[str,
         value = parameters.get(name, parameter.default) if parameter.is_path else []
         for text in value if isinstance(value, list) else [value or ""]:
             place = runs.PROJECT / re.sub(r"(\.py):\w+$", r"\1", text)  # FILE.py:NAME is something in that file
-            if text and place.exists():
+            if text and os.path.exists(place):
                 found[f"{name}: {_portable(text)}"] = fingerprint(place)
             elif not text and name == "data":
                 found["data"] = fingerprint(Path(os.environ.get("NETLLM_DATA") or runs.PROJECT / "data"))

@@ -24,6 +24,7 @@ A step that fails stops those that need it, by `{step}` or `after`; the others g
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 import traceback
@@ -104,7 +105,10 @@ def _checked(table: Pipeline, where: str, folder: Path, overrides: Mapping[str, 
     unused, known = {*table.parameters, *overrides}, set[str]()
     for row in table.step:
         beside = folder / row.notebook
-        notebook = notebooks.open_notebook(beside if beside.is_file() else row.notebook)
+        try:
+            notebook = notebooks.open_notebook(beside if os.path.isfile(beside) else row.notebook)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{where}: {error}") from None
         name = row.name or notebook.name
         place = f"{where}, step {name}"
         if name in steps:
@@ -226,7 +230,7 @@ def resolve(value: Any, folders: Mapping[str, Path]) -> Any:
     if not isinstance(value, str) or not REFERENCE.search(value):
         return value
     path = REFERENCE.sub(lambda match: str(folders[match[1]]), value)
-    if not (runs.PROJECT / path).exists():
+    if not os.path.exists(runs.PROJECT / path):
         raise NotebookError(f"{value}: {path} was not written by that step")
     return path
 

@@ -22,6 +22,7 @@ seed_parameters = ["04_finetune.seed"]   # what gets them
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -108,8 +109,8 @@ def read_sweep(path: str | Path) -> Sweep:
         label = describe(varied, seed) or "the only point"
         try:
             pipeline = _pipeline(path, table, {**given, **dict.fromkeys(table.seed_parameters, seed)})
-        except ValueError as error:
-            raise ValueError(f"{path}, point {number} ({label}): {error}") from None
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{path}, point {number} ({label}): {error}") from None
         group, keys = pipeline.name, dict[str, str]()
         for step in pipeline.step:
             before = {name: keys[name] for name in step.needs}
@@ -135,10 +136,10 @@ def _pipeline(path: Path, table: SweepTable, given: Mapping[str, Any]) -> Pipeli
     """The pipeline or the notebook that is swept, with `given` filled in."""
     if table.notebook is not None:
         beside = path.parent / table.notebook
-        return pipelines.single(beside if beside.is_file() else table.notebook, given)
+        return pipelines.single(beside if os.path.isfile(beside) else table.notebook, given)
     named = Path(str(table.pipeline))
     for place in (path.parent / named, named, runs.PROJECT / named, PIPELINES / named):
-        if place.is_file():
+        if os.path.isfile(place):
             return pipelines.read_pipeline(place, given)
     known = sorted(file.name for file in PIPELINES.glob("*.toml"))
     hint = config.did_you_mean(named.name, known)
