@@ -110,7 +110,7 @@ def _checked(table: Pipeline, where: str, folder: Path, overrides: Mapping[str, 
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{where}: {error}") from None
         name = row.name or notebook.name
-        place = f"{where}, step {name}"
+        place = where if where == name else f"{where}, step {name}"
         if name in steps:
             raise ValueError(f"{place}: another step has this name")
         own = {key.removeprefix(f"{name}."): value for key, value in overrides.items() if key.startswith(f"{name}.")}
