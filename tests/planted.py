@@ -54,13 +54,14 @@ class Fault:
     budget_s: float = 0.0  # for replays
     retrain_s: float = 0.0  # for a training by the sound defaults
     harmless: bool = False  # it cost nothing: no finding may be a cause
+    besides: tuple[str, ...] = ()  # ids of true causes beside what was planted
     costs: bool = True  # reward; results that cannot be compared need not
 
     def judge(self, diagnosis: Diagnosis) -> str:
         """Empty if the diagnosis is right, else what is wrong with it."""
         shown = [f"{finding.severity} {finding.id}" for finding in diagnosis.findings[:3]]
         if self.harmless:
-            if causes := [f.id for f in diagnosis.causes]:
+            if causes := [f.id for f in diagnosis.causes if f.id not in self.besides]:
                 return f"{', '.join(causes)} as cause of a run that is healthy"
             absent = set(self.expected) - {f.id for f in diagnosis.findings}
             return f"{', '.join(absent)} is not mentioned" if absent else ""
