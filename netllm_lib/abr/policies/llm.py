@@ -44,9 +44,10 @@ class EvalConfig:
     after the other."""
     context_window: Literal["cached", "rolling"] = "cached"
     """"rolling" recomputes the last w steps for every decision, as in training and in the original. "cached" computes
-    each token once: about 16 times less work. Up to decision w + 1 both are the same function. Later ones are the same too when w
-    covers the whole episode; otherwise cached is an approximation, because a token's hidden state still reflects steps
-    that have left the window. Each new token attends to the last w steps in either case."""
+    each token once: about 16 times less work. Up to decision w + 1 both are the same function, and both take the cache, but for
+    `upstream()`. Later ones are the same too when w covers the whole episode; otherwise cached is an approximation, because a
+    token's hidden state still reflects steps that have left the window. Each new token attends to the last w steps in either
+    case."""
     keep_context: bool = False
     """With context="leak": an evaluation begins with the context in which the previous one by this `LLMPolicy` ended, as those
     during the original's training do, which are all one policy's."""
@@ -75,6 +76,7 @@ class LLMPolicy(Policy):
     """A `PolicyNetwork` that chooses levels. `meta` says how it was trained: window, reward range, target return."""
 
     block = 512  # the cache of as many episodes is in memory at once
+    windows = 16  # so many are recomputed at once: more take memory and are not faster
     _target: np.ndarray  # [N] return-to-go that the next decision is conditioned on
 
     def __init__(
@@ -89,10 +91,14 @@ class LLMPolicy(Policy):
         self.scale, self.w = meta.settings.scale, self.config.w or meta.settings.w
         self.carries_state, self.acts_after_last = self.config.context == "leak", self.config.extra_step
         self._cached = self.config.context_window == "cached"
+        # until something leaves the window, a cache holds what a rolling window recomputes
+        recomputes = self.carries_state or self.config.dropout or self.config.cut_to_hidden
+        self._grows = network.plm.causal and not recomputes
         if self._cached and not network.plm.causal:
             raise ValueError(f'{network.plm.family} is not causal and cannot be cached: use context_window="rolling"')
         self._check_length()
         self._weights: InferenceWeights | None = None
+        self._cache: TokenCache | None = None
         self._clear()
 
     def _check_length(self) -> None:
@@ -124,8 +130,8 @@ class LLMPolicy(Policy):
             self._clear()
 
     def _clear(self) -> None:
-        """Forget all steps. A step: state [N, 6, 6], action [N], return-to-go [N], timestep [N]; the oldest comes first."""
-        self._steps: list[tuple[torch.Tensor, ...]] = []
+        """Forget all steps. A step is its tokens [N, tokens_per_step, hidden]; the oldest comes first."""
+        self._steps: list[torch.Tensor] = []
 
     def act(self, observation: Observation) -> np.ndarray:
         """Levels [N]. The first call of a trace (chunk 1) is timestep 0; the reward of chunk 0 is never subtracted."""
@@ -133,12 +139,12 @@ class LLMPolicy(Policy):
             self._begin(len(observation.episode))
         else:
             self._target = self._target - self.scale.normalise(observation.last_reward)
-        self._remember(observation)
         training = self.network.training
         self.network.train(self.config.dropout)
         try:
             with torch.inference_mode(), self.network.plm.using(self._weights):
-                logits = self._logits()
+                self._remember(observation)
+                logits = self._logits(observation.chunk)
         finally:
             self.network.train(training)
         self.logits = logits.float().cpu().numpy()
@@ -149,7 +155,9 @@ class LLMPolicy(Policy):
 
     def played(self, levels: np.ndarray) -> None:
         """What the next decision remembers as the last action."""
-        self._steps[-1][1][:] = torch.from_numpy(np.asarray(levels, dtype=np.int64))
+        actions = torch.from_numpy(np.asarray(levels, dtype=np.int64)).to(self.network.device)
+        with torch.inference_mode():
+            self._steps[-1] = self.network.with_action(self._steps[-1], actions, self._timesteps)
 
     def extras(self) -> Mapping[str, np.ndarray]:
         """Probabilities p0 … p5 and the return-to-go that the decision was conditioned on."""
@@ -166,10 +174,10 @@ class LLMPolicy(Policy):
     def _begin(self, episodes: int) -> None:
         if self.config.context == "clear":
             self._clear()
-        if self._cached:
+        if self._cached or self._grows:
             network, steps = self.network, self.network.config.max_timestep + 2
             attend = network.context_tokens(self.w + 1)
-            self._cache: TokenCache = network.plm.new_cache(steps * network.tokens_per_step, attend)
+            self._cache = network.plm.new_cache(steps * network.tokens_per_step, attend)
         self._target = np.full(episodes, self.scale.target_return * self.config.target_return_scale)
 
     def _remember(self, observation: Observation) -> None:
@@ -180,18 +188,24 @@ class LLMPolicy(Policy):
                 f"decision {observation.chunk} of an episode; the policy was trained on episodes of {longest} decisions"
             )
         state, target = (torch.from_numpy(np.asarray(x, dtype=np.float32)) for x in (observation.state, self._target))
-        open_action = torch.zeros(len(target), dtype=torch.int64)
-        self._steps.append((state, open_action, target, torch.full_like(open_action, timestep)))
+        self._timesteps = torch.full((len(target),), timestep, device=self.network.device)
+        open_action = torch.zeros_like(self._timesteps)
+        step = (state, open_action, target, self._timesteps)
+        self._steps.append(self.network.embed(*(part.to(self.network.device).unsqueeze(1) for part in step)))
         del self._steps[: -2 if self._cached else -self.w - 1]
 
-    def _logits(self) -> torch.Tensor:  # [N, 6]
+    def _logits(self, chunk: int) -> torch.Tensor:  # [N, 6]
         network = self.network
-        parts = (torch.stack(part, dim=1).to(network.device) for part in zip(*self._steps, strict=True))
+        if not self._cached and chunk > self.w + 1:
+            self._cache = None
         # the action of the current step is what is asked for
-        tokens = network.embed(*parts)[:, : network.context_tokens(len(self._steps))]
-        if self._cached:  # the previous action, then the current step
+        tokens = torch.cat(self._steps[-2:] if self._cache else self._steps, dim=1)
+        tokens = tokens[:, : tokens.shape[1] - network.tokens_per_step + max(1, network.tokens_per_step - 1)]
+        if self._cache:  # the previous action, then the current step
             return network.decide(tokens[:, -network.tokens_per_step :], self._cache)
-        return network.decide(tokens[:, -network.plm.hidden_size :] if self.config.cut_to_hidden else tokens)
+        if self.config.cut_to_hidden:
+            tokens = tokens[:, -network.plm.hidden_size :]
+        return torch.cat([network.decide(part) for part in tokens.split(self.windows)])
 
     def _choose(self, observation: Observation) -> np.ndarray:
         if self.config.choose == "argmax":
