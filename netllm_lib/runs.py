@@ -219,10 +219,7 @@ class StorageError(OSError):
 
 
 FULL = "the disk is full; what was there before is unchanged, free some space and run the same again"
-NO_LOCKS = (
-    "this disk has no locks, so two processes could write the same files; name another folder (for runs in $NETLLM_REPORTS), "
-    "or set $NETLLM_SOFT_LOCKS: then a file says who writes, and you see to it that nobody is killed"
-)
+NO_LOCKS = "this disk has no locks, so two processes could write the same files: name another folder, or set $NETLLM_SOFT_LOCKS"
 CLOSED = "this folder cannot be written to; make it writable, or name another one (for runs in $NETLLM_REPORTS)"
 
 

@@ -124,8 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in words  # anywhere on the line: it is typed when something has gone wrong already
     try:
         app(args=join_parameters([word for word in words if word != "--debug"]), prog_name="netllm")
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
+    except (SystemExit, KeyboardInterrupt) as end:
+        if isinstance(end, KeyboardInterrupt) or end.code == INTERRUPTED:
             print("netllm: interrupted; the same command goes on from what is finished", file=sys.stderr, flush=True)
             os._exit(INTERRUPTED)  # threads and workers of libraries would take seconds to end
         raise
