@@ -33,7 +33,7 @@ def interrupt(folder: Path, begun: str, *words: str) -> None:
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert time.monotonic() - started < 2 * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
-    said = [line for line in errors.read_text().splitlines() if "so far" not in line and "chunks played" not in line]
+    said = [line for line in errors.read_text().splitlines() if "so far" not in line]
     assert said == [LINE]
 
 
@@ -50,10 +50,6 @@ def test_notebooks(tmp_path: Path, command: str, cell: str) -> None:
     while {run.state for run in made} != {"interrupted"}:
         assert time.monotonic() < end, made
         time.sleep(0.05)
-
-
-def test_play(tmp_path: Path) -> None:
-    interrupt(tmp_path, "errors", "play", "--policy", "mpc", "--trace-num", "20000", "--data", "data/sample")
 
 
 def test_diagnose(tmp_path: Path) -> None:
