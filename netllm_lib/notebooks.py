@@ -164,7 +164,10 @@ def input_hashes(notebook: Notebook, parameters: Mapping[str, Any]) -> dict[str,
         for text in value if isinstance(value, list) else [value or ""]:
             place = runs.PROJECT / re.sub(r"(\.py):\w+$", r"\1", text)  # FILE.py:NAME is something in that file
             if text and os.path.exists(place):
-                found[f"{name}: {_portable(text)}"] = fingerprint(place)
+                try:
+                    found[f"{name}: {_portable(text)}"] = fingerprint(place)
+                except OSError as error:
+                    raise ValueError(f"{notebook.name}: parameter {name}: {runs.first_line(error)}") from None
             elif not text and name == "data":
                 found["data"] = fingerprint(Path(os.environ.get("NETLLM_DATA") or runs.PROJECT / "data"))
     return found

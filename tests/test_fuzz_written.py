@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,14 +85,14 @@ def manifest(folder: Path) -> tuple[Path, str, Callable[[Path], object]]:
 
 
 def words(folder: Path) -> tuple[Path, str, Callable[[Path], object]]:
-    opened = notebooks.open_notebook(folder / "a.ipynb")
+    opened = replace(notebooks.open_notebook(folder / "a.ipynb"), path=folder / "given")
 
     def read(path: Path) -> object:
         word = path.read_bytes().decode(errors="surrogateescape")
-        notebooks.input_hashes(opened, opened.fit({"folders": word}, str(path)))
-        return opened.fit(dict.fromkeys(opened.parameters, word), str(path))
+        notebooks.input_hashes(opened, opened.fit({"folders": word}))
+        return opened.fit(dict.fromkeys(opened.parameters, word))
 
-    return folder / "f.txt", "[1, 'a', {'b': 2.5}], none, x/y", read
+    return opened.path, "[1, 'a', {'b': 2.5}], none, x/y", read
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
