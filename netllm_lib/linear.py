@@ -59,6 +59,7 @@ class _Product(torch.autograd.Function):
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x · weightᵀ + bias, as `torch.nn.functional.linear`; x is [..., inputs], weight [outputs, inputs], both float32."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_make_lists_its_targets() -> None:
 
 def locked(name: str) -> list[tuple[Requirement, list[str]]]:
     """(requirement, its hashes) of every entry of a lock."""
-    text = (PROJECT / "locks" / f"{name}.txt").read_text()
+    text = (PROJECT / f"requirements-{name}.txt").read_text()
     entries = re.sub(r"^ *#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
     assert "://" not in text  # a mirror has the same files
     return [(Requirement(entry.split(" --hash=")[0]), entry.split(" --hash=sha256:")[1:]) for entry in entries]
@@ -98,14 +99,14 @@ def test_the_container_runs_both_commands() -> None:
     """Its image is of the oldest Python, what it copies is there, and `make` knows what it runs."""
     lines = [line.split(None, 1) for line in (PROJECT / "Dockerfile").read_text().splitlines() if line[:1].isupper()]
     kinds = [kind for kind, _ in lines]
-    assert kinds == ["FROM", "WORKDIR", "COPY", "COPY", "COPY", "RUN", "COPY", "CMD"]
+    assert kinds == ["FROM", "WORKDIR", "COPY", "COPY", "RUN", "COPY", "CMD"]
     assert lines[0][1] == f"python:{PYPROJECT['project']['requires-python'].removeprefix('>=')}"
     sources = [name for kind, text in lines[:-2] if kind == "COPY" for name in text.split()[:-1]]
-    assert all((PROJECT / name).exists() for name in sources)
+    assert all(list(PROJECT.glob(name)) for name in sources)
     makefile = (PROJECT / "Makefile").read_text()
     needed = set(re.findall(r"^\$\(\w+_STAMP\): (.+)$", makefile, flags=re.MULTILINE))
-    assert {name.split("/")[0] for text in needed for name in text.split()} <= {name.split("/")[0] for name in sources}
-    asked = [*lines[5][1].split()[1:], *yaml.safe_load(lines[-1][1])[1:]]
+    assert all(any(fnmatch(name, source) for source in sources) for text in needed for name in text.split())
+    asked = [*lines[4][1].split()[1:], *yaml.safe_load(lines[-1][1])[1:]]
     targets = re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE)
     assert asked == ["env", "env-tf", "test", "demo"]
     assert set(asked) <= set(targets)
