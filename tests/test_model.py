@@ -68,22 +68,6 @@ def test_a_step_is_predicted_from_what_came_before_its_action() -> None:
                 assert changed.tolist() == [i >= first for i in range(10)]
 
 
-def test_decide_equals_forward() -> None:
-    """Whole, cut after the last state, and token by token through a cache."""
-    network, data = tiny_network(), batch()
-    with torch.inference_mode():
-        expected = network(data)
-        tokens = network.embed(*data[:4])
-        cache = network.plm.new_cache(tokens.shape[1])
-        done = 0
-        for step in range(10):
-            end = step * TOKENS_PER_STEP + TOKENS_PER_STEP - 1
-            torch.testing.assert_close(network.decide(tokens[:, :end]), expected[:, step], atol=1e-5, rtol=0)
-            cached = network.decide(tokens[:, done:end], cache)
-            torch.testing.assert_close(cached, expected[:, step], atol=1e-5, rtol=0)
-            done = end
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt"])
 def test_a_last_layer_that_computes_only_what_is_read(tmp_path: Path, family: str) -> None:
     """Logits, losses and gradients are those of the layer that computes everything, with and without a cache."""

@@ -146,7 +146,7 @@ def main(rounds: int = 3) -> None:
     torch.set_num_threads(1)
     started, peaks = time.perf_counter(), matrix_peaks()
     lines = measure(rounds, peaks)
-    known = ", ".join(f"{name} {peak / 1e9:.0f} GFLOP/s" for name, peak in peaks.items())
+    known = "; ".join(f"{name} {peak / 1e9:.0f} GFLOP/s" for name, peak in peaks.items())
     cpu = " ".join(processor().get(part, "") for part in ("model name", "cpu family", "model"))
     library = "oneDNN" if onednn_gain() >= WORTH_IT else "MKL"
     minutes = (time.perf_counter() - started) / 60
@@ -164,9 +164,10 @@ count, not measured. Training: batches of 8 windows with one clip a step against
 |---|---|---|---|---|
 {chr(10).join(lines)}
 
-Matrix peaks of one thread, measured: {known}. What counts is the library that the work really takes: in float32
-ours takes {library} here (`netllm_lib/linear.py`), the transcription MKL. How much is gained depends on the processor: where oneDNN
-is not faster, float32 cannot gain more than what is not computed.
+Matrix peaks of one thread, measured: {known}.
+What counts is the library that the work really takes: in float32 ours takes {library} here (`netllm_lib/linear.py`), the
+transcription MKL. How much is gained depends on the processor: where oneDNN is not faster,
+float32 cannot gain more than what is not computed.
 """
     publish("plm", text)
 
