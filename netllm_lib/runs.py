@@ -376,7 +376,7 @@ def run_folder(
 def open_run(
     kind: str, name: str, settings: Any, inputs: Mapping[str, str] | None = None, root: Path | None = None
 ) -> Run:
-    """The run folder for this work, created if need be.
+    """The run folder for this work, created if need be; what is not finished in it is this process's from now on.
 
     `settings` is anything JSON-like or a dataclass; `inputs` maps the name of each input to its content hash. Both decide the
     folder's name; versions, machine and git revision are recorded in the manifest but do not.
@@ -384,6 +384,7 @@ def open_run(
     run = Run(run_folder(kind, name, settings, inputs, root))
     if not (run.folder / MANIFEST).exists():
         write_json(run.folder / "config.json", settings)
+    if not run.done:
         run.begin(kind, name, inputs=inputs or {})
     return run
 

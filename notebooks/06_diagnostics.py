@@ -213,6 +213,8 @@ where = (
 )
 parts = [where, league.to_string(float_format="{:.4f}".format), found.text(top=3)]
 (out / "summary.txt").write_text("\n\n".join(parts) + "\n")
+
+# %%
 metrics = {"findings": [finding.id for finding in found.findings], "baseline": reference}
 metrics |= {"run": subject, "interval": league.loc[subject, ["low", "high"]].tolist()}
 metrics |= {"reward": league["reward"].to_dict(), "gap": found.gap, "over_seeds": found.over_seeds}

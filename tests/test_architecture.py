@@ -13,8 +13,8 @@ LIBRARY = PROJECT / "netllm_lib"
 FILES = {".".join(p.relative_to(PROJECT).with_suffix("").parts): p for p in sorted(LIBRARY.rglob("*.py"))}
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
 LARGEST_FILE, MOST_FLOORS = 450, 10
-LARGEST_LIBRARY, LARGEST_TESTS = 15_000, 15_200
-"""They only ever go down: the aim is a library of 11,500 lines, and no more tests than library."""
+LARGEST_LIBRARY, LARGEST_TESTS = 14_900, 14_500
+"""The aim is a library of 11,500 lines, and no more tests than library. Benchmarks, in tests/bench, are no tests."""
 TASKS = ("abr",)
 
 
@@ -48,7 +48,7 @@ def test_library_and_files_are_small() -> None:
     sizes = {name: lines(path) for name, path in MODULES.items()}
     assert sum(sizes.values()) <= LARGEST_LIBRARY
     tests = {path.name: lines(path) for path in (PROJECT / "tests").rglob("*.py")}
-    assert sum(tests.values()) <= LARGEST_TESTS
+    assert sum(lines(path) for path in (PROJECT / "tests").glob("*.py")) <= LARGEST_TESTS
     assert {name: size for name, size in (sizes | tests).items() if size > LARGEST_FILE} == {}
 
 

@@ -64,7 +64,8 @@ def test_adapter_is_in_the_layout_of_peft(saved: Path) -> None:
     adapted = peft.PeftModel.from_pretrained(base, str(saved)).eval()
     x = torch.randn(2, 5, 192)
     with torch.inference_mode():
-        assert torch.equal(adapted.get_base_model()(inputs_embeds=x).last_hidden_state, network.plm(x))
+        # the products of ours may go another way (`netllm_lib.linear`), which rounds differently
+        torch.testing.assert_close(adapted.get_base_model()(inputs_embeds=x).last_hidden_state, network.plm(x))
 
 
 def edit(path: Path, change: Callable[[dict], object]) -> None:

@@ -256,8 +256,8 @@ def test_a_run_below_sound_mpc_is_failing(tables: dict) -> None:
 def test_foreign_names_cannot_write_into_the_terminal() -> None:
     told = Verdict("cause", "tensor \x1b[2J <b>", {}, "look")
     text = str(Diagnosis((Finding(**vars(told), rule=Rule("odd", "", "", lambda _: None)),), missing=("\x07",)))
-    assert "tensor ?[2J <b>" in text
-    assert "\x07" not in text
+    assert "tensor  <b>" in text
+    assert not {"\x1b", "\x07"} & set(text)
 
 
 def test_behaviour_entropy_by_hand(pool: ExperiencePool) -> None:

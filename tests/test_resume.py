@@ -31,8 +31,8 @@ from netllm_lib.abr.pool import generate_pool, load_pool
 from netllm_lib.abr.synthetic import generate_traces, generate_video
 from netllm_lib.checkpoint import read_meta
 
-TIMES = ("seconds", "started", "finished", "checksum", "history_hash")
-"""What may differ between two runs: times, and the hashes of what holds them."""
+TIMES = ("seconds", "started", "finished", "process", "checksum", "history_hash")
+"""What may differ between two runs: times, the process, and the hashes of what holds them."""
 
 
 class Worker:
