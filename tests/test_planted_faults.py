@@ -10,7 +10,7 @@ import torch
 
 from netllm_lib.abr.diagnosis import RULES, paired
 from planted import Fault, examine
-from planted_plants import FAULTS
+from planted_list import FAULTS
 from planted_runs import Bench
 
 QUICK = (

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measured import publish  # noqa: E402
 
 from planted import Fault, examine  # noqa: E402
-from planted_plants import FAULTS  # noqa: E402
+from planted_list import FAULTS  # noqa: E402
 from planted_runs import Bench  # noqa: E402
 
 
