@@ -89,7 +89,8 @@ def parts(ours: pd.DataFrame, other: pd.DataFrame, names: tuple[str, str], axes:
     ax.plot(places, gap["reward"], "k.-" if many else "kD", linewidth=1, markersize=4 if many else 6, label="reward")
     ax.axhline(0, color="k", linewidth=0.8)
     if not many:
-        ax.set_xticks(places, [f"{name}\n({int(n)} chunks)" for name, n in ours.loc[common, "chunks"].items()])
+        counts = zip(common, ours.loc[common, "chunks"], strict=True)
+        ax.set_xticks(places, [f"{band.left:.4g} to {band.right:.4g}\n({n:.0f} chunks)" for band, n in counts])
     group = str(ours.index.name)
     ax.set_xlabel({"chunk": "chunk index"}.get(group, group))
     ax.set_ylabel("reward per chunk")
