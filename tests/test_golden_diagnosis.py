@@ -18,6 +18,12 @@ pytestmark = pytest.mark.golden
 LOG, LOSSES = "*console.log", "train_losses.txt"
 
 
+@pytest.fixture(autouse=True)
+def reports_elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imports do not go to the project's own reports."""
+    monkeypatch.setenv("NETLLM_REPORTS", str(tmp_path_factory.mktemp("reports")))
+
+
 @pytest.fixture
 def failed(golden: Golden, real_data: Path) -> Path:
     return golden("upstream_run", "mistral_genet100")
