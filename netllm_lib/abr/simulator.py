@@ -247,9 +247,8 @@ class Simulator:
         outcome = Outcome(**{name: values[:, 0] for name, values in vars(brought).items()})
         self.chunk += 1
         self._level, self._reward = outcome.level, outcome.reward
-        self._state = self._state[
-            :, :, [1, 2, 3, 4, 5, 5]
-        ]  # a new array: observations that were handed out stay as they were
+        # a new array: observations that were handed out stay as they were
+        self._state = self._state[:, :, [1, 2, 3, 4, 5, 5]]
         for row, values in _newest(outcome, self.chunk).items():
             self._state[:, row, -1] = values
         self._state[:, 4] = self._next_sizes() / 1000 / 1000  # MB

@@ -248,11 +248,8 @@ def with_baselines(evidence: Evidence) -> Evidence:
     missing = evidence.missing
     try:
         players = baselines(video, registry)
-    except (
-        ValueError,
-        OSError,
-        RuntimeError,
-    ) as error:  # Genet's checkpoint takes TensorFlow to be read for the first time
+    except (ValueError, OSError, RuntimeError) as error:
+        # Genet's checkpoint takes TensorFlow to be read for the first time
         players, missing = baselines(video), (*missing, f"Genet among the baselines ({error})")
     played = {name: play_test(policy, traces, video, **evidence.protocol) for name, policy in players.items()}
     same = {name: other for name, other in played.items() if set(other["trace"]) == set(table["trace"])}

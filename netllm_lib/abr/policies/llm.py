@@ -200,7 +200,7 @@ class LLMPolicy(Policy):
             self._cache = None
         # the action of the current step is what is asked for
         tokens = torch.cat(self._steps[-2:] if self._cache else self._steps, dim=1)
-        tokens = tokens[:, : tokens.shape[1] - network.tokens_per_step + max(1, network.tokens_per_step - 1)]
+        tokens = tokens[:, : network.context_tokens(tokens.shape[1] // network.tokens_per_step)]
         if self._cache:  # the previous action, then the current step
             return network.decide(tokens[:, -network.tokens_per_step :], self._cache)
         if self.config.cut_to_hidden:
